@@ -1,0 +1,76 @@
+# Everything a person does here is one word: `make serve`, `make test`, `make check`. `make help` lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Flags for the program that a target runs: make serve ARGS="--port 0 --quantize int8"
+ARGS ?=
+# Options for pip, such as the index with PyTorch's CPU-only wheels (see CONTRIBUTING.md).
+PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+INSTALLED_FROM := pyproject.toml constraints.txt
+TESTED := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-all lint format types check bench gpu demo clean python-is-new-enough
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+serve: $(VENV)/.serve  ## install what serving needs and start the server on the built-in demo
+	@$(BIN)/graft serve $(ARGS)
+
+test: $(VENV)/.test  ## the tests, without those marked slow or gpu
+	$(TESTED) -m "not slow and not gpu" $(ARGS)
+
+test-all: $(VENV)/.test  ## the tests with the slow ones
+	$(TESTED) -m "not gpu" $(ARGS)
+
+lint: $(VENV)/.test  ## ruff, formatting, and the contract that imports go down the floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+format: $(VENV)/.test  ## rewrite the files as lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.test  ## mypy, strict
+	$(BIN)/mypy
+
+check: lint types test  ## what CI runs
+
+bench: $(VENV)/.test  ## tokens per second on this machine
+	$(BIN)/graft bench $(ARGS)
+
+gpu: $(VENV)/.test  ## on a machine with a GPU: its tests, then the benchmark into load_tests/results/
+	$(TESTED) -m gpu
+	$(BIN)/graft bench --device cuda --out load_tests/results/gpu-$$(date -u +%Y%m%dT%H%M%SZ).json $(ARGS)
+
+demo: $(VENV)/.train  ## train the demo base and its adapters again (under 30 minutes on 2 cores)
+	$(BIN)/python -m demo.build $(ARGS)
+
+clean:  ## remove the environment and what the tools left behind
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per set of packages: an environment is rebuilt when what it was installed from changes, and only then.
+$(VENV)/.serve: $(INSTALLED_FROM) | python-is-new-enough
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.test: $(INSTALLED_FROM) | python-is-new-enough
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e '.[test,train,bench]'
+	@touch $@ $(VENV)/.serve $(VENV)/.train
+
+$(VENV)/.train: $(INSTALLED_FROM) | python-is-new-enough
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e '.[train]'
+	@touch $@ $(VENV)/.serve
+
+python-is-new-enough:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "graftserve needs Python 3.11 or newer. Name one: make serve PYTHON=python3.12" >&2; exit 1; }

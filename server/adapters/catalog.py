@@ -1,0 +1,169 @@
+"""Names, versions and the copies of content behind them: the registry's books.
+
+Owns which version a name or `name@version-prefix` means, and the counts on each. Not safe for threads by itself: the
+registry holds its lock around every call. Knows nothing about tiers, loading or eviction; no torch.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from server.adapters.sources import Found
+from server.adapters.store import Discarded
+from server.ground.errors import AdapterNotFound, BadRequest, GraftError
+
+_MIN_PREFIX = 6
+_PREFIX = re.compile(rf"[0-9a-f]{{{_MIN_PREFIX},64}}")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """The identity of an adapter: its name, and the digest of its content."""
+
+    name: str
+    digest: str  # 64 hex digits
+
+    @property
+    def short(self) -> str:
+        """The version as people read it: the first 12 digits."""
+        return self.digest[:12]
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.short}"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What lowering a content taught about it."""
+
+    method: str
+    rank: int
+    num_parameters: int
+    num_sites: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Content:
+    """One digest, whatever names mean it: the tiers above the disk know adapters by this alone."""
+
+    digest: str
+    copies: list["Copy"] = field(default_factory=list)
+    facts: Facts | None = None
+    is_loading: bool = False
+    failure: GraftError | None = None  # of the last load
+    failed_at_s: float = 0.0
+    slot: int | None = None  # on the device
+    num_residencies: int = 0
+    last_use: int = 0
+
+    @property
+    def num_leases(self) -> int:
+        return sum(copy.num_leases for copy in self.copies)
+
+
+@dataclass(slots=True, eq=False)
+class Copy:
+    """One version on disk, in the store or read in place. It outlives its name for as long as it is leased."""
+
+    version: AdapterVersion
+    content: Content
+    folder: Path
+    created: int  # Unix time
+    content_bytes: int
+    base_model: str | None
+    found: Found | None = None  # where it is read in place
+    discarded: Discarded | None = None  # where it was deleted from the store
+    num_leases: int = 0
+    is_listed: bool = True  # whether a request can still ask for it
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether its files have changed, or gone, where they were read in place."""
+        return self.found is not None and not self.is_listed
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A name: the copy that it means, and all that it has, the current one last."""
+
+    current: Copy
+    copies: dict[str, Copy]  # by digest
+
+
+class Catalog:
+    """Every name with its versions, and every content that a name or a lease still needs."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.contents: dict[str, Content] = {}
+
+    def find(self, spec: str) -> Copy | None:
+        """The copy that `name` or `name@prefix` means, or None if the name is unknown.
+
+        Raises BadRequest for a prefix that is none or is ambiguous, AdapterNotFound if no version begins with it.
+        """
+        name, at, prefix = spec.partition("@")
+        entry = self.entries.get(name)
+        if entry is None or not at:
+            return entry.current if entry is not None else None
+        if not _PREFIX.fullmatch(prefix):
+            raise BadRequest(
+                f"{spec[:160]!r}: after '@' give the first {_MIN_PREFIX} to 64 hex digits of a version.",
+                param="adapter",
+            )
+        matches = [copy for digest, copy in entry.copies.items() if digest.startswith(prefix)]
+        if not matches:
+            raise AdapterNotFound(
+                f"The adapter {name!r} has no version {prefix}; it has {_listed(entry.copies)}.", param="adapter"
+            )
+        if len(matches) > 1:
+            versions = " and ".join(copy.version.digest for copy in matches[:2])
+            raise BadRequest(f"{spec!r} may mean {versions}: give more digits.", param="adapter")
+        return matches[0]
+
+    def add(self, copy: Copy) -> None:
+        """Makes a copy the current one of its name."""
+        copy.content.copies.append(copy)
+        digest = copy.version.digest
+        entry = self.entries.setdefault(copy.version.name, Entry(copy, {}))
+        entry.copies[digest] = copy
+        entry.current = copy
+
+    def make_current(self, copy: Copy) -> None:
+        """Makes a copy that its name has already the one that it means."""
+        entry = self.entries[copy.version.name]
+        entry.copies[copy.version.digest] = entry.copies.pop(copy.version.digest)
+        entry.current = copy
+
+    def remove(self, name: str) -> tuple[Copy, ...]:
+        """Takes a name out; its copies stay, unlisted, for those who lease them."""
+        copies = tuple(self.entries.pop(name).copies.values())
+        for copy in copies:
+            copy.is_listed = False
+        return copies
+
+    def content(self, digest: str) -> Content:
+        """The content of a digest, new where there is none."""
+        return self.contents.setdefault(digest, Content(digest))
+
+    def integrity_checks(self) -> dict[str, bool]:
+        """What must hold between calls: a sentence for the fault, and whether all is well."""
+        contents = self.contents.values()
+        copies = [copy for content in contents for copy in content.copies]
+        listed = {id(copy) for entry in self.entries.values() for copy in entry.copies.values()}
+        return {
+            "a lease or a residency was ended twice": all(c.num_leases >= 0 for c in copies)
+            and all(c.num_residencies >= 0 for c in contents),
+            "a residency is held on an adapter that is not on the device": all(
+                content.slot is not None for content in contents if content.num_residencies
+            ),
+            "the listed copies are not those that names have": {id(c) for c in copies if c.is_listed} == listed,
+            "a deleted copy stays that nobody leases": all(copy.is_listed or copy.num_leases for copy in copies),
+        }
+
+
+def _listed(digests: Iterable[str]) -> str:
+    shown = [digest[:12] for digest in digests][-8:]
+    return ", ".join(reversed(shown))

@@ -1,0 +1,7 @@
+"""The names of the files that an adapter consists of. Knows nothing of what is in them."""
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+MANIFEST_FILE = "manifest.json"  # for methods that keep more than PEFT writes; none does yet
+CONTENT_FILES = (CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE)  # in the order in which they are hashed
+REQUIRED_FILES = (CONFIG_FILE, WEIGHTS_FILE)

@@ -1,0 +1,241 @@
+"""The host tier: lowered adapters in RAM, in the dtype that they are served in.
+
+Owns the cast to that dtype, content hashes, the sharing of equal tensors and the eviction of the least recently used
+adapters under a byte budget. Knows nothing about files, names, slots or requests; an adapter is a version digest here.
+"""
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from threading import Lock
+from types import MappingProxyType
+
+import torch
+
+from server.adapters.host_adapter import HostAdapter, HostEdit, HostTensor
+from server.adapters.method import Edit, Lowered
+from server.ground.errors import AdapterRejected
+
+
+@dataclass(slots=True)
+class _Shared:
+    """A tensor and the number of adapters that use it."""
+
+    tensor: HostTensor
+    num_adapters: int = 0
+
+
+class HostTier:
+    """Lowered adapters by version digest, within `max_bytes`. Safe for many threads."""
+
+    def __init__(self, max_bytes: int, dtype: torch.dtype, *, pin: bool = False) -> None:
+        """`dtype` is float32, float16 or bfloat16; `pin` puts tensors into page-locked memory (needs a GPU)."""
+        self.max_bytes = max_bytes
+        self.dtype = dtype
+        self._pin = pin
+        self._lock = Lock()
+        self._adapters: OrderedDict[str, HostAdapter] = OrderedDict()  # least recently used first
+        self._shared: dict[bytes, _Shared] = {}
+        self._kept: set[str] = set()
+        self._used_bytes = 0
+        self._num_evictions = 0
+
+    def put(self, digest: str, lowered: Lowered) -> HostAdapter:
+        """Casts, hashes and keeps an adapter, evicting others until it fits; one that is there already is returned.
+
+        Raises AdapterRejected if a tensor overflows the serving dtype, or if the adapter cannot fit.
+        """
+        adapter = self._cast(lowered)  # outside the lock: this is the long part
+        self._check_size(adapter)
+        with self._lock:
+            present = self._touch(digest)
+            return present if present is not None else self._insert(digest, adapter)
+
+    def get(self, digest: str) -> HostAdapter | None:
+        """The adapter if it is here, which makes it the most recently used."""
+        with self._lock:
+            return self._touch(digest)
+
+    def holds(self, digest: str) -> bool:
+        """Whether the adapter is here; not a use of it."""
+        with self._lock:
+            return digest in self._adapters
+
+    def keep(self, digest: str) -> None:
+        """Excepts an adapter from eviction: for one whose files can no longer be read."""
+        with self._lock:
+            if digest in self._adapters:
+                self._kept.add(digest)
+
+    def unkeep(self, digest: str) -> None:
+        """Ends what `keep` began."""
+        with self._lock:
+            self._kept.discard(digest)
+
+    def drop(self, digest: str) -> None:
+        """Forgets an adapter; does nothing if it is not here."""
+        with self._lock:
+            self._remove(digest)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the distinct tensors of all adapters here."""
+        return self._used_bytes
+
+    @property
+    def num_adapters(self) -> int:
+        return len(self._adapters)
+
+    @property
+    def num_evictions(self) -> int:
+        """Adapters evicted since the start."""
+        return self._num_evictions
+
+    def check_integrity(self) -> tuple[str, ...]:
+        """What does not add up in the books, as sentences; empty unless there is a defect. For tests and idle times."""
+        with self._lock:
+            uses: dict[bytes, int] = {}
+            for adapter in self._adapters.values():
+                for content_hash in _distinct(adapter):
+                    uses[content_hash] = uses.get(content_hash, 0) + 1
+            used_bytes = sum(shared.tensor.tensor.nbytes for shared in self._shared.values())
+            counts = {content_hash: shared.num_adapters for content_hash, shared in self._shared.items()}
+            checks = {
+                "host tensors are counted for other adapters than use them": counts == uses,
+                f"host bytes are {self._used_bytes} in the books and {used_bytes} in tensors": (
+                    self._used_bytes == used_bytes
+                ),
+                "adapters are kept on the host that are not on it": self._kept <= self._adapters.keys(),
+            }
+            return tuple(fault for fault, is_sound in checks.items() if not is_sound)
+
+    # Under the lock
+
+    def _touch(self, digest: str) -> HostAdapter | None:
+        adapter = self._adapters.get(digest)
+        if adapter is not None:
+            self._adapters.move_to_end(digest)
+        return adapter
+
+    def _insert(self, digest: str, adapter: HostAdapter) -> HostAdapter:
+        adapter = self._share(adapter)
+        self._adapters[digest] = adapter
+        while self._used_bytes > self.max_bytes:
+            victim = next((other for other in self._adapters if other != digest and other not in self._kept), None)
+            if victim is None:
+                self._remove(digest)
+                raise self._no_room(adapter)
+            self._remove(victim)
+            self._num_evictions += 1
+        return adapter
+
+    def _share(self, adapter: HostAdapter) -> HostAdapter:
+        """The adapter with each tensor that is here already in place of its own copy; counts its uses."""
+        for content_hash, tensor in _distinct(adapter).items():
+            if content_hash not in self._shared:
+                self._shared[content_hash] = _Shared(tensor)
+                self._used_bytes += tensor.tensor.nbytes
+            self._shared[content_hash].num_adapters += 1
+        edits = {path: self._share_edit(edit) for path, edit in adapter.edits.items()}
+        return HostAdapter(
+            adapter.method, adapter.rank, adapter.num_parameters, MappingProxyType(edits), adapter.tensor_bytes,
+            adapter.warnings,
+        )  # fmt: skip
+
+    def _share_edit(self, edit: HostEdit) -> HostEdit:
+        return HostEdit(**{name: self._shared[t.content_hash].tensor for name, t in edit.tensors().items()})
+
+    def _remove(self, digest: str) -> None:
+        self._kept.discard(digest)
+        adapter = self._adapters.pop(digest, None)
+        for content_hash in _distinct(adapter) if adapter is not None else ():
+            shared = self._shared[content_hash]
+            shared.num_adapters -= 1
+            if shared.num_adapters == 0:
+                self._used_bytes -= shared.tensor.tensor.nbytes
+                del self._shared[content_hash]
+
+    # Without the lock
+
+    def _cast(self, lowered: Lowered) -> HostAdapter:
+        cast = _Cast(self.dtype, self._pin)
+        edits = {path: cast.edit(path, edit) for path, edit in lowered.edits.items()}
+        return HostAdapter(
+            method=lowered.method,
+            rank=lowered.rank,
+            num_parameters=lowered.num_parameters,
+            edits=MappingProxyType(edits),
+            tensor_bytes=cast.tensor_bytes,
+            warnings=lowered.warnings,
+        )
+
+    def _check_size(self, adapter: HostAdapter) -> None:
+        if adapter.tensor_bytes > self.max_bytes:
+            raise self._no_room(adapter)
+
+    def _no_room(self, adapter: HostAdapter) -> AdapterRejected:
+        return AdapterRejected(
+            f"The adapter needs {adapter.tensor_bytes} bytes of host memory, and adapters may use {self.max_bytes} in "
+            f"all: start the server with a larger --host-memory.",
+            param="adapter",
+        )
+
+
+class _Cast:
+    """The cast of one adapter; equal tensors within it, and views that are the same, are cast and kept once."""
+
+    def __init__(self, dtype: torch.dtype, pin: bool) -> None:
+        self._dtype = dtype
+        self._pin = pin
+        self._by_content: dict[bytes, HostTensor] = {}
+        self._by_view: dict[tuple[object, ...], HostTensor] = {}  # valid while the lowered adapter is alive
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(tensor.tensor.nbytes for tensor in self._by_content.values())
+
+    def edit(self, path: str, edit: Edit) -> HostEdit:
+        return HostEdit(**{name: self._tensor(path, name, tensor) for name, tensor in edit.tensors().items()})
+
+    def _tensor(self, path: str, field: str, source: torch.Tensor) -> HostTensor:
+        view = (source.data_ptr(), source.dtype, tuple(source.shape), source.stride())
+        known = self._by_view.get(view) if source.numel() else None  # all empty tensors have one address
+        if known is None:
+            known = self._by_view[view] = self._new(path, field, source)
+        return known
+
+    def _new(self, path: str, field: str, source: torch.Tensor) -> HostTensor:
+        # Always a copy of its own: `source` may be a view that keeps something much larger alive.
+        # Scales and shifts stay as exact as they came: rounding one errs in the same direction for every token.
+        dtype = self._dtype if source.dim() == 2 else torch.float32
+        tensor = source.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+        if not tensor.isfinite().all():
+            raise _not_finite(path, field, source, dtype)
+        content_hash = _content_hash(tensor)
+        if content_hash not in self._by_content:
+            self._by_content[content_hash] = HostTensor(content_hash, tensor.pin_memory() if self._pin else tensor)
+        return self._by_content[content_hash]
+
+
+def _distinct(adapter: HostAdapter) -> dict[bytes, HostTensor]:
+    return {tensor.content_hash: tensor for tensor in adapter.tensors()}
+
+
+def _content_hash(tensor: torch.Tensor) -> bytes:
+    """BLAKE2b over dtype, shape and bytes of a contiguous tensor; wide, because a collision would mix two adapters."""
+    digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=32)
+    digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def _not_finite(path: str, field: str, source: torch.Tensor, dtype: torch.dtype) -> AdapterRejected:
+    name = str(dtype).removeprefix("torch.")
+    if not source.isfinite().all():
+        return AdapterRejected(
+            f"The adapter's {field} at {path} holds NaN or infinity: it cannot be applied.", param="weights"
+        )
+    return AdapterRejected(
+        f"The adapter's {field} at {path} reaches {source.abs().max().item():.6g}, beyond {name}'s largest value "
+        f"{torch.finfo(dtype).max:.6g}: start the server with --dtype bfloat16 or float32.",
+        param="weights",
+    )

@@ -1,0 +1,72 @@
+"""The contract between adapter methods and the server: Checkpoint in, Edits out.
+
+Owns the normal form in which every method is expressed and the `Method` protocol. Knows nothing about devices, slots,
+batches or HTTP; a method never learns of them either.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+import torch
+
+from server.adapters.checkpoint import Checkpoint
+from server.model.site import Site
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What an adapter does at one site. All tensors float32 on the CPU; None means identity.
+
+        h = mid_scale * (down @ x) + mid_shift                                            (r,)
+        y = out_scale * (base(in_scale * x) + up_scale * (up^T @ h)) + out_shift          (d_out,)
+
+    `base` includes the base's own bias, so `out_scale` multiplies that bias too. `down` reads the unscaled x.
+    Rows of `down` and `up` are paired: row i of one belongs to row i of the other.
+    """
+
+    down: torch.Tensor | None = None  # (r, d_in)
+    up: torch.Tensor | None = None  # (r, d_out): transposed, one row per rank
+    mid_scale: torch.Tensor | None = None  # (r,)
+    mid_shift: torch.Tensor | None = None  # (r,)
+    in_scale: torch.Tensor | None = None  # (d_in,)
+    up_scale: torch.Tensor | None = None  # (d_out,)
+    out_scale: torch.Tensor | None = None  # (d_out,)
+    out_shift: torch.Tensor | None = None  # (d_out,)
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.down is None else self.down.shape[0]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The fields that are present, by name."""
+        named = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: tensor for name, tensor in named if tensor is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """An adapter in the normal form: the edits by site path, and what users are told about it."""
+
+    method: str  # "lora", "rslora", "dora", "vera", "ia3", ...
+    rank: int  # the largest rank at any site; 0 for methods without one
+    num_parameters: int  # numbers in the checkpoint that belong to the adapter
+    edits: Mapping[str, Edit]  # site path -> edit
+    warnings: tuple[str, ...] = field(default=())
+
+
+class Method(Protocol):
+    """A family of adapters: one module in `methods/` with a module-level `METHOD` that satisfies this."""
+
+    name: str
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Whether an adapter_config.json is of this method; exactly one method claims a config."""
+
+    def lower(self, checkpoint: Checkpoint, sites: Mapping[str, Site]) -> Lowered:
+        """The checkpoint as edits.
+
+        Takes every tensor of the checkpoint that it understands (`checkpoint.take`); what is left is refused by the
+        caller. Raises AdapterRejected, naming the key, the shape or the config field, for anything it cannot apply
+        exactly. Pure: no state is kept, and it may run in any thread.
+        """

@@ -1,0 +1,39 @@
+"""The methods this server knows: every module in this package that has a `METHOD`.
+
+Owns discovery and the choice of the method for a config. Knows nothing about any particular one, so that adding a
+method is adding a file.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from server.adapters.method import Method
+from server.ground.errors import AdapterRejected
+
+
+@cache
+def discover() -> tuple[Method, ...]:
+    """The methods of this package, by name of their module."""
+    names = sorted(found.name for found in iter_modules(__path__))
+    modules = [import_module(f"{__name__}.{name}") for name in names]
+    return tuple(module.METHOD for module in modules if hasattr(module, "METHOD"))
+
+
+def method_for(config: Mapping[str, Any]) -> Method:
+    """The one method that claims an adapter_config.json.
+
+    Raises AdapterRejected, with the methods that there are, if none does.
+    """
+    claiming = [method for method in discover() if method.claims(config)]
+    if not claiming:
+        names = ", ".join(method.name for method in discover())
+        raise AdapterRejected(
+            f"peft_type = {config.get('peft_type')!r:.60} in adapter_config.json is not served; the methods are "
+            f"{names}. Train with one of them, or merge the adapter into the base."
+        )
+    if len(claiming) > 1:
+        raise RuntimeError(f"several methods claim one config: {', '.join(method.name for method in claiming)}")
+    return claiming[0]

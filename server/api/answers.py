@@ -1,0 +1,150 @@
+"""What all answers to a generation share: how it is begun, its envelope (id, created, model, adapter) and its usage."""
+
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from server.adapters.registry import Lease
+from server.api.errors import echo
+from server.api.generation import Generation, submit_all
+from server.api.schemas import GenerationBody
+from server.api.selection import adapter_spec, lease_all
+from server.api.services import Services
+from server.engine.sequence import Delta, SamplingParams
+from server.ground.errors import BadRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """The same in every chunk of one answer."""
+
+    id: str
+    created: int  # seconds since the epoch
+    model: str  # as the client named it
+    adapter: Mapping[str, str] | None  # name and version; None: the bare base
+
+    def around(self, kind: str, choices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """An answer (or chunk) of OpenAI's object type `kind`."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "adapter": self.adapter,
+            "choices": list(choices),
+        }
+
+
+class Usage:
+    """Tokens of one answer: each prompt once, however many choices it has, and what all choices generated."""
+
+    def __init__(self, num_prompt_tokens: int) -> None:
+        self._num_prompt_tokens = num_prompt_tokens
+        self._num_output_tokens: dict[int, int] = {}  # by choice
+
+    def count(self, index: int, delta: Delta) -> None:
+        self._num_output_tokens[index] = delta.num_output_tokens
+
+    def shown(self) -> dict[str, int]:
+        num_output_tokens = sum(self._num_output_tokens.values())
+        return {
+            "prompt_tokens": self._num_prompt_tokens,
+            "completion_tokens": num_output_tokens,
+            "total_tokens": self._num_prompt_tokens + num_output_tokens,
+        }
+
+
+class Chunks:
+    """Envelope and usage of a stream's chunks: `usage` appears only if the client asked, as OpenAI does it."""
+
+    def __init__(self, envelope: Envelope, usage: Usage, body: GenerationBody, kind: str) -> None:
+        self._envelope = envelope
+        self._usage = usage
+        self._kind = kind
+        self.wants_usage = body.stream_options is not None and body.stream_options.include_usage
+        self._is_continuous = body.stream_options is not None and body.stream_options.continuous_usage_stats
+
+    def chunk(self, choice: Mapping[str, Any]) -> dict[str, Any]:
+        chunk = self._envelope.around(self._kind, [choice])
+        if self.wants_usage:
+            chunk["usage"] = self._usage.shown() if self._is_continuous else None
+        return chunk
+
+    def last(self) -> dict[str, Any]:
+        """The chunk with the usage and no choices, sent last if `wants_usage`."""
+        return {**self._envelope.around(self._kind, []), "usage": self._usage.shown()}
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    envelope: Envelope
+    generation: Generation
+    usage: Usage
+
+
+def begin(
+    services: Services,
+    body: GenerationBody,
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    id_prefix: str,
+) -> Begun:
+    """Lease and submit `body.n` sequences per prompt, prompt by prompt. `params` has one item per prompt.
+
+    Raises the errors of selection and submission, with nothing held and nothing running.
+    """
+    num_sequences = len(prompts) * body.n
+    if num_sequences > services.max_queued:
+        raise BadRequest(
+            f"The request is for {num_sequences} sequences (prompts times n); this server takes at most "
+            f"{services.max_queued} at once: split the request.",
+            param="n" if body.n > 1 else "prompt",
+        )
+    spec = adapter_spec(services, body.model, body.adapter)
+    leases = lease_all(services, spec, num_sequences, is_model=body.adapter is None)
+    request_id = f"{id_prefix}-{uuid.uuid4().hex}"
+    repeated = [prompt for prompt in prompts for _ in range(body.n)]
+    choices = [_nth_choice(one, j) for one in params for j in range(body.n)]
+    model = body.model or services.base.served_names[0]
+    envelope = Envelope(request_id, int(time.time()), model, _shown_adapter(leases[0]))
+    generation = submit_all(services, request_id, repeated, choices, leases)
+    return Begun(envelope, generation, Usage(sum(len(prompt) for prompt in prompts)))
+
+
+def check_token_ids(services: Services, ids: Iterable[int], param: str) -> None:
+    """Raises BadRequest naming `param` for an id that the tokenizer or the base's embedding does not have."""
+    num_ids = min(services.tokenizer.vocab_size, services.base.vocab_size)
+    for token_id in ids:
+        if not 0 <= token_id < num_ids:
+            raise BadRequest(
+                f"The prompt has the token id {echo(token_id)}; this model's ids are 0 to {num_ids - 1}.", param=param
+            )
+
+
+def sampling(
+    body: GenerationBody, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None
+) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=max(body.top_k, 0),
+        seed=body.seed,
+        stop=tuple(body.stop),
+        ignore_eos=body.ignore_eos,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def _nth_choice(params: SamplingParams, choice: int) -> SamplingParams:
+    """Choices of one seeded request must differ, and be the same again next time: each has the seed after the last."""
+    if params.seed is None:
+        return params
+    return replace(params, seed=(params.seed + choice + 2**63) % 2**64 - 2**63)
+
+
+def _shown_adapter(lease: Lease | None) -> dict[str, str] | None:
+    return None if lease is None else {"name": lease.version.name, "version": lease.version.digest}

@@ -1,0 +1,43 @@
+"""What the routes work with: the engine, the registry, the tokenizer and the facts about the base, as one value.
+
+Built once by the roof and handed to `create_app`. Knows nothing about HTTP.
+"""
+
+from dataclasses import dataclass
+
+from server.adapters.registry import Registry
+from server.adapters.store import Store
+from server.engine.engine import Engine
+from server.ground.metrics import Metrics
+from server.model.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class BaseInfo:
+    """The base as clients see it.
+
+    `served_names` are the values of a request's `model` that mean the bare base; the first is the one that answers
+    carry when the request names none. `max_context` counts prompt and generated tokens together. `vocab_size` counts
+    the rows of the embedding, of which there may be fewer than the tokenizer has tokens.
+    """
+
+    name: str
+    served_names: tuple[str, ...]
+    max_context: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    engine: Engine
+    registry: Registry
+    store: Store
+    tokenizer: Tokenizer
+    base: BaseInfo
+    metrics: Metrics
+    version: str  # of this server
+    started_at: float  # seconds since the epoch
+    api_key: str | None = None  # None: no key is asked for
+    max_upload_bytes: int = 4 * 1024**3  # of one POST /v1/adapters
+    max_body_bytes: int = 16 * 1024**2  # of every other request
+    max_queued: int = 256  # sequences that may wait: a request of more could never be accepted

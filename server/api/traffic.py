@@ -1,0 +1,59 @@
+"""What happens around every request: its id, its metrics, and the last resort when something unforeseen is raised."""
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.errors import error_response, internal_error
+from server.ground.metrics import Metrics
+
+_LOG = logging.getLogger(__name__)
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class Traffic:
+    """The outermost ASGI middleware, so that every answer carries `x-request-id` and every one is counted."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        request_id = _request_id(scope)
+        scope["request_id"] = request_id  # for log lines further in
+        started_s = time.perf_counter()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            _LOG.exception("request %s to %s failed", request_id, scope["path"])
+            if status:
+                raise  # the server then breaks the connection off: the client must not take this for a whole answer
+            await error_response(internal_error())(scope, receive, send_with_id)
+        finally:
+            self._metrics.observe_request(_route(scope), status or 499, time.perf_counter() - started_s)
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's own id where it is one that may stand in a header and a log line."""
+    sent = Headers(scope=scope).get("x-request-id", "")
+    return sent if _ID.fullmatch(sent) else f"req_{uuid.uuid4().hex}"
+
+
+def _route(scope: Scope) -> str:
+    """The template of the route that took the request: a closed set, whatever clients send."""
+    return getattr(scope.get("route"), "path", "unmatched")

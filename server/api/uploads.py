@@ -1,0 +1,189 @@
+"""An adapter's upload: a multipart form whose files go to disk, hashed, while they arrive.
+
+Owns the form: its fields, their sizes, their order (any). Nothing of a file is kept in memory, and what is written
+belongs to the store's `Incoming`, which its user discards. Knows nothing about what the files say.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from fastapi import Request
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.concurrency import run_in_threadpool
+
+from server.adapters.content import CONFIG_FILE, WEIGHTS_FILE
+from server.adapters.store import Incoming, IncomingFile, check_name
+from server.api.body import body_chunks, declared_bytes, discard
+from server.api.errors import echo
+from server.ground.errors import BadRequest, TooLarge
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
+FILES: Mapping[str, str] = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE}
+_MAX_FIELD_BYTES: Mapping[str, int] = {"name": 1024, "config": 1024**2}
+_MAX_FRAME_BYTES = 64 * 1024  # of the form around the files: boundaries, headers, the name
+_WRITE_BYTES = 1024**2  # how much is gathered for one trip to a worker thread
+_MAX_HEADER_BYTES = 4096
+
+
+async def receive_upload(request: Request, incoming: Incoming, max_bytes: int) -> str:
+    """Write the form's files to `incoming` and return its `name` field.
+
+    Raises BadRequest for a form that is not as documented, TooLarge above `max_bytes` (while it arrives), and
+    ClientGone if the client leaves.
+    """
+    chunks = body_chunks(request.receive)
+    try:
+        if declared_bytes(request.scope) > max_bytes + _MAX_FRAME_BYTES:
+            raise _too_large(max_bytes)
+        with _Form(_boundary(request), incoming, max_bytes) as form:
+            await _feed(form, chunks)
+            return form.finish()
+    except TooLarge:
+        await discard(chunks)
+        raise
+
+
+async def _feed(form: "_Form", chunks: AsyncIterator[bytes]) -> None:
+    gathered = bytearray()
+    async for chunk in chunks:
+        gathered += chunk
+        if len(gathered) >= _WRITE_BYTES:
+            await run_in_threadpool(form.write, bytes(gathered))
+            gathered.clear()
+    await run_in_threadpool(form.write, bytes(gathered))
+
+
+def _boundary(request: Request) -> bytes:
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    if kind != b"multipart/form-data" or not options.get(b"boundary"):
+        raise BadRequest("Send the adapter as multipart/form-data with the fields name, config and weights.")
+    return options[b"boundary"]
+
+
+class _Form:
+    """Push parser: bytes in, fields and files out. Closes an open file when it is left."""
+
+    def __init__(self, boundary: bytes, incoming: Incoming, max_bytes: int) -> None:
+        self._incoming = incoming
+        self._max_bytes = max_bytes + _MAX_FRAME_BYTES
+        self._num_bytes = 0
+        self._name = bytearray()
+        self._seen: set[str] = set()
+        self._part = ""
+        self._part_bytes = 0
+        self._file: IncomingFile | None = None
+        self._opened = ExitStack()  # holds the file, so that one left by an error does not count as sent
+        self._header = (bytearray(), bytearray())  # of the current part: a header's name and value
+        self._disposition = b""
+        self._is_complete = False
+        self._parser = _parser(self, boundary)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._opened.__exit__(kind, error, at)
+
+    def write(self, data: bytes) -> None:
+        """Parse the next bytes, writing what belongs to files; blocks on the disk."""
+        self._num_bytes += len(data)
+        if self._num_bytes > self._max_bytes:
+            raise _too_large(self._max_bytes - _MAX_FRAME_BYTES)
+        try:
+            self._parser.write(data)
+        except FormParserError as error:
+            raise BadRequest(f"The form is not valid multipart/form-data: {echo(error)}.") from error
+
+    def finish(self) -> str:
+        """The adapter's name, once everything is there."""
+        if not self._is_complete:
+            raise BadRequest("The form ends in the middle; send it again.")
+        for field in ("name", "config", "weights"):
+            if field not in self._seen:
+                raise BadRequest(f"The form has no field '{field}'.", param=field, code="missing_field")
+        return self._name.decode()
+
+    # Called by the parser, in the order of the form.
+
+    def begin_part(self) -> None:
+        self._disposition = b""
+
+    def add_header_name(self, data: bytes, start: int, end: int) -> None:
+        self._header[0].extend(data[start:end])
+
+    def add_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header[1].extend(data[start:end])
+
+    def end_header(self) -> None:
+        name, value = (bytes(part) for part in self._header)
+        if name.lower() == b"content-disposition":
+            self._disposition = value
+        self._header = (bytearray(), bytearray())
+
+    def end_headers(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        self._part = options.get(b"name", b"").decode("utf-8", "replace")
+        self._part_bytes = 0
+        if self._part == "manifest":
+            raise BadRequest(
+                "'manifest' is not supported yet: this server would not read it. Send name, config and weights.",
+                param="manifest",
+                code="unsupported",
+            )
+        if self._part != "name" and self._part not in FILES:
+            known = ", ".join(("name", *FILES))
+            raise BadRequest(f"The form has a field '{echo(self._part)}'; known are {known}.", param=echo(self._part))
+        if self._part in self._seen:
+            raise BadRequest(f"The form has '{self._part}' twice.", param=self._part)
+        self._seen.add(self._part)
+        if self._part in FILES:
+            self._file = self._opened.enter_context(self._incoming.open_file(FILES[self._part]))
+
+    def add_data(self, data: bytes, start: int, end: int) -> None:
+        self._part_bytes += end - start
+        limit = _MAX_FIELD_BYTES.get(self._part)
+        if limit is not None and self._part_bytes > limit:
+            raise TooLarge(f"'{self._part}' is larger than {limit} bytes.", param=self._part)
+        if self._file is None:
+            self._name += data[start:end]
+        else:
+            self._file.write(data[start:end])
+
+    def end_part(self) -> None:
+        if self._part == "name":
+            check_name(self._name.decode("utf-8", "replace"))
+        self._opened.close()
+        self._file = None
+
+    def end(self) -> None:
+        self._is_complete = True
+
+
+def _parser(form: _Form, boundary: bytes) -> MultipartParser:
+    callbacks: MultipartCallbacks = {
+        "on_part_begin": form.begin_part,
+        "on_part_data": form.add_data,
+        "on_part_end": form.end_part,
+        "on_header_field": form.add_header_name,
+        "on_header_value": form.add_header_value,
+        "on_header_end": form.end_header,
+        "on_headers_finished": form.end_headers,
+        "on_end": form.end,
+    }
+    try:
+        return MultipartParser(boundary, callbacks, max_header_size=_MAX_HEADER_BYTES)
+    except FormParserError as error:
+        raise BadRequest(f"The form is not valid multipart/form-data: {echo(error)}.") from error
+
+
+def _too_large(max_bytes: int) -> TooLarge:
+    return TooLarge(
+        f"The upload is larger than {max_bytes} bytes: upload a smaller adapter, or start the server with a larger "
+        f"--max-upload-bytes.",
+        param="weights",
+    )

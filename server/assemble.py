@@ -1,0 +1,244 @@
+"""Everything built from the settings, ground to roof, on one page. Read this first.
+
+Owns the wiring, and the sizes that are computed from the base and the machine. Knows nothing of how any part works.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from fastapi import FastAPI
+
+from server import __version__
+from server.adapters.checkpoint import Checkpoint
+from server.adapters.device import DeviceTier
+from server.adapters.host import HostTier
+from server.adapters.lowering import lower
+from server.adapters.method import Lowered
+from server.adapters.registry import Registry
+from server.adapters.rescan import Rescan
+from server.adapters.sources import FolderSource, LocalFolder, Source
+from server.adapters.store import Store
+from server.api.app import create_app
+from server.api.services import BaseInfo, Services
+from server.engine.blocks import BlockPool
+from server.engine.engine import Engine
+from server.engine.runner import Runner
+from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.ground.config import Settings
+from server.ground.errors import GraftError, StartupRefused
+from server.ground.metrics import Metrics
+from server.model.attention import KVCache
+from server.model.base import Base, BaseOptions
+from server.model.quantize import Quantization
+from server.model.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+# On a CPU decode reads a block in one product, so a sequence should need few of them.
+_BLOCK_SIZE = {"cpu": 128, "cuda": 64}
+_KV_SHARE = {"cpu": 0.25, "cuda": 0.8}  # of the memory that is free once the base and the adapters have theirs
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """An assembled server: the application to serve, and what it stands on."""
+
+    app: FastAPI
+    settings: Settings
+    base: Base
+    tokenizer: Tokenizer
+    adapters: DeviceTier
+    store: Store
+    registry: Registry
+    rescan: Rescan | None  # None where no folder is watched
+    engine: Engine
+    runner: Runner
+
+    def banner(self) -> str:
+        """What is loaded, the memory it takes, the address, and a line to try it."""
+        return _banner(self)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Accepts nothing new and waits for what is in flight; what is left after `timeout_s` is aborted."""
+        await self.engine.drain(timeout_s)
+
+    def close(self) -> None:
+        """Ends every thread of the server; what is in flight fails. Blocks until they are done."""
+        if self.rescan is not None:
+            self.rescan.close()
+        self.engine.close()
+        self.registry.close()
+
+
+def assemble(settings: Settings) -> Server:
+    """Loads the base and builds every part. Raises StartupRefused with a sentence that says what to change."""
+    device = _device(settings.device)
+    base = Base.load(BaseOptions(settings.model, Quantization(settings.quantize), _dtype(settings.dtype), device))
+    if base.note:
+        log.info(base.note)
+    tokenizer = Tokenizer.load(settings.model, base.eos_ids)
+    metrics = Metrics()
+
+    def load(folder: Path) -> Lowered:
+        return lower(Checkpoint.open(folder), base.sites.by_path)
+
+    store = Store(settings.store, create=True)
+    with _fitting("the adapters' buffer", "--adapter-memory"):
+        adapters = DeviceTier(base.sites, settings.adapter_memory, base.dtype, device)
+    host = HostTier(settings.host_memory, base.dtype, pin=device.type == "cuda")
+    registry = Registry(store, _sources(settings), host, adapters, load)
+    _verify_named(settings, registry)
+    names = tuple(dict.fromkeys(settings.served_model_name or (base.name,)))
+    _refuse_shared_names(names, registry)
+
+    max_context = _max_context(settings, base)
+    block_size = min(_BLOCK_SIZE[device.type], -(-max_context // 8) * 8)
+    num_blocks = _num_blocks(settings, base, block_size, max_context)
+    blocks = BlockPool(num_blocks, block_size)
+    limits = SchedulerLimits(settings.max_sequences, settings.max_batch_tokens, settings.max_queued, max_context)
+    scheduler = Scheduler(limits, blocks, registry, tokenizer.eos_ids)
+    with _fitting("the KV cache", "--kv-memory"):
+        runner = Runner(base, adapters, num_blocks, block_size)
+    engine = Engine(scheduler, blocks, runner, tokenizer, metrics.step)
+
+    services = Services(
+        engine=engine,
+        registry=registry,
+        store=store,
+        tokenizer=tokenizer,
+        base=BaseInfo(
+            name=base.name, served_names=names, max_context=scheduler.max_total_tokens, vocab_size=base.vocab_size
+        ),
+        metrics=metrics,
+        version=__version__,
+        started_at=time.time(),
+        api_key=settings.api_key.get_secret_value() if settings.api_key else None,
+        max_upload_bytes=settings.max_upload_bytes,
+        max_queued=settings.max_queued,
+    )
+    rescan = None if settings.adapters is None else Rescan(registry.rescan)
+    return Server(
+        app=create_app(services),
+        settings=settings,
+        base=base,
+        tokenizer=tokenizer,
+        adapters=adapters,
+        store=store,
+        registry=registry,
+        rescan=rescan,
+        engine=engine,
+        runner=runner,
+    )
+
+
+@contextmanager
+def _fitting(what: str, flag: str) -> Iterator[None]:
+    """Turns memory that cannot be had into a sentence with the flag that asks for less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        raise StartupRefused(f"{what} does not fit into memory ({error}); lower {flag}") from error
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise StartupRefused("--device cuda: torch sees no GPU here; use --device cpu, or install torch with CUDA")
+    return torch.device(name)
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    return dtypes.get(name)  # None for "auto": the base decides
+
+
+def _sources(settings: Settings) -> list[Source]:
+    sources: list[Source] = [LocalFolder(name, path) for name, path in settings.adapter]
+    if settings.adapters is not None:
+        sources.append(FolderSource(settings.adapters))
+    return sources
+
+
+def _verify_named(settings: Settings, registry: Registry) -> None:
+    """Adapters given one by one are wanted: one that cannot be served stops the start, not a request later."""
+    for name, path in settings.adapter:
+        try:
+            registry.verify(name)
+        except GraftError as error:
+            registry.close()
+            raise StartupRefused(f"--adapter {name}={path}: {error.message}") from error
+
+
+def _refuse_shared_names(names: tuple[str, ...], registry: Registry) -> None:
+    """A request's `model` names the base or an adapter, so no name may be both."""
+    shared = sorted(set(names) & {info.name for info in registry.list()})
+    if shared:
+        registry.close()
+        raise StartupRefused(f"{shared[0]!r} names the base and an adapter; give the base another --served-model-name")
+
+
+def _max_context(settings: Settings, base: Base) -> int:
+    if settings.max_context is not None and settings.max_context > base.max_context:
+        raise StartupRefused(
+            f"--max-context {settings.max_context}: {base.name} reads at most {base.max_context} tokens; lower it"
+        )
+    return settings.max_context or base.max_context
+
+
+def _num_blocks(settings: Settings, base: Base, block_size: int, max_context: int) -> int:
+    """Blocks within --kv-memory, or within a share of what is free; never more than all sequences could use."""
+    block_bytes = KVCache.block_bytes(base.kv_shapes, block_size, base.kv_dtype)
+    wanted = settings.max_sequences * -(-max_context // block_size)
+    if settings.kv_memory is None:
+        budget = int(_KV_SHARE[base.device.type] * _free_bytes(base.device))
+    else:
+        budget = int(settings.kv_memory)
+    num_blocks = min(wanted, budget // block_bytes)
+    if num_blocks < 1:
+        raise StartupRefused(
+            f"the KV cache has {budget} bytes, and one block of {block_size} tokens takes {block_bytes}: "
+            "raise --kv-memory, or free memory"
+        )
+    return num_blocks
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise StartupRefused("cannot read the free memory of this machine; give --kv-memory")
+
+
+def _banner(server: Server) -> str:
+    base, settings, stats = server.base, server.settings, server.registry.stats()
+    names = [info.name for info in server.registry.list()]
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    kv_bytes = server.runner.cache.total_bytes
+    adapter = f'"adapter": "{names[0]}", ' if names else ""
+    lines = [
+        "",
+        f"  Graftserve {__version__} at {settings.url}",
+        f"  base      {base.name}: {base.quantization}, {str(base.dtype).removeprefix('torch.')} on {base.device}, "
+        f"{_mib(base.weight_bytes)}",
+        f"  memory    KV cache {_mib(kv_bytes)} ({server.engine.stats().num_blocks} blocks), adapters "
+        f"{_mib(stats.device_capacity_bytes)} on the device, {_mib(stats.host_max_bytes)} on the host",
+        f"  adapters  {shown or 'none yet: POST /v1/adapters uploads one'}",
+        "",
+        "  Try it:",
+        f"  curl {settings.url}/v1/completions -H 'content-type: application/json' \\",
+        f'    -d \'{{{adapter}"prompt": "The old fisherman", "max_tokens": 40}}\'',
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"

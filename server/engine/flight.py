@@ -1,0 +1,126 @@
+"""One accepted request on its way: its tokens become text and log-probabilities, and these the deltas of its stream.
+
+Owns the stream that a reader waits on and what a reader sees of a sequence. Knows nothing about scheduling or tensors.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Listing
+from dataclasses import dataclass, field
+
+from server.adapters.registry import Lease
+from server.engine.sequence import Delta, FinishReason, SamplingParams, Sequence, TokenLogprobs
+from server.ground.errors import GraftError
+from server.model.tokenizer import IncrementalDecoder
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One sequence to generate. The engine takes over `lease` (None: the bare base) and releases it at the end."""
+
+    sequence_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    lease: Lease | None = None
+
+
+class DeltaStream:
+    """The deltas of one sequence, in order; the last one is terminal. Lives on the event loop that submitted it."""
+
+    def __init__(self, sequence_id: str, abort: Callable[[str], None]) -> None:
+        self.sequence_id = sequence_id
+        self._queue: asyncio.Queue[Delta] = asyncio.Queue()
+        self._abort = abort
+        self._is_ended = False
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self._is_ended:
+            raise StopAsyncIteration
+        delta = await self._queue.get()
+        self._is_ended = delta.is_terminal
+        return delta
+
+    def abort(self) -> None:
+        """Ends the sequence within one step, unless it has ended; the terminal delta still comes."""
+        self._abort(self.sequence_id)
+
+    def put(self, delta: Delta) -> None:
+        """On the event loop only."""
+        self._queue.put_nowait(delta)
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A sequence from acceptance to its end, with what its reader gets to see of it."""
+
+    sequence: Sequence
+    lease: Lease | None
+    stream: DeltaStream
+    loop: asyncio.AbstractEventLoop
+    decoder: IncrementalDecoder
+    random: random.Random
+    _prompt_scores: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position
+    _is_scored: bool = False
+
+    def add_prompt_scores(self, start: int, scores: Listing[TokenLogprobs]) -> None:
+        """The scores of the prompt's tokens from position `start` on; the same ones may come again (preemption)."""
+        self._prompt_scores.update(enumerate(scores, start))
+
+    def advance(
+        self, token_ids: tuple[int, ...], scores: tuple[TokenLogprobs, ...], reason: FinishReason | None
+    ) -> Delta | None:
+        """What the reader gets after a step of this sequence: new tokens, its prompt's scores, its end.
+
+        An end-of-sequence token is not among `token_ids`, but its score is among `scores`. None when there is nothing
+        to tell yet. A stop string ends the sequence: then the delta's reason is STOP, whatever `reason` was.
+        """
+        text = self.decoder.push(token_ids) if token_ids else ""
+        if reason is not None:
+            text += self.decoder.flush()
+        if self.decoder.is_stopped:
+            reason = FinishReason.STOP
+        prompt_scores = self._take_prompt_scores()
+        if not token_ids and reason is None and prompt_scores is None:
+            return None
+        return self._delta(reason, token_ids=token_ids, text=text, logprobs=scores, prompt_logprobs=prompt_scores)
+
+    def end(self, reason: FinishReason, error: GraftError | None = None) -> Delta:
+        """The terminal delta of a sequence that ends without a token: aborted or failed."""
+        return self._delta(reason, error=error)
+
+    def _take_prompt_scores(self) -> tuple[TokenLogprobs, ...] | None:
+        """The scores of the whole prompt, once, when they are complete."""
+        num_prompt = self.sequence.num_prompt_tokens
+        if self._is_scored or self.sequence.params.prompt_logprobs is None:
+            return None
+        if len(self._prompt_scores) < num_prompt - 1:
+            return None
+        self._is_scored = True
+        first = TokenLogprobs(self.sequence.prompt_ids[0], None)
+        return (first, *(self._prompt_scores[position] for position in range(1, num_prompt)))
+
+    def _delta(
+        self,
+        reason: FinishReason | None,
+        *,
+        token_ids: tuple[int, ...] = (),
+        text: str = "",
+        logprobs: tuple[TokenLogprobs, ...] = (),
+        prompt_logprobs: tuple[TokenLogprobs, ...] | None = None,
+        error: GraftError | None = None,
+    ) -> Delta:
+        return Delta(
+            sequence_id=self.sequence.sequence_id,
+            token_ids=token_ids,
+            text=text,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+            error=error,
+            num_prompt_tokens=self.sequence.num_prompt_tokens,
+            num_output_tokens=self.sequence.num_output_tokens,
+        )

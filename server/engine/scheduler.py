@@ -1,0 +1,394 @@
+"""Which sequences run next, under the budgets of tokens, blocks and residencies.
+
+Owns the waiting and the running sequences, their blocks and their residencies. Knows nothing about tensors, text, how
+an adapter gets to the device, or who reads the tokens.
+
+A step is `schedule`, then the forward pass, then `commit`. In one step, in order of arrival within each:
+
+1. running sequences with one token to compute get it;
+2. running sequences with more get a chunk of what the token budget leaves;
+3. waiting sequences are admitted, while a seat, tokens and blocks last.
+
+A running sequence that needs a block when none is free takes it from the newest arrival (perhaps itself), which goes
+back to its place in the queue and later computes all its known tokens again. So the oldest running sequence advances in
+every step, and everything ends.
+
+A waiting sequence whose adapter is still loading, or finds no room on the device, is passed over. So that newer ones
+cannot hold all the room for ever, the oldest such sequence is overtaken by newer ones with an adapter in at most
+MAX_OVERTAKING_STEPS steps. From then on only the base's are admitted behind it, and the residencies drain, until it is
+admitted, fails or is aborted.
+"""
+
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+from server.engine.blocks import BlockPool
+from server.engine.sequence import (
+    Batch,
+    FailedSequence,
+    FinishReason,
+    ScheduledSequence,
+    Sequence,
+    SequenceStatus,
+)
+from server.ground.errors import ContextTooLong, GenerationFailed, GraftError, Overloaded, StartupRefused
+
+MAX_OVERTAKING_STEPS = 64  # enough for most loads to end, so that a cold adapter seldom holds up the others
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    max_sequences: int  # running at once
+    max_batch_tokens: int  # computed in one step
+    max_queued: int  # waiting; preempted sequences come back beyond it
+    max_context: int  # tokens, prompt and output together
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            if value < 1:
+                raise StartupRefused(f"{limit.name} is {value}; set it to at least 1.", param=limit.name)
+        if self.max_batch_tokens < self.max_sequences:
+            raise StartupRefused(
+                f"max_batch_tokens is {self.max_batch_tokens} and max_sequences is {self.max_sequences}, but each "
+                "running sequence computes a token per step: raise max_batch_tokens or lower max_sequences.",
+                param="max_batch_tokens",
+            )
+
+
+class Residency(Protocol):
+    """An adapter's place on the device, as the scheduler needs it. To the scheduler a version is any hashable value."""
+
+    def admit(self, version: Any) -> int | None:
+        """One more hold on the adapter and its slot number; None, without a hold, while it is loading or has no room.
+
+        Never blocks. Raises GraftError, without a hold, when the adapter cannot be applied.
+        """
+
+    def retire(self, version: Any) -> None:
+        """Ends one hold."""
+
+
+@dataclass(slots=True)
+class _Step:
+    """A batch in the making."""
+
+    num_tokens_left: int
+    items: dict[str, ScheduledSequence] = field(default_factory=dict)  # by sequence id, in order
+    failed: list[FailedSequence] = field(default_factory=list)
+    has_preempted: bool = False
+
+    def put(self, sequence: Sequence, num_tokens: int) -> None:
+        start = sequence.num_computed_tokens
+        is_complete = num_tokens == sequence.num_pending
+        self.items[sequence.sequence_id] = ScheduledSequence(
+            sequence=sequence,
+            start=start,
+            num_tokens=num_tokens,
+            samples=is_complete and sequence.params.max_tokens > 0,
+            # The first output token is sampled from the prompt's last row: with one, the whole prompt has been scored.
+            wants_prompt_logits=sequence.params.prompt_logprobs is not None and not sequence.output_ids,
+        )
+        self.num_tokens_left -= num_tokens
+
+    def drop(self, sequence: Sequence) -> None:
+        item = self.items.pop(sequence.sequence_id, None)
+        if item is not None:
+            self.num_tokens_left += item.num_tokens
+
+
+class Scheduler:
+    """Every sequence added ends in exactly one of: `commit` returns it, `Batch.failed` has it, `finish`, `abort`.
+
+    Not thread-safe: it belongs to the engine's loop.
+    """
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        blocks: BlockPool,
+        residency: Residency,
+        eos_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self._limits = limits
+        self._blocks = blocks
+        self._residency = residency
+        self._eos_ids = eos_ids
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: list[Sequence] = []  # by arrival
+        self._running: list[Sequence] = []  # by arrival
+        self._num_holds: Counter[Hashable] = Counter()
+        self._num_arrived = 0
+        self._num_preemptions = 0
+        self._refused_arrival = -1  # of the oldest sequence that found no residency
+        self._num_overtaking_steps = 0  # in which a newer one with an adapter was admitted before it
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_preemptions(self) -> int:
+        """Preemptions since the start."""
+        return self._num_preemptions
+
+    @property
+    def max_total_tokens(self) -> int:
+        """The most tokens, prompt and output together, that one sequence may come to."""
+        return min(self._limits.max_context, self._blocks.num_blocks * self._blocks.block_size)
+
+    def check_fits(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        """Raises ContextTooLong when such a sequence could not run to its end even alone."""
+        num_tokens = num_prompt_tokens + max_tokens
+        if num_tokens > self.max_total_tokens:
+            raise ContextTooLong(
+                f"The prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, together {num_tokens}; "
+                f"a request may come to at most {self.max_total_tokens}. Shorten the prompt or lower max_tokens.",
+                param="max_tokens",
+            )
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a new sequence at the end of the queue. Raises Overloaded, ContextTooLong; then it is not accepted."""
+        if sequence.sequence_id in self._sequences:
+            raise ValueError(f"a sequence {sequence.sequence_id!r} is already in flight")
+        self.check_fits(sequence.num_prompt_tokens, sequence.params.max_tokens)
+        if len(self._waiting) >= self._limits.max_queued:
+            raise Overloaded(f"The queue is full: max_queued is {self._limits.max_queued}. Retry in a moment.")
+        sequence.arrival = self._num_arrived
+        self._num_arrived += 1
+        self._sequences[sequence.sequence_id] = sequence
+        self._waiting.append(sequence)
+
+    def abort(self, sequence_id: str) -> Sequence | None:
+        """Ends a sequence that its reader has left; None when it is not in flight (any more).
+
+        Like `finish`, it may come at any time but between `schedule` and the reading of that batch by the forward pass.
+        """
+        sequence = self._sequences.get(sequence_id)
+        if sequence is not None:
+            self.finish(sequence, FinishReason.ABORT)
+        return sequence
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> bool:
+        """Ends a sequence and frees what it holds; False, and no change, when it has ended before."""
+        if sequence.status is SequenceStatus.FINISHED:
+            return False
+        if self._sequences.get(sequence.sequence_id) is not sequence:
+            raise ValueError(f"sequence {sequence.sequence_id!r} was never added")
+        if sequence.status is SequenceStatus.RUNNING:
+            self._stop(sequence)
+        else:
+            _remove(self._waiting, sequence)
+        del self._sequences[sequence.sequence_id]
+        sequence.status = SequenceStatus.FINISHED
+        sequence.finish_reason = reason
+        return True
+
+    def schedule(self) -> Batch:
+        """The next step's work, with its blocks allocated and its residencies held."""
+        step = _Step(num_tokens_left=self._limits.max_batch_tokens)
+        self._continue_running(step)
+        if not step.has_preempted:
+            # Else the blocks just taken from a sequence would go to one that has to give them back soon.
+            self._admit_waiting(step)
+        return Batch(tuple(step.items.values()), tuple(step.failed))
+
+    def commit(self, batch: Batch, sampled: Mapping[str, int]) -> list[Sequence]:
+        """Books a step that has run: `sampled` has a token for the id of each sequence of the batch that samples.
+
+        Returns the sequences that this ended, by an end-of-sequence token (which stays in the output) or by length.
+        Sequences that ended while the step ran are passed over. Raises ValueError for a step that is not the latest.
+        """
+        ended: list[Sequence] = []
+        for item in batch.sequences:
+            sequence = item.sequence
+            if sequence.status is SequenceStatus.FINISHED:
+                continue
+            if sequence.status is SequenceStatus.WAITING or sequence.num_computed_tokens != item.start:
+                raise ValueError(f"sequence {sequence.sequence_id!r} has moved on since this batch was scheduled")
+            sequence.num_computed_tokens += item.num_tokens
+            if item.samples:
+                sequence.output_ids.append(sampled[sequence.sequence_id])
+            reason = self._end_of(sequence)
+            if reason is not None:
+                self.finish(sequence, reason)
+                ended.append(sequence)
+        return ended
+
+    def check_integrity(self) -> None:
+        """Asserts what holds between any two calls; for tests and for storms."""
+        assert self._blocks.num_free + self._blocks.num_used == self._blocks.num_blocks
+        assert sum(len(sequence.blocks) for sequence in self._running) <= self._blocks.num_used
+        assert self._num_holds == Counter(s.version for s in self._running if s.version is not None)
+        assert len(self._running) <= self._limits.max_sequences
+        assert len(self._running) + len(self._waiting) == len(self._sequences)
+        for line in (self._running, self._waiting):
+            assert all(older.arrival < newer.arrival for older, newer in zip(line, line[1:], strict=False))
+        for sequence in self._running:
+            assert sequence.status is SequenceStatus.RUNNING
+            assert sequence.num_pending > 0
+            assert len(sequence.blocks) >= self._blocks.num_blocks_for(sequence.num_computed_tokens)
+        for sequence in self._waiting:
+            assert sequence.status is SequenceStatus.WAITING
+            assert not sequence.blocks
+            assert sequence.num_computed_tokens == sequence.slot == 0
+
+    def _end_of(self, sequence: Sequence) -> FinishReason | None:
+        """`max_tokens` alone bounds the length: `check_fits` saw to it that it stays within the context."""
+        is_eos = bool(sequence.output_ids) and sequence.output_ids[-1] in self._eos_ids
+        if is_eos and not sequence.params.ignore_eos:
+            return FinishReason.STOP
+        is_longest = sequence.num_tokens == sequence.max_total_tokens
+        if is_longest and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def _continue_running(self, step: _Step) -> None:
+        decodes = [sequence for sequence in self._running if not sequence.is_prefilling]
+        prefills = [sequence for sequence in self._running if sequence.is_prefilling]
+        for sequence in decodes + prefills:
+            if not step.num_tokens_left:
+                return
+            if sequence.status is SequenceStatus.RUNNING:
+                self._continue_one(sequence, step)
+
+    def _continue_one(self, sequence: Sequence, step: _Step) -> None:
+        """Schedules as much of what is pending as tokens and blocks allow, at least one token, or preempts it."""
+        num_room = self._make_room(sequence, step)
+        if not num_room:
+            return
+        num_tokens = min(sequence.num_pending, step.num_tokens_left, num_room)
+        num_blocks = self._blocks.num_blocks_for(sequence.num_computed_tokens + num_tokens)
+        if num_blocks > len(sequence.blocks):
+            sequence.blocks += self._blocks.allocate(num_blocks - len(sequence.blocks))
+        step.put(sequence, num_tokens)
+
+    def _num_room(self, sequence: Sequence) -> int:
+        """Tokens that fit into the sequence's blocks and the free ones."""
+        num_blocks = len(sequence.blocks) + self._blocks.num_free
+        return num_blocks * self._blocks.block_size - sequence.num_computed_tokens
+
+    def _make_room(self, sequence: Sequence, step: _Step) -> int:
+        """Tokens that fit, at least one, at the cost of newer arrivals; 0 when the sequence itself had to go."""
+        while True:
+            num_room = self._num_room(sequence)
+            if num_room:
+                return num_room
+            newest = self._running[-1]
+            if len(self._running) == 1:
+                self._fail(sequence, self._out_of_blocks(sequence), step)
+                return 0
+            self._preempt(newest, step)
+            if newest is sequence:
+                return 0
+
+    def _admit_waiting(self, step: _Step) -> None:
+        absent: set[Hashable] = set()  # asked for in this step already
+        is_overtaken = False
+        for sequence in tuple(self._waiting):
+            if not step.num_tokens_left or len(self._running) == self._limits.max_sequences:
+                break
+            is_newer = bool(absent) and sequence.version is not None
+            if sequence.version in absent or (is_newer and self._num_overtaking_steps >= MAX_OVERTAKING_STEPS):
+                continue
+            try:
+                slot = self._hold(sequence.version)
+            except GraftError as error:
+                self._fail(sequence, error, step)
+                continue
+            if slot is None:
+                if not absent:
+                    self._note_refused(sequence)
+                absent.add(sequence.version)
+            elif self._start(sequence, slot, step):
+                is_overtaken |= is_newer
+            else:
+                break
+        self._num_overtaking_steps += is_overtaken
+
+    def _note_refused(self, oldest: Sequence) -> None:
+        if oldest.arrival != self._refused_arrival:
+            self._refused_arrival = oldest.arrival
+            self._num_overtaking_steps = 0
+
+    def _start(self, sequence: Sequence, slot: int, step: _Step) -> bool:
+        """Runs a waiting sequence whose residency is held; False when it has to wait for blocks.
+
+        Then those behind it must not take blocks either, or a long prompt would never find enough of them.
+        """
+        num_tokens = min(sequence.num_pending, step.num_tokens_left)
+        # The block of the step after this one is taken now, so that a newcomer is not preempted at once.
+        num_blocks = self._blocks.num_blocks_for(min(num_tokens + 1, sequence.max_total_tokens))
+        if not self._blocks.can_allocate(num_blocks):
+            self._unhold(sequence.version)
+            if self._running:
+                return False
+            self._fail(sequence, self._out_of_blocks(sequence), step)
+            return True
+        _remove(self._waiting, sequence)
+        insort(self._running, sequence, key=_arrival)
+        sequence.status = SequenceStatus.RUNNING
+        sequence.slot = slot
+        sequence.blocks = self._blocks.allocate(num_blocks)
+        step.put(sequence, num_tokens)
+        return True
+
+    def _preempt(self, sequence: Sequence, step: _Step) -> None:
+        step.drop(sequence)
+        step.has_preempted = True
+        self._num_preemptions += 1
+        self._stop(sequence)
+        sequence.status = SequenceStatus.WAITING
+        insort(self._waiting, sequence, key=_arrival)
+
+    def _fail(self, sequence: Sequence, error: GraftError, step: _Step) -> None:
+        self.finish(sequence, FinishReason.ERROR)
+        step.failed.append(FailedSequence(sequence, error))
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Takes a running sequence's seat, blocks and residency."""
+        _remove(self._running, sequence)
+        self._blocks.free(sequence.blocks)
+        self._unhold(sequence.version)
+        sequence.blocks = []
+        sequence.slot = 0
+        sequence.num_computed_tokens = 0
+
+    def _hold(self, version: Hashable | None) -> int | None:
+        if version is None:
+            return 0
+        slot = self._residency.admit(version)
+        if slot is not None:
+            self._num_holds[version] += 1
+        return slot
+
+    def _unhold(self, version: Hashable | None) -> None:
+        if version is None:
+            return
+        self._residency.retire(version)
+        self._num_holds[version] -= 1
+        if not self._num_holds[version]:
+            del self._num_holds[version]
+
+    def _out_of_blocks(self, sequence: Sequence) -> GenerationFailed:
+        """For a sequence that runs alone: its blocks and the free ones are all that it can ever get."""
+        num_usable = len(sequence.blocks) + self._blocks.num_free
+        return GenerationFailed(
+            f"The request has {sequence.num_tokens} tokens and needs more than the {num_usable} blocks of "
+            f"{self._blocks.block_size} tokens that the KV cache can give it. Shorten it or enlarge the KV cache."
+        )
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival
+
+
+def _remove(line: list[Sequence], sequence: Sequence) -> None:
+    del line[bisect_left(line, sequence.arrival, key=_arrival)]

@@ -1,0 +1,174 @@
+"""The values that the engine's parts exchange: what was asked, a generation in flight, a step's work, what came out.
+
+Owns these shapes and the arithmetic of one sequence's tokens. Knows nothing about scheduling, tensors or text.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from server.ground.errors import BadRequest, GraftError
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request wants its tokens chosen. Ranges are checked where requests enter, not here."""
+
+    max_tokens: int  # 0: score the prompt, generate nothing
+    temperature: float = 1.0  # 0: the most likely token
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # alternatives listed beside each generated token; None: no log-probabilities
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SequenceStatus(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token's log-probability (None for the first of a prompt: nothing precedes it) and its best alternatives."""
+
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()  # (token id, log-probability), best first
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step adds to one sequence: a plain value that may cross threads and processes."""
+
+    sequence_id: str
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one for each of token_ids, when asked for
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # sent once, when the whole prompt is scored
+    finish_reason: FinishReason | None = None
+    error: GraftError | None = None  # why it failed, when the reason is ERROR
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0  # so far, these included
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One generation in flight. The scheduler alone changes the fields below `version`; others read them.
+
+    Known tokens are the prompt and the output so far; the first `num_computed_tokens` of them have their keys and
+    values in `blocks`. A preempted sequence keeps its known tokens and computes all of them again, the output too;
+    `prompt_ids` stays the original prompt, to which position rules refer.
+    """
+
+    sequence_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    version: Hashable | None = None  # of the adapter; None: the bare base
+    output_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    blocks: list[int] = field(default_factory=list)
+    slot: int = 0
+    status: SequenceStatus = SequenceStatus.WAITING
+    finish_reason: FinishReason | None = None
+    arrival: int = -1  # its place in the order of arrival, given by the scheduler
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise BadRequest("The prompt is empty; send at least one token.", param="prompt")
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.output_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known: prompt and output."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Tokens known at its longest possible end."""
+        return len(self.prompt_ids) + self.params.max_tokens
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens whose keys and values are not computed yet."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether more is pending than the one token that every decode step computes."""
+        return self.num_pending > 1
+
+    @property
+    def last_position(self) -> int:
+        """Position of the newest known token, counted from 0."""
+        return self.num_tokens - 1
+
+    @property
+    def all_ids(self) -> list[int]:
+        return self.prompt_ids + self.output_ids
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """The known tokens at positions start..stop-1, without building the whole list."""
+        num_prompt = len(self.prompt_ids)
+        return self.prompt_ids[start:stop] + self.output_ids[max(start - num_prompt, 0) : max(stop - num_prompt, 0)]
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """A sequence's share of one step: compute the known tokens at positions start .. start + num_tokens - 1.
+
+    `samples`: the last of them is the newest known token, so its logits choose the next one. `wants_prompt_logits`:
+    prompt log-probabilities were asked for and are not complete, so the logits of all these rows are needed; after a
+    preemption in mid-prompt the same positions come again, so keep what is read from them by position.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+    wants_prompt_logits: bool
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.sequence.token_ids(self.start, self.start + self.num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class FailedSequence:
+    """A sequence that the scheduler has ended because it cannot run, and the error to tell its user."""
+
+    sequence: Sequence
+    error: GraftError
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The work of one step. `failed` need no work, only their terminal event."""
+
+    sequences: tuple[ScheduledSequence, ...]
+    failed: tuple[FailedSequence, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.sequences)

@@ -1,0 +1,359 @@
+"""Every setting of the server, defined once: flags, environment variables, YAML keys and help are made from it.
+
+Owns names, defaults, limits and precedence (flag > GRAFT_ variable > --config file > default), and the sentences that
+refuse a bad value. Knows nothing about what the settings are for: a value that has to be computed from the model or the
+machine is None here, and whoever computes it says what None means.
+"""
+
+import difflib
+import ipaddress
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from server.ground.errors import StartupRefused
+
+ENV_PREFIX = "GRAFT_"
+_CHECKOUT = Path(__file__).parents[2]
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """How a setting is shown in `graft serve --help`. `default` replaces the value where that would say little."""
+
+    group: Literal["base", "adapters", "http", "limits", "process"]
+    metavar: str
+    help: str
+    default: str | None = None
+
+
+class NamedAdapter(NamedTuple):
+    """One `--adapter NAME=PATH`: a folder served in place under this name."""
+
+    name: str
+    path: Path
+
+
+def _split(value: object) -> object:
+    """A variable holds its list as one comma-separated string; flags and YAML bring lists."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _named_adapters(value: object) -> object:
+    """ "NAME=PATH" strings, or a YAML mapping of names to paths, as NamedAdapters."""
+    value = _split(value)
+    if isinstance(value, Mapping):
+        return tuple(NamedAdapter(str(name), Path(path).expanduser()) for name, path in value.items())
+    if not isinstance(value, list):
+        return value
+    return tuple(_named_adapter(item) if isinstance(item, str) else item for item in value)
+
+
+def _named_adapter(text: str) -> NamedAdapter:
+    name, separator, path = text.partition("=")
+    if not (name and separator and path):
+        raise ValueError(f"{text!r} must be NAME=PATH, such as legal=./adapters/legal")
+    return NamedAdapter(name, Path(path).expanduser())
+
+
+def _is_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise ValueError("no such folder; create it or correct the path")
+    return path
+
+
+def _default_model() -> str:
+    """The demo of the checkout that this file lies in; empty (and then refused) where there is none."""
+    demo = _CHECKOUT / "demo" / "base"
+    return str(demo) if demo.is_dir() else ""
+
+
+def _default_store() -> Path:
+    """The store that the checkout brings along, with the demo's adapters; else a folder where the command is run."""
+    store = _CHECKOUT / "adapters_store"
+    return store if store.is_dir() else Path("adapters_store")
+
+
+Count = Annotated[int, Field(ge=1)]
+Size = Annotated[ByteSize, Field(gt=0)]
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+
+
+class Settings(BaseSettings):
+    """What `graft serve` was asked for; immutable. Build it with `load`, which words the refusals for people."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=ENV_PREFIX, env_ignore_empty=True)
+
+    model: Annotated[
+        str,
+        Flag("base", "MODEL", "local folder or hub id of the base model", default="the built-in demo"),
+    ] = Field(default_factory=_default_model, validate_default=True)
+    quantize: Annotated[
+        Literal["nf4", "int8", "none"],
+        Flag("base", "{nf4,int8,none}", "how linears are held; a pre-quantized checkpoint keeps its own way"),
+    ] = "nf4"
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        Flag("base", "{auto,bfloat16,float16,float32}", "what the base computes in; auto follows the checkpoint"),
+    ] = "auto"
+    device: Annotated[
+        Literal["auto", "cuda", "cpu"],
+        Flag("base", "{auto,cuda,cpu}", "where the base lives; auto takes a GPU if there is one"),
+    ] = "auto"
+    served_model_name: Annotated[
+        tuple[str, ...],
+        NoDecode,
+        BeforeValidator(_split),
+        Flag("base", "NAME", "name of the base in requests; may be repeated", default="the model's own name"),
+    ] = ()
+
+    store: Annotated[
+        UserPath,
+        Flag("adapters", "DIR", "where uploaded adapters are kept; created at need", default="./adapters_store"),
+    ] = Field(default_factory=_default_store)
+    adapter: Annotated[
+        tuple[NamedAdapter, ...],
+        NoDecode,
+        BeforeValidator(_named_adapters),
+        Flag("adapters", "NAME=PATH", "serve the adapter in this folder under this name; may be repeated"),
+    ] = ()
+    adapters: Annotated[
+        UserPath | None,
+        Flag("adapters", "DIR", "serve every subfolder that has an adapter_config.json, in place, and watch for more"),
+    ] = None
+    adapter_memory: Annotated[
+        Size, Flag("adapters", "SIZE", "device memory for adapters; the number resident is bounded by it alone")
+    ] = ByteSize(512 * _MIB)
+    host_memory: Annotated[Size, Flag("adapters", "SIZE", "RAM for adapters that are ready but not on the device")] = (
+        ByteSize(2048 * _MIB)
+    )
+
+    host: Annotated[str, Flag("http", "HOST", "address to listen on; beyond loopback an API key is required")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, Field(ge=0, le=65535), Flag("http", "PORT", "port to listen on; 0 picks a free one")] = 8000
+    api_key: Annotated[
+        SecretStr | None,
+        Flag("http", "KEY", "bearer token that requests must carry; the variable keeps it out of the process list"),
+    ] = None
+    max_upload_bytes: Annotated[Size, Flag("http", "SIZE", "largest adapter upload")] = ByteSize(1024 * _MIB)
+
+    max_context: Annotated[
+        Count | None, Flag("limits", "N", "prompt and answer together, in tokens", default="the model's own limit")
+    ] = None
+    max_sequences: Annotated[Count, Flag("limits", "N", "sequences generating at once")] = 64
+    max_batch_tokens: Annotated[Count, Flag("limits", "N", "tokens in one step; a longer prompt is read in chunks")] = (
+        2048
+    )
+    max_queued: Annotated[Count, Flag("limits", "N", "requests waiting to start; more are answered with 503")] = 256
+    kv_memory: Annotated[
+        Size | None, Flag("limits", "SIZE", "device memory for the KV cache", default="a share of what is free")
+    ] = None
+
+    config: Annotated[UserPath | None, Flag("process", "FILE", "YAML file with any of these settings as keys")] = None
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Flag("process", "{debug,info,warning,error}", "how much is written to stderr"),
+    ] = "info"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        path = init_settings().get("config") or env_settings().get("config")
+        in_file = InitSettingsSource(settings_cls, _read_file(Path(path)) if path else {})
+        return init_settings, env_settings, in_file
+
+    @field_validator("model")
+    @classmethod
+    def _model_is_named(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("name the base model, a local folder or a hub id: graft serve MODEL")
+        return str(Path(value).expanduser()) if value.startswith("~") else value
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapters_exist(cls, value: Path | None) -> Path | None:
+        return None if value is None else _is_folder(value)
+
+    @field_validator("adapter")
+    @classmethod
+    def _adapters_are_distinct(cls, value: tuple[NamedAdapter, ...]) -> tuple[NamedAdapter, ...]:
+        names = [adapter.name for adapter in value]
+        for name, path in value:
+            if names.count(name) > 1:
+                raise ValueError(f"{name!r} is given more than once; choose another name for one of them")
+            if not path.is_dir():
+                raise ValueError(f"{name!r} points to {str(path)!r}, which is no folder; correct the path")
+        return value
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _port_is_ours(cls, value: object) -> object:
+        if isinstance(value, str) and "://" in value:
+            raise ValueError(
+                "it must be a number; Kubernetes sets GRAFT_PORT for a Service named 'graft': "
+                "rename the Service, set enableServiceLinks: false in the pod, or pass --port"
+            )
+        return value
+
+    @field_validator("api_key")
+    @classmethod
+    def _key_fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        text = value.get_secret_value()  # a SecretStr of nothing is falsy, and nothing must not pass for "no key"
+        if not text or not all("!" <= character <= "~" for character in text):
+            raise ValueError("it must be printable ASCII without spaces, at least one character")
+        return value
+
+    @model_validator(mode="after")
+    def _decodes_fit_in_a_step(self) -> Self:
+        if self.max_batch_tokens < self.max_sequences:
+            raise ValueError(
+                f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_sequences ({self.max_sequences}): "
+                "every running sequence takes one token of each step. Raise the first or lower the second."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _exposed_needs_a_key(self) -> Self:
+        if not self.is_loopback and self.api_key is None:
+            raise ValueError(
+                f"host {self.host!r} can be reached from other machines, so an API key is required: "
+                "set GRAFT_API_KEY (or --api-key), or keep the default --host 127.0.0.1."
+            )
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect. A name other than localhost counts as reachable."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine finds the server, once `port` is a real one."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+def load(flags: Mapping[str, Any]) -> Settings:
+    """The settings from `flags` (by field name, only those given), the environment, the file and the defaults.
+
+    Raises StartupRefused with one sentence per problem, each naming where the value came from and what would do.
+    """
+    try:
+        return Settings(**flags)
+    except ValidationError as error:
+        whence = origins(flags)
+        problems = [_sentence(detail, whence) for detail in error.errors()]
+        raise StartupRefused("\n".join(problems)) from None
+
+
+def origins(flags: Mapping[str, Any]) -> dict[str, str]:
+    """Where each setting's value comes from: "--port", "GRAFT_PORT", "port in graft.yaml" or "default"."""
+    given = {name.upper() for name, value in os.environ.items() if value}
+    path = flags.get("config") or os.environ.get(f"{ENV_PREFIX}CONFIG")
+    in_file = _read_file(Path(path)) if path else {}
+
+    def origin(name: str) -> str:
+        if name in flags:
+            return flag_name(name)
+        if variable_name(name) in given:
+            return variable_name(name)
+        return f"{name} in {path}" if name in in_file else "default"
+
+    return {name: origin(name) for name in Settings.model_fields}
+
+
+def unknown_variables() -> Iterator[str]:
+    """A sentence for each GRAFT_ variable that is no setting but is spelled almost like one: surely a slip."""
+    known = [variable_name(name) for name in Settings.model_fields]
+    for name in os.environ:
+        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
+            for near in difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85):
+                yield f"{name} is not a setting and is ignored; did you mean {near}?"
+
+
+def flag_name(name: str) -> str:
+    """The spelling on the command line: the model is positional, the rest are --kebab-case."""
+    return "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+
+
+def variable_name(name: str) -> str:
+    return f"{ENV_PREFIX}{name.upper()}"
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, by field name; "max-context" and "max_context" are one key."""
+    try:
+        content = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise StartupRefused(f"--config {path} cannot be read as YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise StartupRefused(f"--config {path} must hold settings as 'key: value' lines, such as 'port: 8001'.")
+    named = {str(key).replace("-", "_"): value for key, value in content.items()}
+    for key in named:
+        _check_key(key, path)
+    return named
+
+
+def _check_key(key: str, path: Path) -> None:
+    known = [name for name in Settings.model_fields if name != "config"]
+    if key in known:
+        return
+    near = difflib.get_close_matches(key, known, n=1)
+    remedy = f"did you mean {near[0]}?" if near else "graft serve --help lists the settings."
+    raise StartupRefused(f"{key} in {path} is not a setting; {remedy}")
+
+
+def _sentence(detail: ErrorDetails, whence: Mapping[str, str]) -> str:
+    """One problem as a person would say it: what was given where, and what would be accepted."""
+    wish = _wish(detail)
+    if not detail["loc"]:
+        return wish
+    name = str(detail["loc"][0])
+    origin = whence.get(name, name)
+    subject = name if origin == "default" else origin
+    # A key must not reach a terminal or a log, and a repeated setting's sentence quotes its own bad item.
+    is_quoted = name not in ("api_key", "adapter", "model")
+    return f"{subject} is {detail['input']!r}: {wish}" if is_quoted else f"{subject}: {wish}"
+
+
+def _wish(detail: ErrorDetails) -> str:
+    if detail["type"].startswith("byte_size"):
+        return "it must be a size such as 512MiB or 2GB"
+    return detail["msg"].removeprefix("Value error, ").replace("Input should be", "it must be", 1)

@@ -1,0 +1,99 @@
+"""Every error that a user can meet, each with the HTTP status and the machine code it is shown with.
+
+Owns the tree below and the wording rules (name the field, the limit, the remedy). Knows nothing about HTTP frameworks.
+
+    GraftError
+    ├── BadRequest           400  a field is wrong, unsupported or out of range
+    │   ├── ContextTooLong   400  prompt + max_tokens exceed the context window
+    │   └── AdapterRejected  400  a checkpoint that this server cannot apply exactly
+    ├── Unauthorized         401  the key is missing or wrong
+    ├── NotFound             404
+    │   └── AdapterNotFound  404
+    ├── Conflict             409  the name exists with other content, or is in use
+    ├── TooLarge             413  a body or a file over its limit
+    ├── GenerationFailed     500  the engine failed while the request ran
+    ├── Overloaded           503  the queue is full; carries Retry-After
+    └── StartupRefused        -   the server cannot start with these settings
+"""
+
+
+class GraftError(Exception):
+    """Base of all errors shown to users.
+
+    `message` is a sentence that says what to do, `param` names the offending request field (or None), `code` is a
+    stable machine word, `status` the HTTP status, `type` OpenAI's error type.
+    """
+
+    status: int = 500
+    type: str = "server_error"
+    code: str = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class BadRequest(GraftError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class ContextTooLong(BadRequest):
+    code = "context_length_exceeded"
+
+
+class AdapterRejected(BadRequest):
+    code = "invalid_adapter"
+
+
+class Unauthorized(GraftError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class NotFound(GraftError):
+    status = 404
+    type = "not_found_error"
+    code = "not_found"
+
+
+class AdapterNotFound(NotFound):
+    code = "adapter_not_found"
+
+
+class Conflict(GraftError):
+    status = 409
+    type = "conflict_error"
+    code = "conflict"
+
+
+class TooLarge(GraftError):
+    status = 413
+    type = "invalid_request_error"
+    code = "too_large"
+
+
+class GenerationFailed(GraftError):
+    status = 500
+    code = "generation_failed"
+
+
+class Overloaded(GraftError):
+    """The server is full; `retry_after_s` is the wait that the answer's Retry-After header asks for."""
+
+    status = 503
+    type = "overloaded_error"
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class StartupRefused(GraftError):
+    code = "startup_refused"

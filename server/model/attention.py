@@ -1,0 +1,148 @@
+"""Paged attention behind transformers' attention interface.
+
+Owns the KV cache tensors and the function that stock models call instead of their own attention. Knows nothing about
+sequences or adapters; what a step attends to is in the context.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from server.ground.errors import StartupRefused
+from server.model.context import Scope, StepContext
+from server.ops import decode_attention, prefill_attention, store_kv
+
+IMPLEMENTATION = "graft"
+
+
+class KVCache:
+    """Keys and values of every layer, in blocks of `block_size` tokens.
+
+    Per layer keys and values, each (num_blocks, kv_heads, block_size, head_dim).
+    """
+
+    def __init__(
+        self,
+        shapes: list[tuple[int, int]],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`shapes`: (kv_heads, head_dim) of each layer."""
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        # Zeros, not empty: decode gives weight 0 to what lies past a sequence's end, and it must be a number.
+        self.keys = [torch.zeros(num_blocks, h, block_size, d, dtype=dtype, device=device) for h, d in shapes]
+        self.values = [torch.zeros(num_blocks, h, block_size, d, dtype=dtype, device=device) for h, d in shapes]
+
+    @staticmethod
+    def block_bytes(shapes: list[tuple[int, int]], block_size: int, dtype: torch.dtype) -> int:
+        """Bytes that one block takes over all layers."""
+        return sum(2 * h * d for h, d in shapes) * block_size * dtype.itemsize
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+
+class PagedAttention:
+    """The attention of one base: what its layers call, with the scope and the cache that they need."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+        self.cache: KVCache | None = None
+        self.observer: Callable[[int, int, int], None] | None = None  # (layer, kv_heads, head_dim)
+
+    def forward(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """query (1, heads, tokens, width), key and value (1, kv_heads, tokens, width) -> (1, tokens, heads, width)."""
+        context = self._scope.current
+        assert context is not None, "attention outside of a step"
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        if self.observer is not None:
+            _refuse_unlike(module, key, value)
+            self.observer(layer, key.shape[1], key.shape[3])
+            return query.transpose(1, 2)
+        assert self.cache is not None, "attention without a cache"
+        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (tokens, heads, head_dim)
+        batch = context.attention
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        store_kv(k, v, keys, values, batch.blocks, batch.offsets)
+        options: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap}
+        return self._attend(q, k, v, keys, values, context, options)[None]
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        context: StepContext,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        batch = context.attention
+        parts = []
+        if batch.decode is not None:
+            parts.append(decode_attention(q[: batch.num_decodes], keys, values, batch.decode, **options))
+        for span in batch.prefills:
+            at = slice(span.start, span.end)
+            parts.append(prefill_attention(q[at], k[at], v[at], keys, values, span, **options))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _refuse_unlike(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
+    if getattr(module, "is_causal", True) is False:
+        raise StartupRefused(f"{type(module).__name__} looks ahead (it is not causal), so its past cannot be cached")
+    if key.shape != value.shape:
+        raise StartupRefused(
+            f"{type(module).__name__} has keys of width {key.shape[3]} and values of width {value.shape[3]}, which the "
+            "KV cache of this version does not hold"
+        )
+
+
+def _interface(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers' models call. The base's PagedAttention hangs on every attention module (`attach`)."""
+    if s_aux is not None:
+        raise StartupRefused(f"{type(module).__name__} has attention sinks, which this version does not compute")
+    attention: PagedAttention = module.graft_attention  # type: ignore[assignment]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = attention.forward(module, query, key, value, scaling=scale, window=sliding_window, softcap=softcap)
+    return out, None
+
+
+AttentionInterface.register(IMPLEMENTATION, _interface)
+
+
+def attach(model: nn.Module, attention: PagedAttention) -> int:
+    """Makes the attention modules of a model use `attention`; returns how many there are."""
+    modules = [m for m in model.modules() if hasattr(m, "layer_idx") and "Attention" in type(m).__name__]
+    for module in modules:
+        # Past nn.Module's registration: the attention object is not a child of the model.
+        object.__setattr__(module, "graft_attention", attention)
+    return len(modules)

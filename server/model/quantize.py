@@ -1,0 +1,115 @@
+"""What bitsandbytes does to a base: how to ask for it, what its modules mean, and its traps on CPUs.
+
+Owns every touch of bitsandbytes. Knows nothing about sites, adapters or attention.
+"""
+
+import logging
+from enum import StrEnum
+from typing import Any, cast
+
+import torch
+from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+# It says at every product that int8 inputs pass through float16, which is how its int8 works.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+class Quantization(StrEnum):
+    NF4 = "nf4"
+    INT8 = "int8"
+    NONE = "none"
+
+
+def quantization_config(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """The request to transformers: NF4 with double quantization, or int8 without outlier columns.
+
+    int8's threshold is 0 because the outlier columns of a threshold above 0 are chosen over the whole batch, so that
+    one request would change the answer of another.
+    """
+    if kind is Quantization.NF4:
+        return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if kind is Quantization.INT8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)  # type: ignore[no-untyped-call]
+    return None
+
+
+def is_quantized(module: nn.Module) -> bool:
+    return isinstance(module, Linear4bit | Linear8bitLt)
+
+
+def can_read_weight(module: nn.Module) -> bool:
+    """Whether `dequantized_weight` holds at any time; of 4-bit weights only before their first use."""
+    return not isinstance(module, Linear4bit)
+
+
+def found_quantization(model: nn.Module) -> Quantization:
+    """What the base's linears are in fact (checkpoints come quantized, too)."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            return Quantization.NF4
+        if isinstance(module, Linear8bitLt):
+            return Quantization.INT8
+    return Quantization.NONE
+
+
+def dequantized_weight(module: nn.Module) -> torch.Tensor:
+    """The weight as stored (out, in), or (in, out) for Conv1D and embeddings, dequantized to a floating dtype.
+
+    For 4-bit weights this holds only before the module's first forward pass on a CPU with AVX512-BF16, which repacks
+    them; `settle` and the row norms come before it.
+    """
+    weight: Any = module.weight  # of bitsandbytes' own classes, which hang their scales on it
+    if isinstance(module, Linear4bit):
+        return dequantize_4bit(weight.data, weight.quant_state)
+    if isinstance(module, Linear8bitLt):
+        # The first forward pass moves both from the weight to the module's state.
+        held: Any = module.state if module.state.CB is not None else weight
+        return cast(torch.Tensor, held.CB.float() * (held.SCB.float() / 127.0)[:, None])
+    return cast(torch.Tensor, weight.data)
+
+
+def settle(model: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Makes quantized modules answer each request alone and as asked; returns a sentence for the log, if any.
+
+    int8 thresholds of pre-quantized checkpoints are set to 0 (see `quantization_config`). On a CPU, 4-bit layers run on
+    bitsandbytes' AVX512-BF16 product where it exists and their shape allows it; float32 is computed in float32; and a
+    CPU without that product would dequantize every layer in every step, so it does so once, here.
+    """
+    is_fast = has_avx512bf16()  # type: ignore[no-untyped-call]
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.state.threshold = 0.0
+        if isinstance(module, Linear4bit) and device.type == "cpu":
+            fits = module.out_features % 32 == 0 and module.in_features % 64 == 0
+            module.support_avx512bf16_for_cpu = is_fast and fits and dtype is not torch.float32
+    if device.type == "cpu" and not is_fast and dtype is not torch.float32:
+        num = _dequantize_linears(model, dtype)
+        if num:
+            return (
+                f"this CPU has no AVX512-BF16, so {num} NF4 layers are held dequantized as {dtype}: "
+                "same values, faster, more memory"
+            )
+    return None
+
+
+def _dequantize_linears(model: nn.Module, dtype: torch.dtype) -> int:
+    """Replaces 4-bit linears by plain ones with the dequantized weight; returns how many."""
+    num = 0
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, Linear4bit):
+                plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, dtype=dtype)
+                plain.weight.data = dequantized_weight(module).to(dtype)
+                if module.bias is not None:
+                    plain.bias.data = module.bias.data.to(dtype)
+                setattr(parent, name, plain.requires_grad_(False).eval())
+                num += 1
+    return num

@@ -1,0 +1,137 @@
+"""What the ops need to know of a batch's adapters: which token belongs to which, and their edits side by side.
+
+Owns the batch-local numbering: the adapters of one step are numbered 1..S-1 in any order and 0 is the bare base.
+Knows nothing about where rows are stored or what method an edit came from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive tokens [start, end) of one adapter (batch-local number)."""
+
+    start: int
+    end: int
+    adapter: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """The first tokens of a step sorted by adapter: lane a - 1 has adapter a's tokens, padded to the longest lane.
+
+    Lanes hold all tokens of the step where that needs little padding, else the mixed ones only.
+    """
+
+    num: int  # one per adapter of the step, used or not
+    length: int
+    tokens: torch.Tensor  # (num * length,) the token at each place; padding names any token
+    places: torch.Tensor  # (num_tokens,) the place of each token; for one without adapter any place
+    bare: torch.Tensor | None  # (num_tokens, 1) bool, True for tokens without adapter; None if all have one
+    is_ordered: bool  # place i has token i, and there is nothing else
+
+    @property
+    def num_tokens(self) -> int:
+        return self.places.shape[0]
+
+    @classmethod
+    def of(cls, adapters: Sequence[int], num: int, max_padding: int, device: torch.device) -> "Lanes | None":
+        """Lanes for tokens of these batch-local adapters; None above `max_padding` places a token."""
+        lanes: list[list[int]] = [[] for _ in range(num)]
+        for token, adapter in enumerate(adapters):
+            if adapter:
+                lanes[adapter - 1].append(token)
+        length = max(map(len, lanes), default=0)
+        if length == 0 or num * length > max_padding * len(adapters):
+            return None
+        tokens = [token for lane in lanes for token in (*lane, *[0] * (length - len(lane)))]
+        places = [0] * len(adapters)
+        for number, lane in enumerate(lanes):
+            for place, token in enumerate(lane, start=number * length):
+                places[token] = place
+        bare = [[adapter == 0] for adapter in adapters]
+        return cls(
+            num=num,
+            length=length,
+            tokens=torch.tensor(tokens, device=device),
+            places=torch.tensor(places, device=device),
+            bare=torch.tensor(bare, device=device) if any(map(any, bare)) else None,
+            is_ordered=tokens == places == list(range(len(adapters))),
+        )
+
+
+@dataclass(slots=True)
+class TokenLayout:
+    """Which adapter each token of a step belongs to.
+
+    The first `num_mixed` tokens may change adapter from one to the next (decodes: one token per sequence); the tokens
+    after them lie in `runs` of one adapter each (prefill chunks). The two halves are computed differently: runs as a
+    product each; mixed tokens in lanes, one small product per adapter, or as one dense product over all rank rows in
+    which each token keeps its own.
+    """
+
+    adapters: torch.Tensor  # (tokens,) int64, batch-local adapter numbers
+    num_mixed: int
+    runs: tuple[Run, ...]
+    lanes: Lanes | None = None
+    # Many sites share one mask (same ranks), so a step gathers it once.
+    _gathered: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def mixed_rows(self, per_adapter: torch.Tensor) -> torch.Tensor:
+        """per_adapter[adapter of each mixed token]: (adapters, n) -> (num_mixed, n); computed once per step."""
+        # The key is an id, so the tensor itself is kept beside the result: ids of dead tensors are used again.
+        known = self._gathered.get(id(per_adapter))
+        if known is None:
+            known = (per_adapter, per_adapter.index_select(0, self.adapters[: self.num_mixed]))
+            self._gathered[id(per_adapter)] = known
+        return known[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The rank rows of a site once more, a matrix per adapter, padded with rows of zeros to the highest rank.
+
+    In the dtype that small products are fastest in, so that lanes are a batched product each way.
+    """
+
+    down: torch.Tensor  # (adapters, rank, d_in)
+    up: torch.Tensor  # (adapters, rank, d_out)
+    mid_scale: torch.Tensor | None = None  # (adapters, 1, rank)
+    mid_shift: torch.Tensor | None = None  # (adapters, 1, rank)
+
+
+@dataclass(frozen=True, slots=True)
+class SiteEdits:
+    """The edits of a step's adapters at one site, stacked over the batch-local number (S of them, row 0 = the base).
+
+    `up` holds the rank rows of all adapters under one another; `columns[a]` are the rows of adapter a among them.
+    A vector field is None when no adapter of the step has it; adapters without it have the identity in their row.
+    """
+
+    up: torch.Tensor | None = None  # (rows, d_out)
+    columns: tuple[torch.Tensor | slice | None, ...] = ()
+    stack: Stack | None = None
+    in_scale: torch.Tensor | None = None  # (S, d_in) float32, like all vectors
+    up_scale: torch.Tensor | None = None  # (S, d_out)
+    out_scale: torch.Tensor | None = None  # (S, d_out)
+    out_shift: torch.Tensor | None = None  # (S, d_out)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupEdits:
+    """One shrink for the sites of a group, which all read the same input.
+
+    The rank rows of the members lie under one another in `down`; member i owns rows [offsets[i], offsets[i + 1]).
+    """
+
+    members: tuple[SiteEdits | None, ...]
+    down: torch.Tensor | None = None  # (rows, d_in)
+    foreign: torch.Tensor | None = None  # (S, rows) bool, True where a row is not the adapter's own
+    mid_scale: torch.Tensor | None = None  # (S, rows) float32, None when 1 everywhere
+    mid_shift: torch.Tensor | None = None  # (S, rows) float32, zero for foreign rows; None when 0 everywhere
+    offsets: tuple[int, ...] = (0,)
+    columns: tuple[torch.Tensor | slice | None, ...] = ()  # rows of each adapter, over all members
+    is_stacked: bool = False  # every member with rank rows has a stack

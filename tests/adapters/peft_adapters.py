@@ -1,0 +1,192 @@
+"""Tiny adapters made by PEFT, and PEFT's own answer for them: the oracle of the fidelity tests.
+
+`KINDS` names what can be made, `make_adapter` saves one with every trained tensor moved away from its init, and
+`peft_logits` runs a saved one the way PEFT runs it. Configs name modules by role, so that one kind fits every
+architecture in `TARGETS`.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft.tuners.lora.config import BdLoraConfig
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Module names of one architecture by their role."""
+
+    query: str  # reads the residual stream, first in attention; may be the fused q, k, v
+    value: str
+    attention_out: str
+    feedforward_in: str
+    feedforward_out: str
+    embedding: str = "embed_tokens"
+    head: str = "lm_head"
+    extra: tuple[str, ...] = ()
+
+    @property
+    def attention(self) -> list[str]:
+        return sorted({self.query, self.value, self.attention_out})
+
+    @property
+    def feedforward(self) -> list[str]:
+        return sorted({self.feedforward_in, self.feedforward_out})
+
+    @property
+    def all(self) -> list[str]:
+        return sorted({*self.attention, *self.feedforward, *self.extra})
+
+
+_LLAMA_LIKE = Targets("q_proj", "v_proj", "o_proj", "up_proj", "down_proj", extra=("k_proj", "gate_proj"))
+TARGETS: Mapping[str, Targets] = {
+    "llama": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": _LLAMA_LIKE,
+    "phi3": Targets("qkv_proj", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "gpt2": Targets("c_attn", "c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", embedding="wte"),
+}
+
+Recipe = Callable[[Targets], PeftConfig]
+
+
+def _lora(**fields: Any) -> Recipe:
+    return _configured(LoraConfig, {"target_modules": lambda t: t.all, "r": 4, "lora_alpha": 7} | fields)
+
+
+def _configured(kind: type[PeftConfig], fields: dict[str, Any]) -> Recipe:
+    """A config whose callable fields are filled in with the names of the architecture."""
+
+    def config(targets: Targets) -> PeftConfig:
+        values = {name: value(targets) if callable(value) else value for name, value in fields.items()}
+        return kind(task_type="CAUSAL_LM", **values)
+
+    return config
+
+
+def _attention(targets: Targets) -> list[str]:
+    return targets.attention
+
+
+def _by_layer(targets: Targets) -> dict[str, int]:
+    """The general key for the last module comes first, and wins. PEFT saves patterns sorted, so these are."""
+    last = targets.feedforward_out
+    return {f".*{last}": 2, f"1.mlp.{last}": 3, rf"[a-z.]*\.1\..*{targets.query}": 6}
+
+
+def _ends(targets: Targets) -> list[str]:
+    return [targets.query, targets.embedding, targets.head]
+
+
+_BLOCKS = BdLoraConfig(target_modules_bd_a=["o_proj"], target_modules_bd_b=["q_proj"], nblocks=2, match_strict=False)
+
+KINDS: Mapping[str, Recipe] = {
+    "lora": _lora(),
+    "lora-r1": _lora(r=1, lora_alpha=3),
+    "lora-wide": _lora(r=16, lora_alpha=8, init_lora_weights="gaussian"),
+    "lora-query-only": _lora(target_modules=lambda t: [t.query], r=8, lora_alpha=32),
+    "lora-patterns": _lora(rank_pattern=_by_layer, alpha_pattern=lambda t: {rf"(.*\.)?0\..*{t.value}": 29}),
+    "lora-layer-1": _lora(layers_to_transform=[1]),
+    "lora-regex-targets": _lora(target_modules=lambda t: rf".*\.1\..*({t.query}|{t.feedforward_in})"),
+    "lora-excluded": _lora(exclude_modules=lambda t: [t.value]),
+    "lora-bias-of-b": _lora(lora_bias=True),
+    "lora-embedding-and-head": _lora(target_modules=_ends),
+    "lora-orthogonal": _lora(init_lora_weights="orthogonal"),
+    "rslora": _lora(use_rslora=True, r=8, lora_alpha=4),
+    "rslora-patterns": _lora(use_rslora=True, rank_pattern=_by_layer, alpha_pattern=_by_layer),
+    "dora": _lora(use_dora=True),
+    "dora-attention": _lora(use_dora=True, target_modules=_attention, r=2, lora_alpha=16),
+    "dora-rslora": _lora(use_dora=True, use_rslora=True),
+    "dora-patterns": _lora(use_dora=True, rank_pattern=_by_layer, alpha_pattern=_by_layer),
+    "dora-embedding-and-head": _lora(use_dora=True, target_modules=_ends),
+    "vera": _configured(VeraConfig, {"target_modules": lambda t: t.all, "r": 12}),
+    "vera-drawn": _configured(
+        VeraConfig,
+        {"target_modules": lambda t: t.all, "r": 24, "save_projection": False, "projection_prng_key": 1234},
+    ),
+    "vera-drawn-query": _configured(
+        VeraConfig, {"target_modules": lambda t: [t.query], "r": 8, "save_projection": False, "d_initial": 0.9}
+    ),
+    "vera-key": _configured(
+        VeraConfig, {"target_modules": _attention, "r": 16, "projection_prng_key": 99, "d_initial": 0.5}
+    ),
+    "ia3": _configured(
+        IA3Config,
+        {"target_modules": lambda t: t.all, "feedforward_modules": lambda t: t.feedforward},
+    ),
+    "ia3-attention": _configured(IA3Config, {"target_modules": _attention, "feedforward_modules": lambda t: []}),
+    "ia3-feedforward": _configured(
+        IA3Config, {"target_modules": lambda t: t.feedforward, "feedforward_modules": lambda t: t.feedforward}
+    ),
+}
+
+# Kinds that need more of the base than modules by role: biases on the linears, or the Llama names.
+BIASED_KINDS: Mapping[str, Recipe] = {
+    "lora-bias-only": _lora(bias="lora_only", target_modules=_attention),
+    "lora-bias-all": _lora(bias="all", lora_bias=True, target_modules=_attention),
+    "dora-bias-only": _lora(bias="lora_only", use_dora=True),
+}
+LLAMA_KINDS: Mapping[str, Recipe] = {
+    "lora-blocks": _lora(target_modules=lambda t: [t.query, t.attention_out], use_bdlora=_BLOCKS),
+}
+
+
+def make_adapter(
+    base: PreTrainedModel | Callable[[], PreTrainedModel], kind: str, folder: Path, seed: int, strength: float = 1.0
+) -> Path:
+    """Saves an adapter of a kind for `base` (a model, which is left as it is, or a factory) and returns `folder`.
+
+    Everything that training would change is drawn anew from `seed`, far enough from its init to be seen in the logits;
+    at strength 1 an adapter outweighs its base, which no training does.
+    """
+    model = base if isinstance(base, PreTrainedModel) else base()
+    recipe = {**KINDS, **BIASED_KINDS, **LLAMA_KINDS}[kind]
+    with _peft_warnings_off():
+        config = recipe(TARGETS[model.config.model_type])
+    return save_trained(model, config, folder, seed, strength)
+
+
+def save_trained(base: PreTrainedModel, config: PeftConfig, folder: Path, seed: int, strength: float = 1.0) -> Path:
+    """Saves an adapter of any config for a copy of `base`, as if trained, and returns `folder`."""
+    with torch.random.fork_rng(), _peft_warnings_off():
+        torch.manual_seed(seed)
+        adapted = get_peft_model(copy.deepcopy(base), config)
+        _train(adapted, strength)
+        adapted.save_pretrained(str(folder))
+    return folder
+
+
+def peft_logits(base: PreTrainedModel, folder: Path, input_ids: torch.Tensor) -> torch.Tensor:
+    """PEFT's logits (batch, length, vocabulary) with the saved adapter alone on a copy of `base`."""
+    with _peft_warnings_off():
+        adapted = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+    with torch.no_grad():
+        logits: torch.Tensor = adapted(input_ids=input_ids).logits
+    return logits
+
+
+def _train(adapted: nn.Module, strength: float) -> None:
+    """A random stand-in for training: moves each trainable tensor by an amount that suits what it is."""
+    for name, parameter in adapted.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        noise = torch.randn_like(parameter)
+        if "lora_magnitude_vector" in name or "ia3_l" in name:
+            parameter.data.mul_(1 + 0.3 * strength * noise.clamp(-2, 2))
+        elif "lora_A" in name or "lora_embedding_A" in name:
+            parameter.data.copy_(noise / parameter.shape[-1] ** 0.5)
+        else:
+            parameter.data.add_(0.3 * strength * noise)
+
+
+def _peft_warnings_off() -> AbstractContextManager[None]:
+    return warnings.catch_warnings(action="ignore")

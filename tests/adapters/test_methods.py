@@ -1,0 +1,408 @@
+"""Every method, lowered and applied by definition, gives the logits that PEFT gives with the adapter alone."""
+
+import copy
+import dataclasses
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import BeftConfig, IA3Config, LoraConfig, PeftConfig, VeraConfig
+from safetensors.torch import load_file, save_file
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from server.adapters.checkpoint import Checkpoint, CheckpointLimits
+from server.adapters.lowering import lower
+from server.adapters.method import Lowered
+from server.adapters.methods import discover, method_for
+from server.ground.errors import AdapterRejected
+from tests.adapters.dense import edited_logits, sites_of
+from tests.adapters.peft_adapters import BIASED_KINDS, KINDS, LLAMA_KINDS, make_adapter, peft_logits, save_trained
+
+SMALL: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "tie_word_embeddings": False}
+GQA: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 160}
+IDS = torch.tensor([[1, 5, 9, 94, 3, 22, 47, 8], [7, 7, 2, 60, 61, 62, 0, 33]])
+
+
+def llama() -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**SMALL, **GQA, attention_bias=True, mlp_bias=True))
+
+
+def qwen3() -> PreTrainedModel:
+    return Qwen3ForCausalLM(Qwen3Config(**SMALL, **GQA))
+
+
+def phi3() -> PreTrainedModel:
+    return Phi3ForCausalLM(Phi3Config(**SMALL, **GQA, pad_token_id=0))
+
+
+def gpt2() -> PreTrainedModel:
+    config = GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=32, tie_word_embeddings=False)
+    return GPT2LMHeadModel(config)
+
+
+@cache
+def base(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """A model of random weights, biases too (transformers starts those at zero, which would hide them)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make()
+        model.train(False)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.data.normal_(0, 0.3)
+            elif parameter.dim() == 2:
+                parameter.data.normal_(0, parameter.shape[-1] ** -0.5)
+    return model
+
+
+def lowered(folder: Path, model: PreTrainedModel, limits: CheckpointLimits | None = None) -> Lowered:
+    return lower(Checkpoint.open(folder, limits=limits), sites_of(model))
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference relative to the largest logit."""
+    return float((one - other).abs().max() / other.abs().max())
+
+
+# One of each method where only the names and shapes of modules differ.
+SOME_KINDS = (
+    "lora",
+    "lora-embedding-and-head",
+    "rslora-patterns",
+    "dora",
+    "vera",
+    "vera-drawn",
+    "ia3",
+    "ia3-attention",
+)
+CASES = [
+    *[(llama, kind) for kind in (*KINDS, *BIASED_KINDS, *LLAMA_KINDS)],
+    *[(gpt2, kind) for kind in (*KINDS, "lora-bias-only", "dora-bias-only")],
+    *[(make, kind) for make in (phi3, qwen3) for kind in SOME_KINDS],
+]
+
+
+@pytest.mark.parametrize(("make", "kind"), CASES, ids=lambda value: getattr(value, "__name__", value))
+def test_logits_equal_pefts(make: Callable[[], PreTrainedModel], kind: str, tmp_path: Path) -> None:
+    model = base(make)
+    folder = make_adapter(model, kind, tmp_path, seed=3)
+    ours = edited_logits(model, lowered(folder, model).edits, IDS)
+    theirs = peft_logits(model, folder, IDS)
+    with torch.no_grad():
+        without = model(input_ids=IDS).logits
+    assert difference(ours, theirs) < 1e-5
+    assert difference(without, theirs) > 1e-2, "the adapter does nothing, so the comparison says nothing"
+
+
+Copies = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Copies:
+    """One adapter of each kind for the Llama, made when it is first asked for."""
+    return cache(lambda kind: make_adapter(base(llama), kind, tmp_path_factory.mktemp(kind), seed=1))
+
+
+@pytest.fixture
+def adapter(originals: Copies, tmp_path: Path) -> Copies:
+    """A copy of one that the test may alter."""
+    return lambda kind: shutil.copytree(originals(kind), tmp_path / kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "rank", "num_warnings"),
+    [
+        ("lora", "lora", 4, 0),
+        ("lora-patterns", "lora", 6, 0),
+        ("lora-embedding-and-head", "lora", 4, 2),
+        ("rslora", "rslora", 8, 0),
+        ("dora-rslora", "dora", 4, 0),
+        ("vera", "vera", 12, 0),
+        ("ia3", "ia3", 0, 0),
+    ],
+)
+def test_a_lowered_adapter_says_what_it_is(
+    kind: str, method: str, rank: int, num_warnings: int, adapter: Copies
+) -> None:
+    model = base(llama)
+    made = lowered(adapter(kind), model)
+    assert (made.method, made.rank, len(made.warnings)) == (method, rank, num_warnings)
+
+
+@pytest.mark.parametrize(
+    ("config", "warning"),
+    [
+        ({"target_modules": ["fc1", "layers.0.fc2"]}, "target_modules names none"),
+        ({"exclude_modules": ["self_attn.q_proj"]}, "exclude_modules names model.layers.0.self_attn.q_proj"),
+        ({"layers_to_transform": [0, 7]}, r"layers_to_transform leaves out the layer of model.layers.1\."),
+        ({"layers_to_transform": 0}, "layers_to_transform"),
+        ({"lora_bias": True}, "lora_bias is true"),
+    ],
+)
+def test_a_config_that_contradicts_the_tensors_is_warned_of_and_the_tensors_decide(
+    config: Mapping[str, Any], warning: str, adapter: Copies
+) -> None:
+    model, folder = base(llama), adapter("lora")
+    before = lowered(folder, model)
+    after = lowered(altered(folder, config), model)
+    assert [bool(re.search(warning, text)) for text in after.warnings] == [True]
+    assert after.edits.keys() == before.edits.keys()
+
+
+def test_the_bases_own_tables_in_a_file_do_not_count_as_parameters(adapter: Copies) -> None:
+    model = base(llama)
+    folder = adapter("lora-embedding-and-head")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert sum("base_layer" in key for key in tensors) == 2
+    own = sum(tensor.numel() for key, tensor in tensors.items() if "base_layer" not in key)
+    assert lowered(folder, model).num_parameters == own
+
+
+@pytest.mark.parametrize("kind", ["vera", "vera-drawn"])
+def test_veras_sites_of_equal_width_share_one_tensor(kind: str, adapter: Copies) -> None:
+    model = base(llama)
+    edits = lowered(adapter(kind), model).edits
+    query, other = edits["model.layers.0.self_attn.q_proj"], edits["model.layers.1.mlp.up_proj"]
+    assert query.down is other.down
+    assert query.up is edits["model.layers.1.self_attn.q_proj"].up
+    assert query.mid_scale is not other.mid_scale
+
+
+def altered(
+    folder: Path,
+    config: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, torch.Tensor | None] | None = None,
+    spell: Callable[[str], str] = str,
+) -> Path:
+    """The adapter with config fields and tensors replaced (None removes a tensor) and its keys spelled otherwise."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(config or {})))
+    path = folder / "adapter_model.safetensors"
+    changed = {name: tensor for name, tensor in (load_file(path) | dict(tensors or {})).items() if tensor is not None}
+    save_file({spell(name): tensor for name, tensor in changed.items()}, path)
+    return folder
+
+
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "without a prefix": lambda key: key.removeprefix("base_model.model."),
+    "prefix twice": lambda key: "base_model.model." + key,
+    "data parallel": lambda key: "module." + key,
+    "compiled": lambda key: "_orig_mod." + key,
+    "sharded": lambda key: key.replace("self_attn", "_fsdp_wrapped_module.self_attn"),
+    "adapter name": lambda key: key.replace(".weight", ".default.weight"),
+    "adapter name on parameters": lambda key: key if key.endswith("weight") else key + ".default",
+    "old magnitudes": lambda key: key + ".weight" if key.endswith("magnitude_vector") else key,
+    "new magnitudes": lambda key: key + ".default.weight" if key.endswith("magnitude_vector") else key,
+    "bare model": lambda key: key.replace("base_model.model.model.", "base_model.model."),
+    "transformers 4 multimodal": lambda key: key.replace(".model.model.", ".model.language_model.model."),
+    "transformers 5 multimodal": lambda key: key.replace(".model.model.", ".model.model.language_model."),
+}
+
+
+@pytest.mark.parametrize("kind", ["dora", "vera", "ia3"])
+@pytest.mark.parametrize("spell", SPELLINGS.values(), ids=SPELLINGS.keys())
+def test_keys_of_every_generation_mean_the_same(kind: str, spell: Callable[[str], str], adapter: Copies) -> None:
+    model = base(llama)
+    folder = adapter(kind)
+    plain = lowered(folder, model)
+    other = lowered(altered(folder, spell=spell), model)
+    assert plain.edits.keys() == other.edits.keys()
+    for path, edit in plain.edits.items():
+        for name, tensor in edit.tensors().items():
+            assert tensor.equal(other.edits[path].tensors()[name])
+
+
+def test_tensors_that_only_training_used_change_nothing(adapter: Copies) -> None:
+    model = base(llama)
+    folder = adapter("lora")
+    plain = lowered(folder, model)
+    extra = {f"{Q}.lora_velora_embed": torch.ones(3), f"{Q}.lora_monteclora_sampler.std": torch.ones(2)}
+    assert lowered(altered(folder, tensors=extra), model).num_parameters == plain.num_parameters
+
+
+def test_an_output_scale_and_an_input_scale_are_told_apart_by_shape(adapter: Copies) -> None:
+    model = base(llama)
+    folder = adapter("ia3-attention")
+    key = f"{Q}.ia3_l"  # 64 x 64: only the orientation tells
+    out = lowered(folder, model).edits["model.layers.0.self_attn.q_proj"]
+    turned = altered(folder, tensors={key: load_file(folder / "adapter_model.safetensors")[key].T.contiguous()})
+    into = lowered(turned, model).edits["model.layers.0.self_attn.q_proj"]
+    assert out.tensors().keys() == {"out_scale"}
+    assert into.tensors().keys() == {"in_scale"}
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
+ELSEWHERE = "base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"
+TABLE = "base_model.model.lm_head.base_layer.weight"
+BIAS = f"{Q}.base_layer.bias"
+
+# kind, config fields to set, tensors to set, words of the sentence
+REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], str]] = {
+    "method": ("lora", {"peft_type": "LILY"}, {}, "peft_type = 'LILY' .* the methods are dora, ia3, lora, vera"),
+    "no method": ("lora", {"peft_type": None}, {}, "peft_type = None"),
+    "layer_replication": ("lora", {"layer_replication": [[0, 2]]}, {}, "layer_replication .* number of layers"),
+    "pissa": ("lora", {"init_lora_weights": "pissa"}, {}, "'pissa' .* path_initial_model_for_weight_conversion"),
+    "pissa_niter": ("lora", {"init_lora_weights": "pissa_niter_4"}, {}, "'pissa_niter_4' .* base's weights"),
+    "olora": ("lora", {"init_lora_weights": "olora"}, {}, "'olora' .* base's weights"),
+    "corda": ("lora", {"init_lora_weights": "corda"}, {}, "'corda' .* base's weights"),
+    "loftq": ("lora", {"init_lora_weights": "loftq"}, {}, "'loftq' .* base's weights"),
+    "lora_ga": ("lora", {"init_lora_weights": "lora_ga"}, {}, "'lora_ga' .* base's weights"),
+    "kasa": ("lora", {"kasa_config": {"beta": 1e-4}}, {}, "kasa_config .* base's weights"),
+    "modules_to_save": ("lora", {"modules_to_save": ["lm_head"]}, {}, "modules_to_save .* not served yet"),
+    "modules_to_save in vera": ("vera", {"modules_to_save": ["lm_head"]}, {}, "modules_to_save"),
+    "modules_to_save in ia3": ("ia3", {"modules_to_save": ["lm_head"]}, {}, "modules_to_save"),
+    "trainable tokens": ("lora", {"trainable_token_indices": [1]}, {}, "trainable_token_indices"),
+    "target_parameters": ("lora", {"target_parameters": ["experts.up"]}, {}, "target_parameters .* target modules"),
+    "alora": ("lora", {"alora_invocation_tokens": [5]}, {}, "alora_invocation_tokens"),
+    "arrow": ("lora", {"arrow_config": {"top_k": 2}}, {}, "arrow_config"),
+    "qalora": ("lora", {"use_qalora": True}, {}, "use_qalora"),
+    "tied adapters": ("lora", {"ensure_weight_tying": True}, {}, "ensure_weight_tying"),
+    "unknown field": ("lora", {"use_warp": {"x": 1}}, {}, "use_warp = .* not known, .* remove it"),
+    "unknown field in vera": ("vera", {"use_warp": 1}, {}, "use_warp"),
+    "unknown field in ia3": ("ia3", {"use_warp": "yes"}, {}, "use_warp"),
+    "bias": ("lora", {"bias": "some"}, {}, "bias = 'some' .* none, all or lora_only"),
+    "bias in vera": ("vera", {"bias": "vera_only"}, {}, "bias = 'vera_only'"),
+    "r of words": ("lora", {"r": "8"}, {}, "r in adapter_config.json must be a whole number"),
+    "r of zero": ("lora", {"r": 0}, {}, "r in adapter_config.json must be a whole number of at least 1, not 0"),
+    "r of true": ("lora", {"r": True}, {}, "not True"),
+    "alpha of words": ("lora", {"lora_alpha": "8"}, {}, "lora_alpha in adapter_config.json must be a finite number"),
+    "alpha beyond floats": ("lora", {"lora_alpha": 10**400}, {}, "lora_alpha"),
+    "rslora of words": ("lora", {"use_rslora": "yes"}, {}, "use_rslora in adapter_config.json must be true or false"),
+    "dora of words": ("dora", {"use_dora": "yes"}, {}, "use_dora in adapter_config.json must be true or false"),
+    "pattern of lists": ("lora", {"rank_pattern": [8]}, {}, "rank_pattern in adapter_config.json must be an object"),
+    "pattern value": ("lora", {"alpha_pattern": {"q_proj": None}}, {}, "alpha_pattern .* finite number, not None"),
+    "pattern syntax": ("lora", {"rank_pattern": {"(q": 8}}, {}, "rank_pattern .* not supported at character"),
+    "rank by config": ("lora", {"r": 8}, {}, "has rank 4, and r or rank_pattern .* says 8"),
+    "rank by pattern": ("lora", {"rank_pattern": {"q_proj": 2}}, {}, "q_proj.lora_A.weight has rank 4, .* says 2"),
+    "scalar": ("lora", {}, {A: torch.tensor(1.0)}, "q_proj.lora_A.weight has rank 0"),
+    "width": ("lora", {}, {A: torch.ones(4, 63)}, r"q_proj.lora_A.weight has the shape \[4, 63\], .* needs \[4, 64\]"),
+    "height": ("lora", {}, {B: torch.ones(32, 4)}, r"q_proj.lora_B.weight has the shape \[32, 4\], .* \[64, 4\]"),
+    "convolution": ("lora", {}, {A: torch.ones(4, 64, 1)}, r"shape \[4, 64, 1\]"),
+    "no partner": ("lora", {}, {B: None}, "q_proj.lora_A.weight has no partner"),
+    "NaN": ("lora", {}, {B: torch.full((64, 4), math.nan)}, "q_proj.lora_B.weight contains NaN or infinity"),
+    "overflow": ("lora", {"lora_alpha": 1e30}, {B: torch.full((64, 4), 1e30)}, "up at .*q_proj is not finite"),
+    "no such layer": ("lora", {}, {ELSEWHERE: torch.ones(4, 64)}, "no module model.layers.7.self_attn.q_proj"),
+    "unknown tensor": ("lora", {}, {f"{Q}.lora_C.weight": torch.ones(4)}, "lora has no use for .*q_proj.lora_C.weight"),
+    "saved head": ("lora", {}, {"base_model.model.lm_head.weight": torch.ones(96, 64)}, "no use for .*lm_head.weight"),
+    "saved weight": ("lora", {}, {f"{Q}.base_layer.weight": torch.ones(64, 64)}, "no use for .*base_layer.weight"),
+    "resized vocabulary": (
+        "lora-embedding-and-head", {}, {TABLE: torch.ones(97, 64)}, r"lm_head.base_layer.weight .*\[96, 64\].* resized"
+    ),
+    "bias on a norm": ("lora", {}, {"base_model.model.model.norm.bias": torch.ones(64)}, "no module model.norm"),
+    "magnitude in lora": ("lora", {}, {f"{Q}.lora_magnitude_vector": torch.ones(64)}, "no use for .*magnitude"),
+    "dora without magnitude": ("dora", {}, {f"{Q}.lora_magnitude_vector": None}, "no lora_magnitude_vector for"),
+    "module twice": (
+        "lora", {}, {A.replace("model.model.model.", "model.model."): torch.ones(4, 64)}, "are for one module"
+    ),
+    "vera without projection": ("vera", {}, {"base_model.vera_B": None}, "save_projection is true .* no vera_B"),
+    "vera with unused projection": ("vera", {"save_projection": False}, {}, "vera has no use for base_model.vera_A"),
+    "vera of other width": ("vera", {}, {"base_model.vera_A": torch.ones(12, 64)}, r"vera_A has the shape \[12, 64\]"),
+    "vera of other rank": ("vera", {"r": 13}, {}, "vera_A has the shape"),
+    "vera half": ("vera", {}, {f"{Q}.vera_lambda_d": None}, "q_proj.vera_lambda_b has no partner"),
+    "vera key": ("vera-drawn", {"projection_prng_key": 1 << 70}, {}, "projection_prng_key .* 64-bit"),
+    "vera on an embedding": (
+        "vera", {}, {"base_model.model.model.embed_tokens.vera_lambda_d": torch.ones(12)}, "linear modules only"
+    ),
+    "ia3 shape": ("ia3", {}, {f"{Q}.ia3_l": torch.ones(64)}, r"ia3_l has the shape \[64\], .* \[1, 64\] on its input"),
+    "ia3 on an embedding": (
+        "ia3", {}, {"base_model.model.model.embed_tokens.ia3_l": torch.ones(64, 1)}, r"embed_tokens \(embedding\)"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "config", "tensors", "words"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_be_applied_exactly_is_refused_by_name(
+    kind: str, config: dict[str, Any], tensors: dict[str, torch.Tensor | None], words: str, adapter: Copies
+) -> None:
+    folder = altered(adapter(kind), config, tensors)
+    with pytest.raises(AdapterRejected, match=words) as refused:
+        lowered(folder, base(llama))
+    assert len(refused.value.message) < 400
+
+
+def test_a_bias_for_a_linear_without_one_is_refused(tmp_path: Path) -> None:
+    folder = altered(make_adapter(base(qwen3), "lora", tmp_path, seed=1), tensors={BIAS: torch.ones(64)})
+    with pytest.raises(AdapterRejected, match=r"model.layers.0.self_attn.q_proj has no bias in this base"):
+        lowered(folder, base(qwen3))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "vera"])
+def test_the_limit_on_ranks_is_named(kind: str, adapter: Copies) -> None:
+    folder = adapter(kind)
+    with pytest.raises(AdapterRejected, match="the limit is 3. Use a smaller r"):
+        lowered(folder, base(llama), CheckpointLimits(max_rank=3))
+
+
+def test_a_huge_rank_draws_no_projection(adapter: Copies) -> None:
+    folder = altered(adapter("vera-drawn"), {"r": 1 << 40})
+    with pytest.raises(AdapterRejected, match="r = 1099511627776 in adapter_config.json; the limit is 512"):
+        lowered(folder, base(llama))
+
+
+def test_an_adapter_of_nothing_is_refused(tmp_path: Path) -> None:
+    save_file({f"{Q}.lora_velora_embed": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(AdapterRejected, match="edits no site of the base"):
+        lowered(tmp_path, base(llama))
+
+
+def test_a_row_of_length_zero_has_no_direction(tmp_path: Path) -> None:
+    model = copy.deepcopy(base(llama))
+    model.get_parameter("model.layers.0.self_attn.q_proj.weight").data[3] = 0
+    folder = make_adapter(model, "dora", tmp_path, seed=1)
+    with pytest.raises(AdapterRejected, match="q_proj: .* row of length zero"):
+        lowered(altered(folder, tensors={B: torch.zeros(64, 4)}), model)
+
+
+def reason(folder: Path) -> str:
+    """Why the adapter is refused; empty if it is not."""
+    try:
+        lowered(folder, base(llama))
+    except AdapterRejected as refused:
+        return refused.message
+    return ""
+
+
+@pytest.mark.parametrize(("kind", "config"), [("lora", LoraConfig), ("vera", VeraConfig), ("ia3", IA3Config)])
+def test_every_field_that_peft_has_was_thought_of(kind: str, config: type[PeftConfig], adapter: Copies) -> None:
+    folder = adapter(kind)
+    plain = (folder / "adapter_config.json").read_text()
+    for field in dataclasses.fields(config):
+        (folder / "adapter_config.json").write_text(plain)
+        assert "not known" not in reason(altered(folder, {field.name: "peculiar"}))
+
+
+def test_the_method_in_the_recipe_works_as_it_is_printed(tmp_path: Path) -> None:
+    recipe = (Path(__file__).parents[2] / "docs" / "adding-a-method.md").read_text()
+    printed: dict[str, Any] = {}
+    exec(recipe.split("```python\n")[1].split("```")[0], printed)
+    model = base(llama)
+    folder = save_trained(model, BeftConfig(target_modules=["q_proj", "down_proj"]), tmp_path, seed=1)
+    checkpoint = Checkpoint.open(folder)
+    edits = printed["METHOD"].lower(checkpoint, sites_of(model)).edits
+    assert checkpoint.leftover() == ()
+    assert difference(edited_logits(model, edits, IDS), peft_logits(model, folder, IDS)) < 1e-5
+
+
+def test_every_module_with_a_method_is_discovered_and_claims_its_own_configs() -> None:
+    assert {method.name for method in discover()} == {"lora", "dora", "vera", "ia3"}
+    assert method_for({"peft_type": "LORA"}).name == "lora"
+    assert method_for({"peft_type": "LORA", "use_dora": True}).name == "dora"

@@ -1,0 +1,94 @@
+"""A real server, assembled in the test's process, and requests sent to its engine: no HTTP, nothing faked."""
+
+import asyncio
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from server.assemble import Server, assemble
+from server.engine.flight import GenerationRequest
+from server.engine.sequence import Delta, FinishReason, SamplingParams, TokenLogprobs
+from server.ground.config import load
+from server.ground.errors import GraftError
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request: an adapter by name (None: the base), a prompt, and how to sample."""
+
+    adapter: str | None
+    prompt: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprobs, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: FinishReason
+    error: GraftError | None
+
+    @classmethod
+    def of(cls, deltas: Sequence[Delta]) -> "Answer":
+        last = deltas[-1]
+        assert last.finish_reason is not None
+        return cls(
+            token_ids=tuple(t for d in deltas for t in d.token_ids),
+            text="".join(d.text for d in deltas),
+            logprobs=tuple(s for d in deltas for s in d.logprobs),
+            prompt_logprobs=next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), ()),
+            finish_reason=last.finish_reason,
+            error=last.error,
+        )
+
+
+@contextmanager
+def serving(model: Path, scratch: Path, **flags: str) -> Iterator[Server]:
+    """A server on `model` with small budgets, its store under `scratch`; closed at the end. Flags as on the command."""
+    defaults = {
+        "model": str(model),
+        "store": str(scratch / "store"),
+        "quantize": "none",
+        "dtype": "float32",
+        "device": "cpu",
+        "adapter_memory": "64MiB",
+        "host_memory": "256MiB",
+    }
+    server = assemble(load(defaults | flags))
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+async def answer(server: Server, ask: Ask) -> Answer:
+    """Sends one request and reads it to its end."""
+    lease = None if ask.adapter is None else server.registry.lease(ask.adapter)
+    request = GenerationRequest(f"ask-{next(_numbers)}", ask.prompt, ask.params, lease)
+    return Answer.of([delta async for delta in server.engine.submit(request)])
+
+
+def answer_all(server: Server, asks: Sequence[Ask]) -> list[Answer]:
+    """Sends all requests at once; the answers in their order."""
+
+    async def together() -> list[Answer]:
+        return await asyncio.gather(*(answer(server, ask) for ask in asks))
+
+    return asyncio.run(together())
+
+
+def logprob_rows(scores: Sequence[TokenLogprobs], vocab_size: int) -> torch.Tensor:
+    """(len(scores), vocab_size) from scores that list the whole vocabulary; the first of a prompt has none."""
+    rows = torch.full((len(scores), vocab_size), float("nan"))
+    for row, score in zip(rows, scores, strict=True):
+        for token_id, logprob in score.top:
+            row[token_id] = logprob
+    return rows

@@ -1,0 +1,55 @@
+"""The laws on a GPU: the same engine with --device cuda. Run by `make gpu` where there is one."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from server.model.quantize import Quantization
+from tests.adapters.peft_adapters import KINDS, make_adapter
+from tests.serving import serving
+from tests.test_fidelity import KINDS_OF, QUANTIZED_KINDS, REAL_STRENGTH, dequantized_twin, serve_kinds
+from tests.test_isolation import asks, check_isolation, check_nothing_leaks
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
+]
+
+
+@pytest.mark.parametrize("architecture", list(KINDS_OF))
+def test_every_kind_in_one_batch_equals_peft_alone(
+    architecture: str, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = model_folder(architecture)
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with serve_kinds(folder, dense, KINDS_OF[architecture], tmp_path, device="cuda") as case:
+        errors = {name: case.relative_error(name, *found) for name, found in case.answers().items()}
+    # PEFT answers on the CPU: other sums in another order, in float32 on both sides.
+    assert {name: error for name, error in errors.items() if not error < 1e-4} == {}
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_on_a_quantized_base_an_adapter_adds_no_error_of_its_own(
+    quantize: str, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = model_folder("llama")
+    dense = dequantized_twin(folder, Quantization(quantize), torch.bfloat16)
+    flags = {"quantize": quantize, "dtype": "bfloat16", "device": "cuda"}
+    with serve_kinds(folder, dense, QUANTIZED_KINDS, tmp_path, strength=REAL_STRENGTH, **flags) as case:
+        errors = case.overall_errors()
+    limit = 1.5 * errors.pop(None)
+    assert {name: error for name, error in errors.items() if not error <= limit} == {}
+
+
+def test_a_mixed_batch_answers_as_each_request_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    for seed, kind in enumerate(KINDS):
+        make_adapter(dense, kind, tmp_path / "adapters" / kind, seed)
+    flags = {"adapters": str(tmp_path / "adapters"), "max_sequences": "20", "max_batch_tokens": "64"}
+    with serving(tiny_llama, tmp_path, **flags, device="cuda") as server:
+        check_isolation(server, asks(random.Random(0)))
+        check_nothing_leaks(server)

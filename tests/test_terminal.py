@@ -1,0 +1,254 @@
+"""Law 3: every accepted request ends in exactly one terminal event: finished, aborted or failed."""
+
+import asyncio
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from server.assemble import Server
+from server.engine.flight import GenerationRequest
+from server.engine.runner import Runner, StepLogits
+from server.engine.sequence import Batch, Delta, FinishReason, SamplingParams
+from server.ground.errors import ContextTooLong, GenerationFailed, GraftError, Overloaded
+from tests.adapters.peft_adapters import make_adapter
+from tests.serving import Ask, answer, answer_all, serving
+from tests.test_isolation import check_nothing_leaks
+
+
+class FaultyRunner:
+    """The real runner, whose next steps fail when told to: a device error in mid-flight."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.num_faults = 0
+
+    def run(self, batch: Batch) -> StepLogits:
+        if self.num_faults:
+            self.num_faults -= 1
+            raise RuntimeError("the device fell off the bus")
+        return self.runner.run(batch)
+
+    def is_device_alive(self) -> bool:
+        return self.runner.is_device_alive()
+
+
+@pytest.fixture
+def server(tiny_llama: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
+    """A base, and an adapter folder that says it is one but cannot be lowered."""
+    broken = tmp_path / "adapters" / "broken"
+    broken.mkdir(parents=True)
+    (broken / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+    (broken / "adapter_model.safetensors").write_bytes(b"\x00" * 32)
+    with serving(
+        tiny_llama, tmp_path, adapters=str(tmp_path / "adapters"), max_queued="4", max_sequences="3", kv_memory="64KiB"
+    ) as server:
+        faulty = FaultyRunner(server.runner)
+        server.engine._runner = faulty
+        yield server
+
+
+@dataclass(frozen=True)
+class Action:
+    """One request, when it comes and what happens to it."""
+
+    delay_ms: int
+    num_prompt: int
+    max_tokens: int
+    adapter: str | None
+    abort_after_ms: int | None
+    has_stop: bool
+
+
+ACTIONS = st.lists(
+    st.builds(
+        Action,
+        delay_ms=st.integers(0, 8),
+        num_prompt=st.integers(1, 80),
+        max_tokens=st.integers(0, 30),
+        adapter=st.sampled_from([None, None, "broken"]),
+        abort_after_ms=st.none() | st.integers(0, 10),
+        has_stop=st.booleans(),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+async def play(server: Server, number: int, action: Action) -> list[Delta] | None:
+    """The deltas of an accepted request; None for one that was refused."""
+    await asyncio.sleep(action.delay_ms / 1000)
+    params = SamplingParams(action.max_tokens, temperature=1.0, stop=("e",) if action.has_stop else ())
+    prompt = tuple(random.Random(number).randrange(256) for _ in range(action.num_prompt))
+    try:
+        lease = None if action.adapter is None else server.registry.lease(action.adapter)
+    except GraftError:
+        return None
+    try:
+        stream = server.engine.submit(GenerationRequest(f"r{number}-{id(action)}", prompt, params, lease))
+    except (Overloaded, ContextTooLong):
+        if lease is not None:
+            lease.release()
+        return None
+    if action.abort_after_ms is not None:
+        asyncio.get_running_loop().call_later(action.abort_after_ms / 1000, stream.abort)
+    return [delta async for delta in stream]
+
+
+def test_any_storm_ends_each_request_once(server: Server) -> None:
+    faulty: Any = server.engine._runner
+
+    @settings(max_examples=25, deadline=None)
+    @given(actions=ACTIONS, num_faults=st.integers(0, 2))
+    def storm(actions: list[Action], num_faults: int) -> None:
+        async def run() -> list[list[Delta] | None]:
+            faulty.num_faults = num_faults
+            played = asyncio.gather(*(play(server, i, action) for i, action in enumerate(actions)))
+            return await asyncio.wait_for(played, 30)
+
+        for deltas in asyncio.run(run()):
+            if deltas is not None:
+                assert [delta.is_terminal for delta in deltas] == [False] * (len(deltas) - 1) + [True]
+        faulty.num_faults = 0
+        # A step that works, so that faults of several storms do not add up to a dead engine.
+        assert answer_all(server, [Ask(None, (1,), SamplingParams(1))])[0].error is None
+        check_nothing_leaks(server)
+
+    storm()
+
+
+def test_a_stream_is_read_to_its_end_and_no_further(server: Server) -> None:
+    async def run() -> None:
+        stream = server.engine.submit(GenerationRequest("one", (1, 2, 3), SamplingParams(2, ignore_eos=True)))
+        assert len([delta async for delta in stream]) == 2
+        assert [delta async for delta in stream] == []
+
+    asyncio.run(run())
+
+
+def test_an_abort_ends_the_sequence_and_frees_it(server: Server) -> None:
+    async def run() -> None:
+        stream = server.engine.submit(GenerationRequest("long", (1,), SamplingParams(100, ignore_eos=True)))
+        first = await anext(stream)
+        assert not first.is_terminal
+        stream.abort()
+        *_, last = [delta async for delta in stream]
+        assert last.finish_reason is FinishReason.ABORT
+
+    asyncio.run(run())
+    check_nothing_leaks(server)
+
+
+def test_a_failed_load_fails_its_request_with_the_reason(server: Server) -> None:
+    got = answer_all(server, [Ask("broken", (1, 2), SamplingParams(3)), Ask(None, (1, 2), SamplingParams(3))])
+    assert got[0].finish_reason is FinishReason.ERROR
+    assert "safetensors" in str(got[0].error)
+    assert got[1].error is None
+
+
+def test_a_failed_step_fails_its_sequences_and_the_engine_goes_on(server: Server) -> None:
+    faulty: Any = server.engine._runner
+    faulty.num_faults = 1
+    failed, after = (answer_all(server, [Ask(None, (5, 6), SamplingParams(3))])[0] for _ in range(2))
+    assert failed.finish_reason is FinishReason.ERROR
+    assert "fell off the bus" in str(failed.error)
+    assert after.error is None
+    assert server.engine.is_alive
+
+
+def test_an_engine_whose_steps_keep_failing_says_that_it_is_dead(server: Server) -> None:
+    faulty: Any = server.engine._runner
+    faulty.num_faults = 10
+    for _ in range(10):
+        assert answer_all(server, [Ask(None, (5,), SamplingParams(3))])[0].finish_reason is FinishReason.ERROR
+    with pytest.raises(GenerationFailed, match="stopped"):
+        answer_all(server, [Ask(None, (5,), SamplingParams(3))])
+    assert not server.engine.is_alive
+
+
+def test_a_lost_device_ends_the_engine_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    faulty: Any = server.engine._runner
+    monkeypatch.setattr(faulty, "is_device_alive", lambda: False)
+    faulty.num_faults = 1
+    assert answer_all(server, [Ask(None, (5,), SamplingParams(3))])[0].finish_reason is FinishReason.ERROR
+    with pytest.raises(GenerationFailed, match="stopped"):
+        answer_all(server, [Ask(None, (5,), SamplingParams(3))])
+
+
+def test_a_defect_in_the_loop_leaves_nobody_waiting(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def schedule() -> Batch:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(server.engine._scheduler, "schedule", schedule)
+    got = answer_all(server, [Ask(None, (5,), SamplingParams(3))] * 2)
+    assert [answer.finish_reason for answer in got] == [FinishReason.ERROR] * 2
+    with pytest.raises(GenerationFailed, match="ZeroDivisionError"):
+        answer_all(server, [Ask(None, (5,), SamplingParams(3))])
+    assert not server.engine.is_alive
+
+
+def test_an_adapter_that_overflows_fails_and_its_neighbours_do_not(tiny_llama: Path, tmp_path: Path) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    folder = make_adapter(dense, "lora", tmp_path / "adapters" / "huge", seed=0)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1e30}))
+    with serving(tiny_llama, tmp_path, adapters=str(tmp_path / "adapters")) as server:
+        (alone,) = answer_all(server, [Ask(None, (5, 6), SamplingParams(8, temperature=0.0, ignore_eos=True))])
+        params = SamplingParams(8, temperature=0.0, ignore_eos=True, logprobs=2, prompt_logprobs=2)
+        huge, scored, base = answer_all(
+            server,
+            [
+                Ask("huge", (5, 6), SamplingParams(8)),
+                Ask("huge", (5, 6), params),
+                Ask(None, (5, 6), SamplingParams(8, temperature=0.0, ignore_eos=True)),
+            ],
+        )
+        for failed in (huge, scored):
+            assert failed.finish_reason is FinishReason.ERROR
+            assert "overflowed" in str(failed.error)
+        assert base.token_ids == alone.token_ids
+        check_nothing_leaks(server)
+
+
+def test_a_full_queue_refuses_and_a_prompt_too_long_names_both_numbers(server: Server) -> None:
+    async def run() -> None:
+        asks = [Ask(None, (1,) * 8, SamplingParams(40, ignore_eos=True)) for _ in range(40)]
+        results = await asyncio.gather(*(answer(server, ask) for ask in asks), return_exceptions=True)
+        refused = [result for result in results if isinstance(result, Overloaded)]
+        assert refused
+        assert refused[0].retry_after_s >= 1
+        assert all(isinstance(result, Overloaded) or result.error is None for result in results)  # type: ignore[union-attr]
+        with pytest.raises(ContextTooLong, match=r"5000.*10"):
+            await answer(server, Ask(None, (1,) * 5000, SamplingParams(10)))
+
+    asyncio.run(run())
+    check_nothing_leaks(server)
+
+
+def test_draining_refuses_new_requests_and_finishes_those_in_flight(server: Server) -> None:
+    async def run() -> None:
+        running = asyncio.create_task(answer(server, Ask(None, (1, 2), SamplingParams(20, ignore_eos=True))))
+        await asyncio.sleep(0)
+        await server.engine.drain(timeout_s=20)
+        assert (await running).finish_reason is FinishReason.LENGTH
+        with pytest.raises(Overloaded, match="shutting down"):
+            await answer(server, Ask(None, (1,), SamplingParams(1)))
+
+    asyncio.run(run())
+
+
+def test_closing_fails_what_is_in_flight(server: Server) -> None:
+    async def run() -> FinishReason:
+        running = asyncio.create_task(answer(server, Ask(None, (1, 2), SamplingParams(100, ignore_eos=True))))
+        await asyncio.sleep(0.01)
+        await asyncio.to_thread(server.engine.close)
+        return (await running).finish_reason
+
+    assert asyncio.run(run()) is FinishReason.ERROR
