@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,16 @@ from tests.test_isolation import check_nothing_leaks
 
 
 class FaultyRunner:
-    """The real runner, whose next steps fail when told to: a device error in mid-flight."""
+    """The real runner, whose next steps fail when told to (a device error in mid-flight), or wait for permits."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         self.num_faults = 0
+        self.permits: threading.Semaphore | None = None  # one per step; None: steps need none
 
     def run(self, batch: Batch) -> StepLogits:
+        if self.permits is not None:
+            assert self.permits.acquire(timeout=60)
         if self.num_faults:
             self.num_faults -= 1
             raise RuntimeError("the device fell off the bus")
@@ -134,11 +138,15 @@ def test_a_stream_is_read_to_its_end_and_no_further(server: Server) -> None:
 
 
 def test_an_abort_ends_the_sequence_and_frees_it(server: Server) -> None:
+    faulty: Any = server.engine._runner
+    faulty.permits = threading.Semaphore(1)
+
     async def run() -> None:
         stream = server.engine.submit(GenerationRequest("long", (1,), SamplingParams(100, ignore_eos=True)))
         first = await anext(stream)
         assert not first.is_terminal
         stream.abort()
+        faulty.permits.release(200)
         *_, last = [delta async for delta in stream]
         assert last.finish_reason is FinishReason.ABORT
 
@@ -183,12 +191,19 @@ def test_a_lost_device_ends_the_engine_at_once(server: Server, monkeypatch: pyte
 
 
 def test_a_defect_in_the_loop_leaves_nobody_waiting(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    both_wait = threading.Event()
+
     def schedule() -> Batch:
+        assert both_wait.wait(60)
         raise ZeroDivisionError("a defect")
 
+    async def run() -> list[FinishReason]:
+        streams = [server.engine.submit(GenerationRequest(f"d{i}", (5,), SamplingParams(3))) for i in range(2)]
+        both_wait.set()
+        return [delta.finish_reason for stream in streams async for delta in stream if delta.finish_reason]
+
     monkeypatch.setattr(server.engine._scheduler, "schedule", schedule)
-    got = answer_all(server, [Ask(None, (5,), SamplingParams(3))] * 2)
-    assert [answer.finish_reason for answer in got] == [FinishReason.ERROR] * 2
+    assert asyncio.run(run()) == [FinishReason.ERROR] * 2
     with pytest.raises(GenerationFailed, match="ZeroDivisionError"):
         answer_all(server, [Ask(None, (5,), SamplingParams(3))])
     assert not server.engine.is_alive
@@ -245,10 +260,17 @@ def test_draining_refuses_new_requests_and_finishes_those_in_flight(server: Serv
 
 
 def test_closing_fails_what_is_in_flight(server: Server) -> None:
+    faulty: Any = server.engine._runner
+    faulty.permits = threading.Semaphore(0)
+
     async def run() -> FinishReason:
         running = asyncio.create_task(answer(server, Ask(None, (1, 2), SamplingParams(100, ignore_eos=True))))
-        await asyncio.sleep(0.01)
-        await asyncio.to_thread(server.engine.close)
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(asyncio.to_thread(server.engine.close))
+        while not server.engine.is_draining:
+            await asyncio.sleep(0.001)
+        faulty.permits.release(200)
+        await closing
         return (await running).finish_reason
 
     assert asyncio.run(run()) is FinishReason.ERROR
