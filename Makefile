@@ -13,7 +13,7 @@ INSTALLED_FROM := pyproject.toml constraints.txt
 TESTED := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all lint format types check bench gpu demo clean python-is-new-enough
+.PHONY: help serve test test-all lint format types check bench load gpu demo clean python-is-new-enough
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -44,6 +44,9 @@ check: lint types test  ## what CI runs
 bench: $(VENV)/.test  ## tokens per second on this machine
 	$(BIN)/graft bench $(ARGS)
 
+load: $(VENV)/.test  ## requests of many adapters against a running server (docs/load-testing.md)
+	$(BIN)/python -m load_tests.workload $(ARGS)
+
 gpu: $(VENV)/.test  ## on a machine with a GPU: its tests, then the benchmark into load_tests/results/
 	$(TESTED) -m gpu
 	$(BIN)/graft bench --device cuda --out load_tests/results/gpu-$$(date -u +%Y%m%dT%H%M%SZ).json $(ARGS)
@@ -63,7 +66,7 @@ $(VENV)/.serve: $(INSTALLED_FROM) | python-is-new-enough
 
 $(VENV)/.test: $(INSTALLED_FROM) | python-is-new-enough
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) -e '.[test,train,bench]'
+	$(PIP_INSTALL) -e '.[test,train,bench,load]'
 	@touch $@ $(VENV)/.serve $(VENV)/.train
 
 $(VENV)/.train: $(INSTALLED_FROM) | python-is-new-enough

@@ -19,8 +19,10 @@ from server.adapters.device import DeviceTier
 from server.adapters.host import HostTier
 from server.adapters.lowering import lower
 from server.adapters.method import Lowered
+from server.adapters.presence import Presence
 from server.adapters.registry import Registry
 from server.adapters.rescan import Rescan
+from server.adapters.served_base import ServedBase
 from server.adapters.sources import FolderSource, LocalFolder, Source
 from server.adapters.store import Store
 from server.api.app import create_app
@@ -33,7 +35,8 @@ from server.ground.config import Settings
 from server.ground.errors import GraftError, StartupRefused
 from server.ground.metrics import Metrics
 from server.model.attention import KVCache
-from server.model.base import Base, BaseOptions
+from server.model.base import Base
+from server.model.pretrained import BaseOptions
 from server.model.quantize import Quantization
 from server.model.tokenizer import Tokenizer
 
@@ -54,6 +57,7 @@ class Server:
     tokenizer: Tokenizer
     adapters: DeviceTier
     store: Store
+    presence: Presence
     registry: Registry
     rescan: Rescan | None  # None where no folder is watched
     engine: Engine
@@ -73,12 +77,13 @@ class Server:
             self.rescan.close()
         self.engine.close()
         self.registry.close()
+        self.presence.close()
 
 
 def assemble(settings: Settings) -> Server:
     """Loads the base and builds every part. Raises StartupRefused with a sentence that says what to change."""
-    device = _device(settings.device)
-    base = Base.load(BaseOptions(settings.model, Quantization(settings.quantize), _dtype(settings.dtype), device))
+    base = Base.load(base_options(settings))
+    device = base.device
     if base.note:
         log.info(base.note)
     tokenizer = Tokenizer.load(settings.model, base.eos_ids)
@@ -88,22 +93,22 @@ def assemble(settings: Settings) -> Server:
         return lower(Checkpoint.open(folder), base.sites.by_path)
 
     store = Store(settings.store, create=True)
+    presence = Presence(store.root)  # before the registry reads the store, so that what it reads stays
     with _fitting("the adapters' buffer", "--adapter-memory"):
         adapters = DeviceTier(base.sites, settings.adapter_memory, base.dtype, device)
     host = HostTier(settings.host_memory, base.dtype, pin=device.type == "cuda")
-    registry = Registry(store, _sources(settings), host, adapters, load)
+    served, num_kept = served_base(settings, base.name, base.fingerprint), settings.keep_versions
+    registry = Registry(store, _sources(settings), host, adapters, load, base=served, max_versions=num_kept)
     _verify_named(settings, registry)
     names = tuple(dict.fromkeys(settings.served_model_name or (base.name,)))
     _refuse_shared_names(names, registry)
 
     max_context = _max_context(settings, base)
-    block_size = min(_BLOCK_SIZE[device.type], -(-max_context // 8) * 8)
-    num_blocks = _num_blocks(settings, base, block_size, max_context)
-    blocks = BlockPool(num_blocks, block_size)
-    limits = SchedulerLimits(settings.max_sequences, settings.max_batch_tokens, settings.max_queued, max_context)
-    scheduler = Scheduler(limits, blocks, registry, tokenizer.eos_ids)
+    blocks = _blocks(settings, base, max_context)
+    limits, reuses = _limits(settings, max_context), _reuses_prefixes(settings, base)
+    scheduler = Scheduler(limits, blocks, registry, tokenizer.eos_ids, reuses_prefixes=reuses)
     with _fitting("the KV cache", "--kv-memory"):
-        runner = Runner(base, adapters, num_blocks, block_size)
+        runner = Runner(base, adapters, blocks.num_blocks, blocks.block_size)
     engine = Engine(scheduler, blocks, runner, tokenizer, metrics.step)
 
     services = Services(
@@ -111,14 +116,13 @@ def assemble(settings: Settings) -> Server:
         registry=registry,
         store=store,
         tokenizer=tokenizer,
-        base=BaseInfo(
-            name=base.name, served_names=names, max_context=scheduler.max_total_tokens, vocab_size=base.vocab_size
-        ),
+        base=BaseInfo(base.name, names, scheduler.max_total_tokens, base.vocab_size, base.fingerprint),
         metrics=metrics,
         version=__version__,
         started_at=time.time(),
         api_key=settings.api_key.get_secret_value() if settings.api_key else None,
         max_upload_bytes=settings.max_upload_bytes,
+        adapter_paths=settings.adapter_paths,
         max_queued=settings.max_queued,
     )
     rescan = None if settings.adapters is None else Rescan(registry.rescan)
@@ -129,11 +133,24 @@ def assemble(settings: Settings) -> Server:
         tokenizer=tokenizer,
         adapters=adapters,
         store=store,
+        presence=presence,
         registry=registry,
         rescan=rescan,
         engine=engine,
         runner=runner,
     )
+
+
+def base_options(settings: Settings) -> BaseOptions:
+    """What base to load, and how. Raises StartupRefused for a device that is not there."""
+    dtype, device = _dtype(settings.dtype), _device(settings.device)
+    return BaseOptions(settings.model, Quantization(settings.quantize), dtype, device)
+
+
+def served_base(settings: Settings, name: str, fingerprint: str | None) -> ServedBase:
+    """The base as adapters are compared with it: by its name, what it was loaded from, and the names it serves as."""
+    names = (name, settings.model, *settings.served_model_name)
+    return ServedBase(tuple(dict.fromkeys(names)), fingerprint, settings.strict_base)
 
 
 @contextmanager
@@ -189,6 +206,31 @@ def _max_context(settings: Settings, base: Base) -> int:
             f"--max-context {settings.max_context}: {base.name} reads at most {base.max_context} tokens; lower it"
         )
     return settings.max_context or base.max_context
+
+
+def _blocks(settings: Settings, base: Base, max_context: int) -> BlockPool:
+    block_size = min(settings.block_size or _BLOCK_SIZE[base.device.type], -(-max_context // 8) * 8)
+    return BlockPool(_num_blocks(settings, base, block_size, max_context), block_size)
+
+
+def _limits(settings: Settings, max_context: int) -> SchedulerLimits:
+    return SchedulerLimits(
+        max_sequences=settings.max_sequences,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_queued=settings.max_queued,
+        max_context=max_context,
+        queue_timeout_s=settings.queue_timeout,
+        request_timeout_s=settings.request_timeout,
+    )
+
+
+def _reuses_prefixes(settings: Settings, base: Base) -> bool:
+    if settings.prefix_reuse == "off":
+        return False
+    if getattr(base, "has_length_dependent_rope", False):
+        log.info("%s: its RoPE depends on a sequence's length, so blocks of one are not reused in another", base.name)
+        return False
+    return True
 
 
 def _num_blocks(settings: Settings, base: Base, block_size: int, max_context: int) -> int:

@@ -1,18 +1,43 @@
-"""Fixtures for every floor: folders of tiny models, made once per run."""
+"""For every floor: folders of tiny models, made once per run, and what a slow machine may not turn into a failure."""
 
-from collections.abc import Callable
+import ctypes
+import gc
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fastapi.dependencies.models
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.models import save_model
+
+# A machine that is busy, or a process that is paused, says nothing about what is tested.
+settings.register_profile("graft", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("graft")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tiny products are slower on several threads, and parallel test processes would fight for the cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_kept() -> Iterator[None]:
+    """A server that has been closed still holds its buffers, because others hold on to it.
+
+    FastAPI remembers the routes of every application, Python looks for rings of objects only now and then, and glibc
+    keeps what is freed, with a heap for each thread that there ever was.
+    """
+    yield
+    for remembered in vars(fastapi.dependencies.models).values():
+        if hasattr(remembered, "cache_clear"):
+            remembered.cache_clear()
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session")

@@ -89,6 +89,7 @@ def logprob_rows(scores: Sequence[TokenLogprobs], vocab_size: int) -> torch.Tens
     """(len(scores), vocab_size) from scores that list the whole vocabulary; the first of a prompt has none."""
     rows = torch.full((len(scores), vocab_size), float("nan"))
     for row, score in zip(rows, scores, strict=True):
-        for token_id, logprob in score.top:
-            row[token_id] = logprob
+        if score.top:
+            token_ids, logprobs = zip(*score.top, strict=True)
+            row[list(token_ids)] = torch.tensor(logprobs)
     return rows

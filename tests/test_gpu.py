@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from server.model.quantize import Quantization
 from tests.adapters.peft_adapters import KINDS, make_adapter
+from tests.fidelity import dense_model, dequantized_twin, serve_kinds
 from tests.serving import serving
-from tests.test_fidelity import KINDS_OF, QUANTIZED_KINDS, REAL_STRENGTH, dequantized_twin, serve_kinds
+from tests.test_fidelity import KINDS_OF, QUANTIZED_KINDS, REAL_STRENGTH
 from tests.test_isolation import asks, check_isolation, check_nothing_leaks
 
 pytestmark = [
@@ -25,7 +25,7 @@ def test_every_kind_in_one_batch_equals_peft_alone(
     architecture: str, model_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = model_folder(architecture)
-    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    dense = dense_model(folder)
     with serve_kinds(folder, dense, KINDS_OF[architecture], tmp_path, device="cuda") as case:
         errors = {name: case.relative_error(name, *found) for name, found in case.answers().items()}
     # PEFT answers on the CPU: other sums in another order, in float32 on both sides.
@@ -46,7 +46,7 @@ def test_on_a_quantized_base_an_adapter_adds_no_error_of_its_own(
 
 
 def test_a_mixed_batch_answers_as_each_request_alone(tiny_llama: Path, tmp_path: Path) -> None:
-    dense = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    dense = dense_model(tiny_llama)
     for seed, kind in enumerate(KINDS):
         make_adapter(dense, kind, tmp_path / "adapters" / kind, seed)
     flags = {"adapters": str(tmp_path / "adapters"), "max_sequences": "20", "max_batch_tokens": "64"}

@@ -5,7 +5,7 @@ where the alone-run's two best tokens are closer than 1e-4, and nearly all token
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from server.assemble import Server
 from server.engine.sequence import SamplingParams
 from tests.adapters.peft_adapters import KINDS, make_adapter
+from tests.models import ARCHITECTURES
 from tests.serving import Answer, Ask, answer_all, serving
 
 NEAR_TIE = 1e-4
@@ -34,14 +35,14 @@ def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory):  # type:
         yield server
 
 
-def asks(rng: random.Random) -> list[Ask]:
+def asks(rng: random.Random, kinds: Sequence[str] = tuple(KINDS), max_tokens: int = 40) -> list[Ask]:
     """Requests over the base and every adapter, in random order, with prompts of all lengths."""
-    names = [None, *KINDS]
+    names = [None, *kinds]
     chosen = [names[i % len(names)] for i in range(NUM_REQUESTS)]
     rng.shuffle(chosen)
     prompts = [tuple(rng.randrange(256) for _ in range(rng.choice((1, 2, 7, 30, 90, 150)))) for _ in chosen]
     return [
-        Ask(name, prompt, SamplingParams(rng.randint(8, 40), temperature=0.0, ignore_eos=True, logprobs=2))
+        Ask(name, prompt, SamplingParams(rng.randint(8, max_tokens), temperature=0.0, ignore_eos=True, logprobs=2))
         for name, prompt in zip(chosen, prompts, strict=True)
     ]
 
@@ -78,6 +79,21 @@ def check_nothing_leaks(server: Server) -> None:
 def test_a_mixed_batch_answers_as_each_request_alone(server: Server, seed: int) -> None:
     check_isolation(server, asks(random.Random(seed)))
     check_nothing_leaks(server)
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES.keys() - {"llama"}))
+def test_a_mixed_batch_of_any_architecture_answers_as_each_request_alone(
+    architecture: str, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A kind of each method; prompts shorter and far longer than windows, in one or two blocks of the cache."""
+    kinds = ("lora", "dora", "vera", "ia3")
+    dense = AutoModelForCausalLM.from_pretrained(model_folder(architecture), dtype=torch.float32)
+    for seed, kind in enumerate(kinds):
+        make_adapter(dense, kind, tmp_path / "adapters" / kind, seed)
+    flags = {"adapters": str(tmp_path / "adapters"), "max_sequences": "20", "max_batch_tokens": "64"}
+    with serving(model_folder(architecture), tmp_path, **flags) as server:
+        check_isolation(server, asks(random.Random(0), kinds, max_tokens=8))
+        check_nothing_leaks(server)
 
 
 def test_a_seed_gives_the_same_answer_in_any_batch(server: Server) -> None:

@@ -21,19 +21,20 @@ def test_a_running_batch_goes_on_while_an_adapter_is_read(
     """The reading is held up until the base has finished a whole request beside it; then it ends, too."""
     dense = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     make_adapter(dense, "lora", tmp_path / "adapters" / "cold", seed=0)
-    may_read = threading.Event()
+    is_read, may_read = threading.Event(), threading.Event()
     with serving(tiny_llama, tmp_path, adapters=str(tmp_path / "adapters")) as server:
         read = server.registry._load
 
         def read_slowly(folder: Path) -> Lowered:
-            assert may_read.wait(60)
+            is_read.set()
+            assert may_read.wait(120)
             return read(folder)
 
         monkeypatch.setattr(server.registry, "_load", read_slowly)
 
         async def run() -> None:
             cold = asyncio.create_task(answer(server, Ask("cold", (1, 2, 3), SamplingParams(4, ignore_eos=True))))
-            await asyncio.sleep(0)
+            assert await asyncio.to_thread(is_read.wait, 120)
             warm = await answer(server, Ask(None, (1, 2, 3), SamplingParams(30, ignore_eos=True)))
             assert len(warm.token_ids) == 30
             assert not cold.done()
@@ -51,7 +52,7 @@ def test_an_abort_ends_a_request_whose_adapter_is_still_read(
     may_read = threading.Event()
     with serving(tiny_llama, tmp_path, adapters=str(tmp_path / "adapters")) as server:
         read = server.registry._load
-        monkeypatch.setattr(server.registry, "_load", lambda folder: (may_read.wait(60), read(folder))[1])
+        monkeypatch.setattr(server.registry, "_load", lambda folder: (may_read.wait(120), read(folder))[1])
 
         async def run() -> None:
             lease = server.registry.lease("cold")

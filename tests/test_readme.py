@@ -56,7 +56,7 @@ def address(folder: Path) -> Iterator[str]:
             yield found.group()
         finally:
             process.terminate()
-            process.wait(timeout=60)
+            process.wait(timeout=120)
 
 
 def run(command: list[str] | str, folder: Path) -> str:
@@ -77,7 +77,8 @@ def test_the_upload_with_curl_answers_and_goes_again(address: str, folder: Path)
     uploaded = json.loads(run(upload.replace(PRINTED, address), folder))
     assert (uploaded["name"], uploaded["method"]) == ("legal", "lora")
     request = urllib.request.Request(f"{address}/v1/adapters/legal", method="DELETE")
-    assert urllib.request.urlopen(request, timeout=60).status in (200, 204)
+    with urllib.request.urlopen(request, timeout=120) as deleted:
+        assert deleted.status in (200, 204)
 
 
 def test_the_python_client_hears_both_voices(address: str, folder: Path) -> None:

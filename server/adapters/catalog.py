@@ -11,7 +11,7 @@ from pathlib import Path
 
 from server.adapters.sources import Found
 from server.adapters.store import Discarded
-from server.ground.errors import AdapterNotFound, BadRequest, GraftError
+from server.ground.errors import AdapterNotFound, BadRequest, Conflict, GraftError
 
 _MIN_PREFIX = 6
 _PREFIX = re.compile(rf"[0-9a-f]{{{_MIN_PREFIX},64}}")
@@ -44,6 +44,15 @@ class Facts:
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The bytes of an adapter on the tiers above the disk, each tensor counted in full even where others share it."""
+
+    host_bytes: int
+    device_bytes: int  # its rows
+    needed_bytes: int  # on an empty device, the edges of slabs counted
+
+
 @dataclass(slots=True, eq=False)
 class Content:
     """One digest, whatever names mean it: the tiers above the disk know adapters by this alone."""
@@ -51,16 +60,22 @@ class Content:
     digest: str
     copies: list["Copy"] = field(default_factory=list)
     facts: Facts | None = None
+    sizes: Sizes | None = None  # None until it was loaded once
     is_loading: bool = False
     failure: GraftError | None = None  # of the last load
     failed_at_s: float = 0.0
     slot: int | None = None  # on the device
     num_residencies: int = 0
+    num_unloads: int = 0  # that wait for its residencies to end; no new one begins meanwhile
     last_use: int = 0
 
     @property
     def num_leases(self) -> int:
         return sum(copy.num_leases for copy in self.copies)
+
+    @property
+    def is_pinned(self) -> bool:
+        return any(copy.is_pinned for copy in self.copies)
 
 
 @dataclass(slots=True, eq=False)
@@ -73,10 +88,15 @@ class Copy:
     created: int  # Unix time
     content_bytes: int
     base_model: str | None
+    base_fingerprint: str | None = None  # of the base that it was made for or, where nobody said, validated against
+    doubts: tuple[str, ...] = ()  # whether that is the base that is served
     found: Found | None = None  # where it is read in place
     discarded: Discarded | None = None  # where it was deleted from the store
     num_leases: int = 0
     is_listed: bool = True  # whether a request can still ask for it
+    is_pinned: bool = False  # whether it may leave neither host nor device
+    num_requests: int = 0  # leases since the start
+    last_used: int | None = None  # Unix time of the last one
 
     @property
     def is_outdated(self) -> bool:
@@ -141,8 +161,30 @@ class Catalog:
         """Takes a name out; its copies stay, unlisted, for those who lease them."""
         copies = tuple(self.entries.pop(name).copies.values())
         for copy in copies:
-            copy.is_listed = False
+            copy.is_listed = copy.is_pinned = False
         return copies
+
+    def remove_version(self, copy: Copy) -> None:
+        """Takes one copy that is not its name's current one out; it stays, unlisted, for those who lease it."""
+        del self.entries[copy.version.name].copies[copy.version.digest]
+        copy.is_listed = copy.is_pinned = False
+
+    def let_go_if_over(self, copy: Copy) -> bool:
+        """Whether nobody can ask for the copy any more and nobody leases it: then it is out, and to be disposed of."""
+        is_over = not copy.is_listed and copy.num_leases == 0
+        if is_over:
+            copy.content.copies.remove(copy)
+        return is_over
+
+    def check_not_in_place(self, name: str) -> None:
+        """Raises Conflict for an adapter whose files are the operator's and not the store's."""
+        entry = self.entries.get(name)
+        if entry is not None and entry.current.found is not None:
+            raise Conflict(
+                f"The adapter {name!r} is read in place from a folder of the server's machine: change it there, or "
+                f"choose another name.",
+                param="name",
+            )
 
     def content(self, digest: str) -> Content:
         """The content of a digest, new where there is none."""
@@ -160,6 +202,7 @@ class Catalog:
                 content.slot is not None for content in contents if content.num_residencies
             ),
             "the listed copies are not those that names have": {id(c) for c in copies if c.is_listed} == listed,
+            "a deleted copy is pinned": all(copy.is_listed or not copy.is_pinned for copy in copies),
             "a deleted copy stays that nobody leases": all(copy.is_listed or copy.num_leases for copy in copies),
         }
 

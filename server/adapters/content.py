@@ -2,6 +2,6 @@
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-MANIFEST_FILE = "manifest.json"  # for methods that keep more than PEFT writes; none does yet
+MANIFEST_FILE = "manifest.json"  # what PEFT's files have no place for; of its keys base_fingerprint alone is read
 CONTENT_FILES = (CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE)  # in the order in which they are hashed
 REQUIRED_FILES = (CONFIG_FILE, WEIGHTS_FILE)

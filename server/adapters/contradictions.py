@@ -1,4 +1,4 @@
-"""Where a LoRA config says another thing about the adapter than the tensors beside it.
+"""Where an adapter's config says another thing about the adapter than the tensors beside it.
 
 Owns the sentences that warn of it: the tensors decide what is applied, so nothing here is refused. Knows nothing about
 files, shapes or sites.
@@ -10,12 +10,33 @@ from typing import Any
 _REMEDY = "The tensors are applied as they are; check that config and weights belong together."
 
 
-def contradictions(config: Mapping[str, Any], modules: Sequence[str], *, has_up_bias: bool) -> tuple[str, ...]:
-    """Warnings for the owner of an adapter whose file has an A and a B for each of `modules`, paths as in the file.
+def contradictions(config: Mapping[str, Any], modules: Sequence[str], *, has_up_bias: bool = True) -> tuple[str, ...]:
+    """Warnings for the owner of an adapter whose file has tensors for each of `modules`, paths as in the file.
 
     Only what is beyond doubt: lists of plain names are compared, patterns ("all-linear", regular expressions) are not.
+    `has_up_bias` matters to LoRA alone, whose config may ask for it.
     """
     return tuple(f"{sentence} {_REMEDY}" for sentence in _found(config, modules, has_up_bias)) if modules else ()
+
+
+def feedforward_contradictions(config: Mapping[str, Any], scales_input: Mapping[str, bool]) -> tuple[str, ...]:
+    """Warnings for an IA3 adapter: module path as in the file -> whether its vector scales the input, by its shape.
+
+    PEFT scales the input of a module whose path ends in one of the config's `feedforward_modules`, with or without a
+    dot before it.
+    """
+    named = config.get("feedforward_modules")
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        return ()
+    ends = tuple(named)
+    named_output = next((m for m, is_input in scales_input.items() if not is_input and m.endswith(ends)), "")
+    unnamed_input = next((m for m, is_input in scales_input.items() if is_input and not m.endswith(ends)), "")
+    found = []
+    if named_output:
+        found.append(f"feedforward_modules names {named_output}, whose vector scales its output. {_REMEDY}")
+    if unnamed_input:
+        found.append(f"feedforward_modules leaves out {unnamed_input}, whose vector scales its input. {_REMEDY}")
+    return tuple(found)
 
 
 def _found(config: Mapping[str, Any], modules: Sequence[str], has_up_bias: bool) -> Iterator[str]:

@@ -16,7 +16,7 @@ from server.adapters.step_edits import VECTORS, Rows, Slot, SlotEdit, StepEdits
 from server.model.site import SiteKind
 from server.model.sites import SiteGroup, SiteTable
 
-_NUM_KEPT_BATCHES = 4
+_NUM_KEPT_BATCHES = 8
 
 
 class DeviceTier:
@@ -60,9 +60,20 @@ class DeviceTier:
 
     def resident_bytes(self, adapter: HostAdapter) -> int:
         """Bytes that the adapter's rows take when it shares none with other adapters."""
+        return sum(stride(width) * num for width, num in self._requests(adapter)) * self.dtype.itemsize
+
+    def needed_bytes(self, adapter: HostAdapter) -> int:
+        """Bytes of the smallest device, cut into slabs as this one, that holds the adapter and nothing else.
+
+        More than its rows: what is lost at the edges of slabs counts. It fits when everything else has made room if,
+        and only if, this is at most `capacity_bytes`.
+        """
+        return self._allocator.elements_alone(self._requests(adapter)) * self.dtype.itemsize
+
+    def _requests(self, adapter: HostAdapter) -> list[tuple[int, int]]:
+        """(width, rows) of the adapter's distinct tensors, in the order in which they are stored."""
         distinct = {t.content_hash: self._as_rows(t.tensor) for _, t in _buffered(adapter)}
-        elements = sum(stride(t.shape[1]) * t.shape[0] for t in distinct.values())
-        return elements * self.dtype.itemsize
+        return [(rows.shape[1], rows.shape[0]) for rows in distinct.values()]
 
     def admit(self, digest: str, adapter: HostAdapter) -> int:
         """Copies the adapter's rows to the device and returns its slot number; the number it has, if it is there.

@@ -61,21 +61,25 @@ class HostTier:
         with self._lock:
             return digest in self._adapters
 
-    def keep(self, digest: str) -> None:
-        """Excepts an adapter from eviction: for one whose files can no longer be read."""
+    def keep(self, digest: str) -> bool:
+        """Excepts an adapter from eviction, if it is here; whether it is."""
         with self._lock:
-            if digest in self._adapters:
+            is_here = digest in self._adapters
+            if is_here:
                 self._kept.add(digest)
+            return is_here
 
     def unkeep(self, digest: str) -> None:
         """Ends what `keep` began."""
         with self._lock:
             self._kept.discard(digest)
 
-    def drop(self, digest: str) -> None:
-        """Forgets an adapter; does nothing if it is not here."""
+    def drop(self, digest: str) -> int:
+        """Forgets an adapter; the bytes that this freed: 0 if it is not here, or others use all its tensors."""
         with self._lock:
+            before = self._used_bytes
             self._remove(digest)
+            return before - self._used_bytes
 
     @property
     def used_bytes(self) -> int:
@@ -176,9 +180,12 @@ class HostTier:
     def _no_room(self, adapter: HostAdapter) -> AdapterRejected:
         return AdapterRejected(
             f"The adapter needs {adapter.tensor_bytes} bytes of host memory, and adapters may use {self.max_bytes} in "
-            f"all: start the server with a larger --host-memory.",
+            f"all{self._kept_part()}: start the server with a larger --host-memory.",
             param="adapter",
         )
+
+    def _kept_part(self) -> str:
+        return f", of which {len(self._kept)} that are pinned or still in use may not be evicted" if self._kept else ""
 
 
 class _Cast:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 ROW_ALIGNMENT = 8  # elements: 16 bytes in a 16-bit type, the widest load of a GPU thread
+_UNBOUNDED_SLABS = 1 << 48  # more than any memory has
 MAX_PROBES = 128  # free runs searched for one that fits: a badly fragmented slab must not slow an allocation down
 
 Span = tuple[int, int]  # half-open: [first, stop)
@@ -275,20 +276,38 @@ class RowAllocator:
 
     def can_allocate(self, requests: Iterable[tuple[int, int]]) -> bool:
         """Whether `allocate(width, count)` for each of `requests`, in this order, would all succeed."""
-        free_slabs = self._free_slabs.copy()
         num_free = {row_stride: len(rows.free) for row_stride, rows in self._by_stride.items()}
+        return self._stop_slab(requests, self._free_slabs.copy(), num_free) is not None
+
+    def elements_alone(self, requests: Iterable[tuple[int, int]]) -> int:
+        """Elements of the smallest buffer, cut into slabs as this one, in which `allocate(width, count)` for each of
+        `requests`, in this order, would all succeed if it held nothing else: at least the rows', and what is lost at
+        the edges of slabs.
+        """
+        free_slabs = _Runs()
+        free_slabs.add(0, _UNBOUNDED_SLABS)
+        stop_slab = self._stop_slab(requests, free_slabs, {})
+        assert stop_slab is not None
+        return stop_slab * self._slab_elements
+
+    def _stop_slab(
+        self, requests: Iterable[tuple[int, int]], free_slabs: _Runs, num_free: dict[int, int]
+    ) -> int | None:
+        """Plays allocations through on copies of the books: behind the last slab that they open; None if too few."""
+        stop_slab = 0
         for width, count in requests:
             row_stride = stride(width)
             num_left = num_free.get(row_stride, 0) - _checked(count)
             if num_left < 0:
                 extents = self._plan(free_slabs, row_stride, -num_left)
                 if extents is None:
-                    return False
+                    return None
                 for extent in extents:
                     free_slabs.remove(extent.first_slab, extent.stop_slab)
                     num_left += extent.num_rows
+                    stop_slab = max(stop_slab, extent.stop_slab)
             num_free[row_stride] = num_left
-        return True
+        return stop_slab
 
     def _plan(self, free_slabs: _Runs, row_stride: int, count: int) -> list[_Extent] | None:
         """Extents of free slabs, ascending and each of them needed, with `count` rows together; None if too few."""

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from server.adapters.content import CONFIG_FILE
-from server.adapters.store import FolderDigest, base_model_of, content_files, folder_digest, is_valid_name
+from server.adapters.store import (
+    FolderDigest,
+    base_fingerprint_of,
+    base_model_of,
+    content_files,
+    folder_digest,
+    is_valid_name,
+)
 from server.ground.errors import AdapterRejected, StartupRefused
 
 _log = logging.getLogger(__name__)
@@ -30,6 +37,7 @@ class Found:
     base_model: str | None
     created: int  # Unix time of the config's last change
     signature: Signature
+    base_fingerprint: str | None = None  # of the base that its manifest says it was made for
 
     def is_intact(self) -> bool:
         """Whether the folder still holds the files that the digest was taken from. Reads no content."""
@@ -174,8 +182,16 @@ class _Folder:
             self._complain("its files are being written; it is left out until they are still")
             return None
         self._seen, self._complaint = (signature, digest), ""
-        base_model = base_model_of(self._path)
-        return Found(name, self._path, digest.digest, digest.content_bytes, base_model, created, signature)
+        return Found(
+            name=name,
+            folder=self._path,
+            digest=digest.digest,
+            content_bytes=digest.content_bytes,
+            base_model=base_model_of(self._path),
+            created=created,
+            signature=signature,
+            base_fingerprint=base_fingerprint_of(self._path),
+        )
 
     def _digest(self, signature: Signature) -> FolderDigest:
         if self._seen is not None and self._seen[0] == signature:

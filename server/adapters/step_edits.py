@@ -4,8 +4,10 @@ Owns the batch-local numbering and the forms that the ops want (`GroupEdits`): r
 adapter where that pays. Knows nothing about what is resident or why, nor about methods: a slot is rows and vectors.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -86,92 +88,136 @@ class StepEdits:
             self._groups[index] = self._make_group(self._store.group(index))
         return self._groups[index]
 
+    def dense(self, index: int) -> GroupEdits:
+        known = self.group(index)
+        assert known is not None, "no adapter of the step touches this group"
+        if known.down is None and known.stack is not None:
+            # Made when first asked for: a group of matrices seldom needs its rows under one another as well.
+            known = self._dense_group(self._store.group(index), known)
+            self._groups[index] = known
+        return known
+
     def embedding_rows(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         site = self._store.group(index).sites[0]
         return self._store.row_view(site.d_in), self._embedding_rows[index]
 
+    def _members(self, group: SiteGroup) -> list[list[SlotEdit | None]]:
+        return [[slot.edits.get(site.index) for slot in self._slots] for site in group.sites]
+
     def _make_group(self, group: SiteGroup) -> GroupEdits | None:
-        members = [[slot.edits.get(site.index) for slot in self._slots] for site in group.sites]
+        members = self._members(group)
         if not any(edit for edits in members for edit in edits):
             return None
+        parts = [_Pairs.of(edits) for edits in members]
+        edits = GroupEdits(tuple(self._site_edits(*pair) for pair in zip(members, parts, strict=True)))
+        if not any(part.num_rows for part in parts):
+            return edits
+        is_embedding = group.sites[0].kind is SiteKind.EMBEDDING
+        if not is_embedding and _is_stackable(parts, len(self._slots)):
+            return replace(edits, stack=self._stack(group, members, parts))
+        return self._dense_group(group, edits)
+
+    def _dense_group(self, group: SiteGroup, edits: GroupEdits) -> GroupEdits:
+        """The same edits with the rank rows of all adapters under one another."""
+        members = self._members(group)
         parts = [_Pairs.of(edits) for edits in members]
         offsets = [0]
         for part in parts:
             offsets.append(offsets[-1] + part.num_rows)
-        is_embedding = group.sites[0].kind is SiteKind.EMBEDDING
-        is_stacked = not is_embedding and all(_is_stackable(part, len(self._slots)) for part in parts)
-        site_edits = tuple(
-            self._site_edits(edits, part, is_stacked) for edits, part in zip(members, parts, strict=True)
-        )
-        if offsets[-1] == 0:
-            return GroupEdits(site_edits)
         numbers = [self._rows[h].numbers for part in parts for h in part.downs]
         down = None
-        if is_embedding:
+        if group.sites[0].kind is SiteKind.EMBEDDING:
             self._embedding_rows[group.index] = torch.cat(numbers)
         else:
             down = self._store.row_view(group.sites[0].d_in).index_select(0, torch.cat(numbers))
         owned = self._owned(parts, offsets)
-        return GroupEdits(
-            members=site_edits,
+        return replace(
+            edits,
+            members=tuple(self._with_rows(*pair) for pair in zip(edits.members, parts, strict=True)),
             down=down,
             foreign=self._foreign_mask(owned, offsets[-1]),
             mid_scale=self._mid("mid_scale", members, parts, offsets, 1.0),
             mid_shift=self._mid("mid_shift", members, parts, offsets, 0.0),
             offsets=tuple(offsets),
             columns=tuple(_as_columns(own, self._store.device) for own in owned),
-            is_stacked=is_stacked,
         )
 
-    def _site_edits(self, edits: Sequence[SlotEdit | None], pairs: "_Pairs", is_stacked: bool) -> SiteEdits | None:
+    def _with_rows(self, edits: SiteEdits | None, pairs: "_Pairs") -> SiteEdits | None:
+        if edits is None or not pairs.num_rows:
+            return edits
+        rows = torch.cat([self._rows[h].numbers for h in pairs.ups])
+        up = self._store.row_view(self._rows[pairs.ups[0]].width).index_select(0, rows)
+        # Rows that were admitted are finite. Those that a masked adapter has given away meanwhile may hold the bits of
+        # somebody's vectors, and 0 times NaN would reach its neighbours.
+        up.nan_to_num_(0.0, 0.0, 0.0)
+        return replace(edits, up=up, columns=(None, *(slice(a, b) if b > a else None for a, b in pairs.spans)))
+
+    def _site_edits(self, edits: Sequence[SlotEdit | None], pairs: "_Pairs") -> SiteEdits | None:
+        """The vectors of a site, without its rows."""
         if not any(edits):
             return None
         in_scale, up_scale, out_scale, out_shift = (self._stacked_vectors(name, edits) for name in VECTORS)
-        up = stack = None
-        columns: tuple[slice | None, ...] = ()
-        if pairs.num_rows:
-            rows = torch.cat([self._rows[h].numbers for h in pairs.ups])
-            up = self._store.row_view(self._rows[pairs.ups[0]].width).index_select(0, rows)
-            columns = (None, *(slice(a, b) if b > a else None for a, b in pairs.spans))
-            stack = self._stack(edits, pairs) if is_stacked else None
-        return SiteEdits(up, columns, stack, in_scale, up_scale, out_scale, out_shift)
+        return SiteEdits(pairs.num_rows > 0, None, (), in_scale, up_scale, out_scale, out_shift)
 
-    def _stack(self, edits: Sequence[SlotEdit | None], pairs: "_Pairs") -> Stack:
-        """The rank rows of a site by adapter. In float32 on a CPU, where small 16-bit products are slower."""
-        ranks = [end - start for start, end in pairs.spans]
-        is_padding = torch.arange(pairs.max_rank)[None, :] >= torch.tensor(ranks)[:, None]
+    def _stack(
+        self, group: SiteGroup, members: Sequence[Sequence[SlotEdit | None]], parts: Sequence["_Pairs"]
+    ) -> Stack:
+        """The rank rows of a group by adapter. In float32 on a CPU, where small 16-bit products are slower."""
+        rank = max(part.max_rank for part in parts)
+        have_rows = [i for i, part in enumerate(parts) if part.num_rows]
+        width = math.gcd(*(group.sites[i].d_out for i in have_rows))
+        num_pieces = [site.d_out // width if i in have_rows else 0 for i, site in enumerate(group.sites)]
+        ends = list(accumulate(num_pieces))
+        spans = tuple((end - num, end) for end, num in zip(ends, num_pieces, strict=True))
+        num_slots = len(self._slots)
+        with_rows = [members[i] for i in have_rows]
+        downs = [edit.down if edit else None for of_slot in zip(*with_rows, strict=True) for edit in of_slot]
         dtype = torch.float32 if self._store.device.type == "cpu" else self._store.dtype
-
-        def matrices(hashes: Sequence[bytes | None]) -> torch.Tensor:
-            numbers = torch.zeros(len(ranks), pairs.max_rank, dtype=torch.int64, device=self._store.device)
-            for local, (content_hash, rank) in enumerate(zip(hashes, ranks, strict=True)):
-                if content_hash is not None:
-                    numbers[local, :rank] = self._rows[content_hash].numbers
-            width = next(self._rows[h].width for h in hashes if h is not None)
-            rows = self._store.row_view(width).index_select(0, numbers.view(-1)).to(dtype)
-            if is_padding.any():
-                rows.masked_fill_(is_padding.view(-1, 1).to(rows.device), 0)
-            return rows.view(len(ranks), pairs.max_rank, width)
-
+        up = torch.empty(num_slots, ends[-1], rank, width, dtype=dtype, device=self._store.device)
+        for i in have_rows:
+            matrices = self._matrices([edit.up if edit else None for edit in members[i]], rank)
+            first, last = spans[i]
+            up[:, first:last] = matrices.view(num_slots, rank, last - first, width).transpose(1, 2)
+        owners = tuple(place for place, i in enumerate(have_rows) for _ in range(num_pieces[i]))
+        is_one_to_one = owners == tuple(range(len(owners)))
         return Stack(
-            down=matrices([edit.down if edit else None for edit in edits]),
-            up=matrices([edit.up if edit else None for edit in edits]),
-            mid_scale=self._stacked_mid("mid_scale", edits, pairs.max_rank, 1.0),
-            mid_shift=self._stacked_mid("mid_shift", edits, pairs.max_rank, 0.0),
+            rank=rank,
+            down=self._matrices(downs, rank).to(dtype).view(num_slots, -1, group.sites[0].d_in),
+            up=up,
+            spans=spans,
+            owners=owners,
+            owner_index=None if is_one_to_one else torch.tensor(owners, device=self._store.device),
+            mid_scale=self._stacked_mid("mid_scale", with_rows, rank, 1.0),
+            mid_shift=self._stacked_mid("mid_shift", with_rows, rank, 0.0),
         )
 
+    def _matrices(self, hashes: Sequence[bytes | None], rank: int) -> torch.Tensor:
+        """(len(hashes), rank, width): tensors of one width from the store, padded with rows of zeros."""
+        lists = [self._rows[h].numbers.tolist() if h is not None else [] for h in hashes]
+        padded = torch.tensor([[*numbers, *[0] * (rank - len(numbers))] for numbers in lists])
+        width = next(self._rows[h].width for h in hashes if h is not None)
+        rows = self._store.row_view(width).index_select(0, padded.view(-1).to(self._store.device))
+        if any(len(numbers) < rank for numbers in lists):
+            is_padding = torch.arange(rank)[None, :] >= torch.tensor([[len(numbers)] for numbers in lists])
+            rows.masked_fill_(is_padding.view(-1, 1).to(rows.device), 0)
+        return rows.view(len(hashes), rank, width)
+
     def _stacked_mid(
-        self, name: str, edits: Sequence[SlotEdit | None], rank: int, identity: float
+        self, name: str, members: Sequence[Sequence[SlotEdit | None]], rank: int, identity: float
     ) -> torch.Tensor | None:
-        """(adapters, 1, rank) float32 of mid_scale or mid_shift; None when no adapter has it."""
-        vectors = [getattr(edit, name) if edit else None for edit in edits]
-        if all(vector is None for vector in vectors):
+        """(adapters, 1, members * rank) float32 of mid_scale or mid_shift; None when no adapter has it."""
+        vectors = {
+            (local, place): getattr(edit, name)
+            for place, edits in enumerate(members)
+            for local, edit in enumerate(edits)
+            if edit is not None and getattr(edit, name) is not None
+        }
+        if not vectors:
             return None
-        out = torch.full((len(edits), 1, rank), identity, device=self._store.device)
-        for local, vector in enumerate(vectors):
-            if vector is not None:
-                out[local, 0, : len(vector)] = vector
-        return out
+        out = torch.full((len(self._slots), len(members), rank), identity, device=self._store.device)
+        for (local, place), vector in vectors.items():
+            out[local, place, : len(vector)] = vector
+        return out.view(len(self._slots), 1, -1)
 
     def _stacked_vectors(self, name: str, edits: Sequence[SlotEdit | None]) -> torch.Tensor | None:
         """(S, site width) float32 vectors of one field, identity where an adapter has none; None when none has."""
@@ -261,9 +307,11 @@ class _Pairs:
         return pairs
 
 
-def _is_stackable(pairs: _Pairs, num_slots: int) -> bool:
+def _is_stackable(parts: Sequence[_Pairs], num_slots: int) -> bool:
     """Whether a matrix per adapter, padded to the highest rank, is not much more than the rows themselves."""
-    return num_slots * pairs.max_rank <= _MAX_STACK_GROWTH * pairs.num_rows
+    rank = max(part.max_rank for part in parts)
+    num_rows = [part.num_rows for part in parts if part.num_rows]
+    return num_slots * rank * len(num_rows) <= _MAX_STACK_GROWTH * sum(num_rows)
 
 
 def _as_columns(spans: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor | slice | None:

@@ -33,7 +33,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from server.adapters.content import CONFIG_FILE, CONTENT_FILES, REQUIRED_FILES, WEIGHTS_FILE
+from server.adapters.content import CONFIG_FILE, CONTENT_FILES, MANIFEST_FILE, REQUIRED_FILES, WEIGHTS_FILE
 from server.ground.errors import (
     AdapterNotFound,
     AdapterRejected,
@@ -119,12 +119,23 @@ def folder_digest(folder: Path) -> FolderDigest:
 
 def base_model_of(folder: Path) -> str | None:
     """The base that an adapter folder says it was trained on, or None where it does not say."""
+    return _text_in(folder / CONFIG_FILE, "base_model_name_or_path")
+
+
+def base_fingerprint_of(folder: Path) -> str | None:
+    """The fingerprint of the base that an adapter folder's manifest says it was made for, or None."""
+    return _text_in(folder / MANIFEST_FILE, "base_fingerprint")
+
+
+def _text_in(path: Path, key: str) -> str | None:
+    """A string in a JSON object on disk, fit to be shown; None where there is none that can be read."""
     try:
-        config = json.loads((folder / CONFIG_FILE).read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    return named if isinstance(named, str) else None
+    value = content.get(key) if isinstance(content, dict) else None
+    # JSON can escape half of a surrogate pair, which no answer in UTF-8 can repeat.
+    return value.encode(errors="replace").decode() if isinstance(value, str) and value else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +148,21 @@ class Record:
     num_parameters: int | None = None
     num_sites: int | None = None
     content_bytes: int = 0  # set by the store
-    base_model: str | None = None
+    base_model: str | None = None  # as its config names it
+    base_fingerprint: str | None = None  # of the base that its maker says it is for
+    checked_name: str | None = None  # the base that it was validated against, by whoever stored it last
+    checked_fingerprint: str | None = None
     warnings: tuple[str, ...] = ()
+
+    def with_base_of(self, other: "Record") -> "Record":
+        """This record with what another says about the base, where that says anything."""
+        checked = other if other.checked_name is not None else self
+        return dataclasses.replace(
+            self,
+            base_fingerprint=other.base_fingerprint or self.base_fingerprint,
+            checked_name=checked.checked_name,
+            checked_fingerprint=checked.checked_fingerprint,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,9 +255,10 @@ class Store:
         return Incoming(self._scratch(), max_bytes)
 
     def put(self, incoming: "Incoming", name: str, record: Record, *, replace: bool) -> tuple[StoredVersion, bool]:
-        """Makes the upload the current version of `name`; whether anything changed comes with it.
+        """Makes the upload the current version of `name`; whether that changed what the name means comes with it.
 
-        Raises Conflict if the name exists with other content and not `replace`. The upload is used up if this returns.
+        Of content that is there already the files stay, and its record learns what this one says about the base. Raises
+        Conflict if the name exists with other content and not `replace`. The upload is used up if this returns.
         """
         check_name(name)
         digest = incoming.digest()
@@ -241,19 +266,32 @@ class Store:
             incoming.write_record(dataclasses.replace(record, content_bytes=incoming.num_bytes))
             with self._exclusive():
                 created = self._install(incoming, name, digest, replace)
+                self._renew_record(incoming.scratch, self.root / name / digest, record)
         incoming.discard()
         return self._read_version(name, digest), created
 
     def add_folder(self, folder: Path, name: str, *, replace: bool = False) -> tuple[StoredVersion, bool]:
         """Copies a local PEFT folder into the store, as `put` does. Raises AdapterRejected where a file is missing."""
         check_name(name)
-        record = Record(created=int(time.time()), base_model=base_model_of(folder))
+        record = Record(
+            created=int(time.time()), base_model=base_model_of(folder), base_fingerprint=base_fingerprint_of(folder)
+        )
         with self.incoming() as incoming:
-            for path in content_files(folder):
-                with path.open("rb") as source, incoming.open_file(path.name) as target:
-                    while chunk := source.read(_CHUNK_BYTES):
-                        target.write(chunk)
+            incoming.copy(folder)
             return self.put(incoming, name, record, replace=replace)
+
+    def make_current(self, name: str, digest: str) -> None:
+        """Makes a version that the name has already the one that it means. Raises AdapterNotFound."""
+        with _disk_errors(self.root), self._exclusive():
+            self.folder(name, digest)
+            index = self._read_index(name)
+            if index.current == digest:
+                return
+            scratch = self._scratch_locked()
+            try:
+                self._write_index(self.root / name, index.with_current(digest), scratch)
+            finally:
+                scratch.remove()
 
     def discard(self, name: str) -> tuple["Discarded", ...]:
         """Takes a name and its versions out of the store at once; each one's files stay readable until removed.
@@ -278,6 +316,13 @@ class Store:
 
     def delete_version(self, name: str, digest: str) -> None:
         """Removes one version. Raises AdapterNotFound, and Conflict for the current one."""
+        self.discard_version(name, digest).remove()
+
+    def discard_version(self, name: str, digest: str) -> "Discarded":
+        """Takes one version out of the store at once; its files stay readable until removed.
+
+        Raises AdapterNotFound, and Conflict for the current one.
+        """
         with _disk_errors(self.root), self._exclusive():
             folder = self.folder(name, digest)
             index = self._read_index(name)
@@ -289,7 +334,7 @@ class Store:
             scratch = self._scratch_locked()
             self._write_index(self.root / name, index.without(digest), scratch)
             os.rename(folder, scratch.version_folder)
-        scratch.remove()
+        return Discarded(digest, scratch)
 
     # The steps of a change; each runs under the store's lock
 
@@ -330,6 +375,16 @@ class Store:
                 os.rename(target, incoming.scratch.folder / "replaced")
             os.rename(incoming.folder, target)
         self._write_index(self.root / name, index.with_current(digest), incoming.scratch)
+
+    def _renew_record(self, scratch: "_Scratch", folder: Path, record: Record) -> None:
+        """The base is no part of a version's identity, so what is said of it later may change the record."""
+        known = _read_record(folder)
+        renewed = known.with_base_of(record)
+        if renewed != known:
+            draft = scratch.folder / _RECORD_FILE
+            _write_json(draft, dataclasses.asdict(renewed))
+            os.rename(draft, folder / _RECORD_FILE)
+            _sync_folder(folder)
 
     def _write_index(self, folder: Path, index: _Index, scratch: "_Scratch") -> None:
         _sync_folder(folder)
@@ -442,6 +497,13 @@ class Incoming:
             raise BadRequest(f"{filename} was sent twice: send each file once.", param="file")
         with _disk_errors(self.folder):
             return IncomingFile(self, self.folder / filename)
+
+    def copy(self, folder: Path) -> None:
+        """Writes the content files of a local adapter folder. Raises AdapterRejected where one is missing."""
+        for path in content_files(folder):
+            with path.open("rb") as source, self.open_file(path.name) as target:
+                while chunk := source.read(_CHUNK_BYTES):
+                    target.write(chunk)
 
     def digest(self) -> str:
         """The version of what was written. Raises BadRequest where a required file is missing or still open."""
@@ -600,7 +662,12 @@ def _read_record(folder: Path) -> Record:
     except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
         _log.warning("The record of %s cannot be read: %r", folder, error)
         content_bytes = sum(path.stat().st_size for path in content_files(folder))
-        return Record(int(folder.stat().st_mtime), content_bytes=content_bytes, base_model=base_model_of(folder))
+        return Record(
+            int(folder.stat().st_mtime),
+            content_bytes=content_bytes,
+            base_model=base_model_of(folder),
+            base_fingerprint=base_fingerprint_of(folder),
+        )
 
 
 def _record_from(content: Mapping[str, Any]) -> Record:
@@ -612,6 +679,9 @@ def _record_from(content: Mapping[str, Any]) -> Record:
         num_sites=content.get("num_sites"),
         content_bytes=int(content.get("content_bytes", 0)),
         base_model=content.get("base_model"),
+        base_fingerprint=content.get("base_fingerprint"),
+        checked_name=content.get("checked_name"),
+        checked_fingerprint=content.get("checked_fingerprint"),
         warnings=tuple(content.get("warnings", ())),
     )
 

@@ -7,9 +7,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
 from server.adapters.registry import AdapterInfo
+from server.adapters.served_base import FINGERPRINT
 from server.adapters.store import Incoming
 from server.api.services import Services
-from server.api.uploads import receive_upload
+from server.api.uploads import UploadForm, receive_upload
 from server.ground.errors import Conflict
 
 
@@ -21,19 +22,19 @@ def router(services: Services) -> APIRouter:
         """201 for a new version, 200 where the very same content is there already, 409 for other content."""
         incoming = await run_in_threadpool(services.store.incoming, max_bytes=services.max_upload_bytes)
         try:
-            name = await receive_upload(request, incoming, services.max_upload_bytes)
-            return await run_in_threadpool(_register, services, incoming, name, replace)
+            form = await receive_upload(request, incoming, services.max_upload_bytes)
+            return await run_in_threadpool(_register, services, incoming, form, replace)
         finally:
             await run_in_threadpool(incoming.discard)
 
     @routes.get("/v1/adapters")
     def list_adapters() -> dict[str, Any]:
-        return {"object": "list", "data": [_shown(info) for info in services.registry.list()]}
+        return {"object": "list", "data": [shown(info) for info in services.registry.list()]}
 
     @routes.get("/v1/adapters/{name}")
     def retrieve(name: str) -> dict[str, Any]:
         """`name`, or `name@version-prefix`."""
-        return _shown(services.registry.describe(name))
+        return shown(services.registry.describe(name))
 
     @routes.delete("/v1/adapters/{name}")
     def delete(name: str) -> dict[str, Any]:
@@ -44,15 +45,18 @@ def router(services: Services) -> APIRouter:
     return routes
 
 
-def _register(services: Services, incoming: Incoming, name: str, replace: bool) -> JSONResponse:
+def _register(services: Services, incoming: Incoming, form: UploadForm, replace: bool) -> JSONResponse:
     """Validate against the base and accept. Reads the whole upload: for a worker thread."""
-    if name in services.base.served_names:
-        raise Conflict(f"'{name}' is a name of the base; choose another for the adapter.", param="name")
-    registered = services.registry.register(incoming, name, replace=replace)
-    return JSONResponse(_shown(registered.info), 201 if registered.is_new else 200)
+    if form.name in services.base.served_names:
+        raise Conflict(f"'{form.name}' is a name of the base; choose another for the adapter.", param="name")
+    registered = services.registry.register(
+        incoming, form.name, replace=replace, base_fingerprint=form.base_fingerprint
+    )
+    return JSONResponse(shown(registered.info), 201 if registered.is_new else 200)
 
 
-def _shown(info: AdapterInfo) -> dict[str, Any]:
+def shown(info: AdapterInfo) -> dict[str, Any]:
+    """An adapter version as every route shows it."""
     return {
         "name": info.name,
         "version": info.digest,
@@ -64,7 +68,14 @@ def _shown(info: AdapterInfo) -> dict[str, Any]:
         "warnings": list(info.warnings),
         "versions": list(info.versions),  # the current one last
         "base_model": info.base_model,  # that it says it was trained on
+        "base_fingerprint": info.base_fingerprint,
+        "refused": info.is_refused,  # as one of another base, by a strict server; `warnings` says why
         "tiers": list(info.tiers),  # where it is now
+        "tier_bytes": {"store": info.content_bytes, "host": info.host_bytes, "device": info.device_bytes},
+        "pinned": info.is_pinned,
+        "num_running": info.num_residencies,  # sequences, now
+        "num_requests": info.num_requests,  # sequences, since the server's start
+        "last_used": info.last_used,
         "created": info.created,
     }
 
@@ -82,6 +93,11 @@ _UPLOAD_FORM = {
                         "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,62}$"},
                         "config": {**_BINARY, "description": "adapter_config.json"},
                         "weights": {**_BINARY, "description": "adapter_model.safetensors"},
+                        "base_fingerprint": {
+                            "type": "string",
+                            "pattern": f"^{FINGERPRINT.pattern}$",
+                            "description": "of the base that the adapter was made for, as GET /v1/models shows it",
+                        },
                     },
                 }
             }

@@ -23,7 +23,7 @@ class Envelope:
     id: str
     created: int  # seconds since the epoch
     model: str  # as the client named it
-    adapter: Mapping[str, str] | None  # name and version; None: the bare base
+    adapter: Mapping[str, str] | None  # name, version, and perhaps a warning; None: the bare base
 
     def around(self, kind: str, choices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """An answer (or chunk) of OpenAI's object type `kind`."""
@@ -38,21 +38,31 @@ class Envelope:
 
 
 class Usage:
-    """Tokens of one answer: each prompt once, however many choices it has, and what all choices generated."""
+    """Tokens of one answer: each prompt once, however many choices it has, and what all choices generated.
 
-    def __init__(self, num_prompt_tokens: int) -> None:
+    Cached tokens are those of the prompts that none of their choices computed.
+    """
+
+    def __init__(self, num_prompt_tokens: int, num_choices: int) -> None:
+        """`num_choices`: of each prompt."""
         self._num_prompt_tokens = num_prompt_tokens
+        self._num_choices = num_choices
         self._num_output_tokens: dict[int, int] = {}  # by choice
+        self._num_cached_tokens: dict[int, int] = {}  # by prompt
 
     def count(self, index: int, delta: Delta) -> None:
         self._num_output_tokens[index] = delta.num_output_tokens
+        prompt = index // self._num_choices
+        known = self._num_cached_tokens.get(prompt, delta.num_cached_tokens)
+        self._num_cached_tokens[prompt] = min(known, delta.num_cached_tokens)
 
-    def shown(self) -> dict[str, int]:
+    def shown(self) -> dict[str, Any]:
         num_output_tokens = sum(self._num_output_tokens.values())
         return {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": num_output_tokens,
             "total_tokens": self._num_prompt_tokens + num_output_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self._num_cached_tokens.values())},
         }
 
 
@@ -109,8 +119,8 @@ def begin(
     choices = [_nth_choice(one, j) for one in params for j in range(body.n)]
     model = body.model or services.base.served_names[0]
     envelope = Envelope(request_id, int(time.time()), model, _shown_adapter(leases[0]))
-    generation = submit_all(services, request_id, repeated, choices, leases)
-    return Begun(envelope, generation, Usage(sum(len(prompt) for prompt in prompts)))
+    generation = submit_all(services, request_id, repeated, choices, leases, body.cache_salt)
+    return Begun(envelope, generation, Usage(sum(len(prompt) for prompt in prompts), body.n))
 
 
 def check_token_ids(services: Services, ids: Iterable[int], param: str) -> None:
@@ -147,4 +157,8 @@ def _nth_choice(params: SamplingParams, choice: int) -> SamplingParams:
 
 
 def _shown_adapter(lease: Lease | None) -> dict[str, str] | None:
-    return None if lease is None else {"name": lease.version.name, "version": lease.version.digest}
+    """What answered; where it seems to be of another base, with a word for that: streams say it in every chunk."""
+    if lease is None:
+        return None
+    shown = {"name": lease.version.name, "version": lease.version.digest}
+    return shown | {"warning": "base_mismatch"} if lease.has_doubts else shown

@@ -1,15 +1,17 @@
 """The HTTP face put together: routes, errors, and what stands around every request.
 
-From the outside in: request id, metrics and last resort (`traffic`), API key (`auth`), size of bodies (`body`), routes.
+From the outside in: request id, metrics and last resort (`traffic`), API key (`auth`) or, where there is none, the page
+that asks (`origin`), size of bodies (`body`), routes.
 """
 
 from collections.abc import Mapping
 
 from fastapi import FastAPI
 
-from server.api import adapters, chat, completions, errors, health, models
+from server.api import adapters, chat, completions, custody, errors, health, lora_verbs, models, versions
 from server.api.auth import KeyCheck
 from server.api.body import BodyLimit
+from server.api.origin import OriginCheck
 from server.api.services import Services
 from server.api.traffic import Traffic
 
@@ -20,12 +22,14 @@ def create_app(services: Services) -> FastAPI:
     """The ASGI application over these services, complete when returned."""
     app = FastAPI(title="Graftserve", version=services.version, docs_url=None, redoc_url=None, redirect_slashes=False)
     errors.install(app)
-    for part in (completions, chat, models, adapters, health):
+    for part in (completions, chat, models, adapters, custody, versions, lora_verbs, health):
         app.include_router(part.router(services))
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=services.max_body_bytes, exempt=_READS_ITS_OWN_BODY)
     if services.api_key is not None:
         app.add_middleware(KeyCheck, key=services.api_key)
+    else:
+        app.add_middleware(OriginCheck)
     app.add_middleware(Traffic, metrics=services.metrics)
     services.metrics.watch(lambda: _state(services))
     return app
@@ -46,6 +50,7 @@ def _state(services: Services) -> Mapping[str, float]:
         "graft_adapters_on_host": adapters.num_on_host,
         "graft_adapters_resident": adapters.num_resident,
         "graft_adapters_loading": adapters.num_loading,
+        "graft_adapters_pinned": adapters.num_pinned,
         "graft_adapter_host_bytes": adapters.host_used_bytes,
         "graft_adapter_device_bytes": adapters.device_used_bytes,
         "graft_adapter_device_capacity_bytes": adapters.device_capacity_bytes,
@@ -53,6 +58,7 @@ def _state(services: Services) -> Mapping[str, float]:
         "graft_adapter_loads_total": adapters.loads_total,
         "graft_adapter_load_failures_total": adapters.load_failures_total,
         "graft_adapter_promotions_total": adapters.promotions_total,
+        "graft_adapter_unloads_total": adapters.unloads_total,
         "graft_adapter_device_evictions_total": adapters.device_evictions_total,
         "graft_adapter_host_evictions_total": adapters.host_evictions_total,
     }

@@ -94,13 +94,14 @@ def submit_all(
     prompts: Sequence[Sequence[int]],
     params: Sequence[SamplingParams],
     leases: Sequence[Lease | None],
+    cache_salt: str | None = None,
 ) -> Generation:
     """One sequence per prompt, params and lease, all or none. The leases are taken over, whatever happens.
 
     Raises Overloaded or ContextTooLong, with nothing left running.
     """
     requests = [
-        GenerationRequest(f"{request_id}-{index}", tuple(prompt), sampling, lease)
+        GenerationRequest(f"{request_id}-{index}", tuple(prompt), sampling, lease, cache_salt)
         for index, (prompt, sampling, lease) in enumerate(zip(prompts, params, leases, strict=True))
     ]
     return Generation(_streams(services.engine, requests), services.metrics)

@@ -46,6 +46,7 @@ def _base_card(services: Services, name: str) -> dict[str, Any]:
         "root": services.base.name,
         "parent": None,
         "max_model_len": services.base.max_context,
+        "fingerprint": services.base.fingerprint,
     }
 
 

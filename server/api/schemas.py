@@ -19,6 +19,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 4096
+MAX_SALT_CHARS = 256
 MAX_INT = 2**31 - 1  # of every count that has no smaller limit: more would overflow in the kernels
 
 
@@ -91,6 +92,9 @@ class GenerationBody(Body):
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     ignore_eos: bool = False
+    # What of the KV cache may be reused is what requests of the same salt have computed: one salt per tenant keeps a
+    # tenant from learning, by the time to the first token, what others have asked.
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -133,6 +137,23 @@ class CompletionBody(GenerationBody):
         if isinstance(self.prompt[0], int):
             return [self.prompt]  # one kind for all items, says _checked_prompt
         return self.prompt
+
+
+class RollbackBody(Body):
+    version: Annotated[str, Field(pattern=r"^[0-9a-f]{6,64}$")] | None = None  # a prefix; None: the one before
+
+
+class LoadLoraBody(Body):
+    lora_name: Text | None = None
+    lora_path: Text | None = None
+    load_inplace: bool = False
+    base_model_name: Text | None = None
+    is_3d_lora_weight: Literal[False] = False
+
+
+class UnloadLoraBody(Body):
+    lora_name: Text | None = None
+    lora_int_id: int | None = None  # a number of vLLM's own: the name decides there, too
 
 
 class TextPart(Body):

@@ -4,6 +4,7 @@ Built once by the roof and handed to `create_app`. Knows nothing about HTTP.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from server.adapters.registry import Registry
 from server.adapters.store import Store
@@ -18,13 +19,15 @@ class BaseInfo:
 
     `served_names` are the values of a request's `model` that mean the bare base; the first is the one that answers
     carry when the request names none. `max_context` counts prompt and generated tokens together. `vocab_size` counts
-    the rows of the embedding, of which there may be fewer than the tokenizer has tokens.
+    the rows of the embedding, of which there may be fewer than the tokenizer has tokens. `fingerprint` is that of its
+    checkpoint (`server.model.fingerprint`), None where that has none.
     """
 
     name: str
     served_names: tuple[str, ...]
     max_context: int
     vocab_size: int
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,4 +43,5 @@ class Services:
     api_key: str | None = None  # None: no key is asked for
     max_upload_bytes: int = 4 * 1024**3  # of one POST /v1/adapters
     max_body_bytes: int = 16 * 1024**2  # of every other request
+    adapter_paths: tuple[Path, ...] = ()  # the folders of this machine from which a request may have adapters read
     max_queued: int = 256  # sequences that may wait: a request of more could never be accepted

@@ -6,6 +6,7 @@ belongs to the store's `Incoming`, which its user discards. Knows nothing about 
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -15,6 +16,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 
 from server.adapters.content import CONFIG_FILE, WEIGHTS_FILE
+from server.adapters.served_base import FINGERPRINT
 from server.adapters.store import Incoming, IncomingFile, check_name
 from server.api.body import body_chunks, declared_bytes, discard
 from server.api.errors import echo
@@ -24,14 +26,23 @@ if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 FILES: Mapping[str, str] = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE}
-_MAX_FIELD_BYTES: Mapping[str, int] = {"name": 1024, "config": 1024**2}
+_TEXTS = ("name", "base_fingerprint")
+_MAX_FIELD_BYTES: Mapping[str, int] = {"name": 1024, "base_fingerprint": 1024, "config": 1024**2}
 _MAX_FRAME_BYTES = 64 * 1024  # of the form around the files: boundaries, headers, the name
 _WRITE_BYTES = 1024**2  # how much is gathered for one trip to a worker thread
 _MAX_HEADER_BYTES = 4096
 
 
-async def receive_upload(request: Request, incoming: Incoming, max_bytes: int) -> str:
-    """Write the form's files to `incoming` and return its `name` field.
+@dataclass(frozen=True, slots=True)
+class UploadForm:
+    """The fields of the form that are no files."""
+
+    name: str
+    base_fingerprint: str | None  # of the base that the adapter was made for, if its maker says so
+
+
+async def receive_upload(request: Request, incoming: Incoming, max_bytes: int) -> UploadForm:
+    """Write the form's files to `incoming` and return its other fields.
 
     Raises BadRequest for a form that is not as documented, TooLarge above `max_bytes` (while it arrives), and
     ClientGone if the client leaves.
@@ -72,7 +83,7 @@ class _Form:
         self._incoming = incoming
         self._max_bytes = max_bytes + _MAX_FRAME_BYTES
         self._num_bytes = 0
-        self._name = bytearray()
+        self._texts = {field: bytearray() for field in _TEXTS}
         self._seen: set[str] = set()
         self._part = ""
         self._part_bytes = 0
@@ -99,14 +110,17 @@ class _Form:
         except FormParserError as error:
             raise BadRequest(f"The form is not valid multipart/form-data: {echo(error)}.") from error
 
-    def finish(self) -> str:
-        """The adapter's name, once everything is there."""
+    def finish(self) -> UploadForm:
+        """The fields that are no files, once everything is there."""
         if not self._is_complete:
             raise BadRequest("The form ends in the middle; send it again.")
         for field in ("name", "config", "weights"):
             if field not in self._seen:
                 raise BadRequest(f"The form has no field '{field}'.", param=field, code="missing_field")
-        return self._name.decode()
+        return UploadForm(self._text("name"), self._text("base_fingerprint") or None)
+
+    def _text(self, field: str) -> str:
+        return self._texts[field].decode("utf-8", "replace")
 
     # Called by the parser, in the order of the form.
 
@@ -135,8 +149,8 @@ class _Form:
                 param="manifest",
                 code="unsupported",
             )
-        if self._part != "name" and self._part not in FILES:
-            known = ", ".join(("name", *FILES))
+        if self._part not in _TEXTS and self._part not in FILES:
+            known = ", ".join((*_TEXTS, *FILES))
             raise BadRequest(f"The form has a field '{echo(self._part)}'; known are {known}.", param=echo(self._part))
         if self._part in self._seen:
             raise BadRequest(f"The form has '{self._part}' twice.", param=self._part)
@@ -150,13 +164,15 @@ class _Form:
         if limit is not None and self._part_bytes > limit:
             raise TooLarge(f"'{self._part}' is larger than {limit} bytes.", param=self._part)
         if self._file is None:
-            self._name += data[start:end]
+            self._texts[self._part] += data[start:end]
         else:
             self._file.write(data[start:end])
 
     def end_part(self) -> None:
         if self._part == "name":
-            check_name(self._name.decode("utf-8", "replace"))
+            check_name(self._text("name"))
+        if self._part == "base_fingerprint":
+            _check_fingerprint(self._text("base_fingerprint"))
         self._opened.close()
         self._file = None
 
@@ -179,6 +195,16 @@ def _parser(form: _Form, boundary: bytes) -> MultipartParser:
         return MultipartParser(boundary, callbacks, max_header_size=_MAX_HEADER_BYTES)
     except FormParserError as error:
         raise BadRequest(f"The form is not valid multipart/form-data: {echo(error)}.") from error
+
+
+def _check_fingerprint(text: str) -> None:
+    """An empty field counts as none."""
+    if text and not FINGERPRINT.fullmatch(text):
+        raise BadRequest(
+            "'base_fingerprint' must be 64 lower-case hex digits, perhaps with 'packed-' before them: GET /v1/models "
+            "shows that of the base.",
+            param="base_fingerprint",
+        )
 
 
 def _too_large(max_bytes: int) -> TooLarge:

@@ -5,6 +5,7 @@ Owns the loop, the sequences in flight and the one ending that each of them gets
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 import threading
@@ -25,6 +26,7 @@ from server.model.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 _MAX_FAILED_STEPS = 10  # in a row, with a device that still answers; then the engine is taken to be lost
+_GATHERING_S = 0.002  # an idle engine waits so long after it is woken: requests sent together share their first step
 _IDLE_POLL_S = 0.005  # while sequences wait for an adapter that is being loaded
 
 
@@ -36,6 +38,8 @@ class StepReport:
     num_tokens: int
     num_adapters: int  # distinct, the base not counted
     duration_s: float
+    num_queried_tokens: int = 0  # looked up in the cache, of the sequences that first ran in it
+    num_hit_tokens: int = 0  # of those, found there and not computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,9 @@ class EngineStats:
     block_size: int
     num_preemptions: int
     num_steps: int
+    num_kept_blocks: int = 0  # free, with content that can still be found
+    num_queried_tokens: int = 0  # of prompts, looked up in the cache
+    num_hit_tokens: int = 0  # of prompts, found in the cache
 
 
 class Engine:
@@ -78,6 +85,7 @@ class Engine:
         self._is_closing = False
         self._fault: str | None = None
         self._num_steps = 0
+        self._num_reported = 0, 0  # tokens looked up and found, up to the last report
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -93,6 +101,9 @@ class Engine:
             prompt_ids=list(request.prompt_ids),
             params=request.params,
             version=None if lease is None else lease.version,
+            # Not the name: what is called differently and has the same content edits alike.
+            edit_identity="" if lease is None else lease.version.digest,
+            cache_salt=request.cache_salt,
         )
         stream = DeltaStream(request.sequence_id, self.abort)
         decoder = self._tokenizer.decoder(request.prompt_ids, request.params.stop)
@@ -150,6 +161,9 @@ class Engine:
             block_size=self._blocks.block_size,
             num_preemptions=self._scheduler.num_preemptions,
             num_steps=self._num_steps,
+            num_kept_blocks=self._blocks.num_kept,
+            num_queried_tokens=self._scheduler.num_queried_tokens,
+            num_hit_tokens=self._scheduler.num_hit_tokens,
         )
 
     def _run(self) -> None:
@@ -172,9 +186,11 @@ class Engine:
                 if num_failed == _MAX_FAILED_STEPS or (num_failed and not self._runner.is_device_alive()):
                     self._fault = f"{num_failed} steps failed in a row; see the log"
             self._hand_over()
-            if not batch.sequences:
-                # A sequence that waits for its adapter is looked at again soon; all else sets the event.
-                self._wake.wait(_IDLE_POLL_S if self._scheduler.num_waiting else None)
+            if not batch.sequences and self._scheduler.num_waiting:
+                self._wake.wait(_IDLE_POLL_S)  # for its adapter; all else sets the event
+            elif not batch.sequences:
+                self._wake.wait()
+                time.sleep(_GATHERING_S)
 
     def _schedule(self) -> Batch:
         with self._lock:
@@ -212,9 +228,20 @@ class Engine:
                 if item.sequence.sequence_id in self._flights:
                     self._emit(item.sequence, tokens, scores, item.sequence in ended)
         self._num_steps += 1
-        num_adapters = len({item.sequence.version for item in batch.sequences} - {None})
-        duration_s = time.perf_counter() - started
-        self._observe(StepReport(len(batch.sequences), batch.num_tokens, num_adapters, duration_s))
+        self._observe(self._report(batch, time.perf_counter() - started))
+
+    def _report(self, batch: Batch, duration_s: float) -> StepReport:
+        queried, hit = self._scheduler.num_queried_tokens, self._scheduler.num_hit_tokens
+        report = StepReport(
+            num_sequences=len(batch.sequences),
+            num_tokens=batch.num_tokens,
+            num_adapters=len({item.sequence.version for item in batch.sequences} - {None}),
+            duration_s=duration_s,
+            num_queried_tokens=queried - self._num_reported[0],
+            num_hit_tokens=hit - self._num_reported[1],
+        )
+        self._num_reported = queried, hit
+        return report
 
     def _fail_overflown(self, logits: StepLogits) -> None:
         """Ends the sequences whose logits are not numbers: an adapter of extreme weights has overflown."""
@@ -290,13 +317,14 @@ class Engine:
 
     def _end_with_error(self, flights: list[Flight], error: str) -> None:
         for flight in flights:
-            self._scheduler.finish(flight.sequence, FinishReason.ERROR)
+            self._scheduler.discard(flight.sequence)
             self._end(flight, FinishReason.ERROR, GenerationFailed(error))
 
     def _close_flight(self, flight: Flight) -> None:
-        del self._flights[flight.sequence.sequence_id]
+        # The lease first, so that nothing is held any more once nothing is in flight.
         if flight.lease is not None:
             flight.lease.release()
+        del self._flights[flight.sequence.sequence_id]
 
     def _post(self, flight: Flight, delta: Delta) -> None:
         self._outbox.setdefault(flight.loop, []).append((flight.stream, delta))
@@ -304,7 +332,7 @@ class Engine:
     def _hand_over(self) -> None:
         """All deltas since the last step, with one call into each event loop."""
         for loop, deltas in self._outbox.items():
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop has been closed, and nobody reads any more
                 loop.call_soon_threadsafe(_deliver, deltas)
         self._outbox = {}
 

@@ -23,6 +23,7 @@ class GenerationRequest:
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     lease: Lease | None = None
+    cache_salt: str | None = None  # keys and values are shared only among requests of one salt
 
 
 class DeltaStream:
@@ -123,4 +124,5 @@ class Flight:
             error=error,
             num_prompt_tokens=self.sequence.num_prompt_tokens,
             num_output_tokens=self.sequence.num_output_tokens,
+            num_cached_tokens=self.sequence.num_cached_tokens,
         )

@@ -16,6 +16,8 @@ from server.model.base import Base
 from server.model.context import AttentionBatch, StepContext
 from server.ops import DecodeBatch, Lanes, PrefillSpan, Run, TokenLayout
 
+_RECOMPUTED_AT_ONCE = 512  # tokens: bounds what a long sequence takes for itself, once in its life
+
 
 @dataclass(frozen=True, slots=True)
 class StepLogits:
@@ -45,7 +47,22 @@ class Runner:
 
     def run(self, batch: Batch) -> StepLogits:
         """One forward pass over the batch (not empty)."""
+        for item in batch.sequences:
+            self._recompute_if_stale(item)
         items = _pack_order(batch.sequences)
+        return _split(items, self._forward(items))
+
+    def _recompute_if_stale(self, item: ScheduledSequence) -> None:
+        """Computes a sequence's cached tokens again where the token after them changes all their positions' angles."""
+        rule, sequence = self._base.rope, item.sequence
+        if rule is None or not rule.is_stale(sequence.num_prompt_tokens, item.start):
+            return
+        for start in range(0, item.start, _RECOMPUTED_AT_ONCE):
+            num_tokens = min(_RECOMPUTED_AT_ONCE, item.start - start)
+            self._forward([ScheduledSequence(sequence, start, num_tokens, False, False)])
+
+    def _forward(self, items: Listing[ScheduledSequence]) -> torch.Tensor:
+        """Logits of the kept rows, (k, vocabulary), of items in packing order."""
         num_decodes = sum(_is_decode(item) for item in items)
         starts = _starts([item.num_tokens for item in items])
         ids = [token for item in items for token in item.token_ids]
@@ -54,11 +71,10 @@ class Runner:
         context = self._context(items, starts, num_decodes, keep)
         self._base.attention.cache = self.cache
         device = self._base.device
-        logits = self._base.forward(
+        return self._base.forward(
             torch.tensor(ids, device=device), torch.tensor(positions, device=device),
             torch.tensor(keep, device=device, dtype=torch.long), context,
         )  # fmt: skip
-        return _split(items, logits)
 
     def _context(
         self, items: Listing[ScheduledSequence], starts: Listing[int], num_decodes: int, keep: Listing[int]
@@ -74,11 +90,21 @@ class Runner:
         lanes = Lanes.of(per_token, num_adapters, 2, device) or Lanes.of(
             per_token[:num_decodes], num_adapters, 4, device
         )
-        layout = TokenLayout(torch.tensor(per_token, device=device), num_decodes, runs, lanes)
+        layout = _layout(per_token, num_decodes, runs, lanes, device)
         kept = [per_token[row] for row in keep]
-        lanes = Lanes.of(kept, num_adapters, 4, device)
-        logits_layout = TokenLayout(torch.tensor(kept, device=device, dtype=torch.long), len(kept), (), lanes)
-        return StepContext(self._attention(items, starts, num_decodes), layout, logits_layout, edits)
+        logits_layout = _layout(kept, len(kept), (), Lanes.of(kept, num_adapters, 4, device), device)
+        attention = self._attention(items, starts, num_decodes)
+        return StepContext(attention, layout, logits_layout, edits, self._rope_lengths(items))
+
+    def _rope_lengths(self, items: Listing[ScheduledSequence]) -> torch.Tensor | None:
+        rule = self._base.rope
+        if rule is None:
+            return None
+        lengths: list[int] = []
+        for item in items:
+            sequence, end = item.sequence, item.start + item.num_tokens
+            lengths += rule.lengths(sequence.num_prompt_tokens, sequence.num_tokens, item.start, end)
+        return torch.tensor(lengths, device=self._base.device)
 
     def _attention(self, items: Listing[ScheduledSequence], starts: Listing[int], num_decodes: int) -> AttentionBatch:
         size, device = self._block_size, self._base.device
@@ -109,10 +135,18 @@ def _is_decode(item: ScheduledSequence) -> bool:
 
 
 def _pack_order(items: Listing[ScheduledSequence]) -> list[ScheduledSequence]:
-    """Single tokens first, in the order of their first block (so that they read the cache in few runs), then chunks."""
+    """Single tokens first, by slot (so that they stand in lanes as they are), the base's last of them; then chunks."""
     decodes = [item for item in items if _is_decode(item)]
     chunks = [item for item in items if not _is_decode(item)]
-    return sorted(decodes, key=lambda item: item.sequence.blocks[0]) + chunks
+    return sorted(decodes, key=lambda item: (not item.sequence.slot, item.sequence.slot)) + chunks
+
+
+def _layout(
+    adapters: Listing[int], num_mixed: int, runs: tuple[Run, ...], lanes: Lanes | None, device: torch.device
+) -> TokenLayout:
+    is_all_in_lanes = lanes is not None and not any(adapters[lanes.num_tokens :])
+    numbers = torch.tensor(adapters, device=device, dtype=torch.long)
+    return TokenLayout(numbers, num_mixed, runs, lanes, is_all_in_lanes)
 
 
 def _starts(lengths: Listing[int]) -> list[int]:
@@ -134,7 +168,11 @@ def _decode_batch(items: Listing[ScheduledSequence], size: int, device: torch.de
     pair_sequence: list[int] = []
     pair_block: list[int] = []
     pair_start: list[int] = []
-    for number, item in enumerate(items):
+    is_single = all(item.start < size for item in items)
+    # In the order of their blocks they read the cache in few runs.
+    order = sorted(range(len(items)), key=lambda number: items[number].sequence.blocks[0])
+    for number in order:
+        item = items[number]
         num_blocks = -(-(item.start + 1) // size)
         pair_sequence += [number] * num_blocks
         pair_block += item.sequence.blocks[:num_blocks]
@@ -145,9 +183,16 @@ def _decode_batch(items: Listing[ScheduledSequence], size: int, device: torch.de
         pair_block=torch.tensor(pair_block, device=device),
         pair_start=torch.tensor(pair_start, device=device),
         runs=_consecutive(pair_block),
-        is_single=len(pair_block) == len(items),
+        is_single=is_single,
+        inverse=_inverse(order, device) if is_single else None,
         num_read=min(size, max(item.start + 1 for item in items)),
     )
+
+
+def _inverse(order: Listing[int], device: torch.device) -> torch.Tensor | None:
+    """The place of each number in `order`, which has them all; None where that is the number itself."""
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return None if places == list(range(len(order))) else torch.tensor(places, device=device)
 
 
 def _consecutive(blocks: Listing[int]) -> tuple[tuple[int, int, int], ...]:

@@ -13,19 +13,24 @@ A running sequence that needs a block when none is free takes it from the newest
 back to its place in the queue and later computes all its known tokens again. So the oldest running sequence advances in
 every step, and everything ends.
 
+Full blocks are found again by their keys (see `blocks.block_key`), by whoever begins with the same tokens under the
+same edits: a newcomer, or a preempted sequence that comes back. They become known when the step that filled them is
+committed, and nobody writes to them after that. The newest known token is always computed: its logits are needed.
+
 A waiting sequence whose adapter is still loading, or finds no room on the device, is passed over. So that newer ones
 cannot hold all the room for ever, the oldest such sequence is overtaken by newer ones with an adapter in at most
 MAX_OVERTAKING_STEPS steps. From then on only the base's are admitted behind it, and the residencies drain, until it is
 admitted, fails or is aborted.
 """
 
+import time
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from server.engine.blocks import BlockPool
+from server.engine.blocks import BlockPool, block_key, root_key
 from server.engine.sequence import (
     Batch,
     FailedSequence,
@@ -34,9 +39,17 @@ from server.engine.sequence import (
     Sequence,
     SequenceStatus,
 )
-from server.ground.errors import ContextTooLong, GenerationFailed, GraftError, Overloaded, StartupRefused
+from server.ground.errors import (
+    ContextTooLong,
+    GenerationFailed,
+    GraftError,
+    Overloaded,
+    RequestTimedOut,
+    StartupRefused,
+)
 
 MAX_OVERTAKING_STEPS = 64  # enough for most loads to end, so that a cold adapter seldom holds up the others
+_RETRY_AFTER_S = 5  # a queue in which requests time out is not empty in a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +58,18 @@ class SchedulerLimits:
     max_batch_tokens: int  # computed in one step
     max_queued: int  # waiting; preempted sequences come back beyond it
     max_context: int  # tokens, prompt and output together
+    queue_timeout_s: float | None = None  # from arrival to the first step; None: no limit
+    request_timeout_s: float | None = None  # from arrival to the end
 
     def __post_init__(self) -> None:
-        for limit in fields(self):
-            value = getattr(self, limit.name)
+        for name in ("max_sequences", "max_batch_tokens", "max_queued", "max_context"):
+            value = getattr(self, name)
             if value < 1:
-                raise StartupRefused(f"{limit.name} is {value}; set it to at least 1.", param=limit.name)
+                raise StartupRefused(f"{name} is {value}; set it to at least 1.", param=name)
+        for name in ("queue_timeout_s", "request_timeout_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise StartupRefused(f"{name} is {value}; set it to more than 0, or leave it out.", param=name)
         if self.max_batch_tokens < self.max_sequences:
             raise StartupRefused(
                 f"max_batch_tokens is {self.max_batch_tokens} and max_sequences is {self.max_sequences}, but each "
@@ -89,8 +108,7 @@ class _Step:
             start=start,
             num_tokens=num_tokens,
             samples=is_complete and sequence.params.max_tokens > 0,
-            # The first output token is sampled from the prompt's last row: with one, the whole prompt has been scored.
-            wants_prompt_logits=sequence.params.prompt_logprobs is not None and not sequence.output_ids,
+            wants_prompt_logits=_wants_prompt_logits(sequence),
         )
         self.num_tokens_left -= num_tokens
 
@@ -112,17 +130,25 @@ class Scheduler:
         blocks: BlockPool,
         residency: Residency,
         eos_ids: frozenset[int] = frozenset(),
+        *,
+        reuses_prefixes: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`clock` gives seconds from any origin, for the time limits; `reuses_prefixes` False computes all anew."""
         self._limits = limits
         self._blocks = blocks
         self._residency = residency
         self._eos_ids = eos_ids
+        self._reuses_prefixes = reuses_prefixes
+        self._clock = clock
         self._sequences: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []  # by arrival
         self._running: list[Sequence] = []  # by arrival
         self._num_holds: Counter[Hashable] = Counter()
         self._num_arrived = 0
         self._num_preemptions = 0
+        self._num_queried_tokens = 0
+        self._num_hit_tokens = 0
         self._refused_arrival = -1  # of the oldest sequence that found no residency
         self._num_overtaking_steps = 0  # in which a newer one with an adapter was admitted before it
 
@@ -138,6 +164,16 @@ class Scheduler:
     def num_preemptions(self) -> int:
         """Preemptions since the start."""
         return self._num_preemptions
+
+    @property
+    def num_queried_tokens(self) -> int:
+        """Tokens of sequences that were looked up in the cache when they first ran, since the start."""
+        return self._num_queried_tokens
+
+    @property
+    def num_hit_tokens(self) -> int:
+        """Those of them that were found there, and not computed."""
+        return self._num_hit_tokens
 
     @property
     def max_total_tokens(self) -> int:
@@ -162,6 +198,7 @@ class Scheduler:
         if len(self._waiting) >= self._limits.max_queued:
             raise Overloaded(f"The queue is full: max_queued is {self._limits.max_queued}. Retry in a moment.")
         sequence.arrival = self._num_arrived
+        sequence.arrived_s = self._clock()
         self._num_arrived += 1
         self._sequences[sequence.sequence_id] = sequence
         self._waiting.append(sequence)
@@ -191,9 +228,15 @@ class Scheduler:
         sequence.finish_reason = reason
         return True
 
+    def discard(self, sequence: Sequence) -> bool:
+        """As `finish`, for a sequence whose keys and values cannot be trusted: nobody finds its blocks again."""
+        self._blocks.forget(sequence.blocks)
+        return self.finish(sequence, FinishReason.ERROR)
+
     def schedule(self) -> Batch:
         """The next step's work, with its blocks allocated and its residencies held."""
         step = _Step(num_tokens_left=self._limits.max_batch_tokens)
+        self._fail_overdue(step)
         self._continue_running(step)
         if not step.has_preempted:
             # Else the blocks just taken from a sequence would go to one that has to give them back soon.
@@ -214,6 +257,7 @@ class Scheduler:
             if sequence.status is SequenceStatus.WAITING or sequence.num_computed_tokens != item.start:
                 raise ValueError(f"sequence {sequence.sequence_id!r} has moved on since this batch was scheduled")
             sequence.num_computed_tokens += item.num_tokens
+            self._remember_filled(sequence, item.start)
             if item.samples:
                 sequence.output_ids.append(sampled[sequence.sequence_id])
             reason = self._end_of(sequence)
@@ -225,7 +269,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Asserts what holds between any two calls; for tests and for storms."""
         assert self._blocks.num_free + self._blocks.num_used == self._blocks.num_blocks
-        assert sum(len(sequence.blocks) for sequence in self._running) <= self._blocks.num_used
+        self._blocks.check_integrity()
+        assert len({block for sequence in self._running for block in sequence.blocks}) <= self._blocks.num_used
         assert self._num_holds == Counter(s.version for s in self._running if s.version is not None)
         assert len(self._running) <= self._limits.max_sequences
         assert len(self._running) + len(self._waiting) == len(self._sequences)
@@ -235,6 +280,8 @@ class Scheduler:
             assert sequence.status is SequenceStatus.RUNNING
             assert sequence.num_pending > 0
             assert len(sequence.blocks) >= self._blocks.num_blocks_for(sequence.num_computed_tokens)
+            for number, block in enumerate(sequence.blocks):
+                assert self._blocks.key_of(block) in (None, *sequence.block_keys[number : number + 1])
         for sequence in self._waiting:
             assert sequence.status is SequenceStatus.WAITING
             assert not sequence.blocks
@@ -249,6 +296,18 @@ class Scheduler:
         if is_longest and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
             return FinishReason.LENGTH
         return None
+
+    def _fail_overdue(self, step: _Step) -> None:
+        in_queue, in_all = self._limits.queue_timeout_s, self._limits.request_timeout_s
+        if in_queue is None and in_all is None:
+            return
+        now_s = self._clock()
+        for sequence in (*self._running, *self._waiting):
+            age_s = now_s - sequence.arrived_s
+            if in_all is not None and age_s > in_all:
+                self._fail(sequence, _timed_out(sequence, in_all), step)
+            elif in_queue is not None and age_s > in_queue and not sequence.has_started:
+                self._fail(sequence, _waited_too_long(in_queue), step)
 
     def _continue_running(self, step: _Step) -> None:
         decodes = [sequence for sequence in self._running if not sequence.is_prefilling]
@@ -323,10 +382,15 @@ class Scheduler:
 
         Then those behind it must not take blocks either, or a long prompt would never find enough of them.
         """
-        num_tokens = min(sequence.num_pending, step.num_tokens_left)
+        found = self._find(sequence)
+        num_found = len(found) * self._blocks.block_size
+        num_tokens = min(sequence.num_tokens - num_found, step.num_tokens_left)
         # The block of the step after this one is taken now, so that a newcomer is not preempted at once.
-        num_blocks = self._blocks.num_blocks_for(min(num_tokens + 1, sequence.max_total_tokens))
+        num_ahead = min(num_found + num_tokens + 1, sequence.max_total_tokens)
+        num_blocks = self._blocks.num_blocks_for(num_ahead) - len(found)
+        self._blocks.share(found)  # at once, lest they be given away as free ones
         if not self._blocks.can_allocate(num_blocks):
+            self._blocks.free(found)
             self._unhold(sequence.version)
             if self._running:
                 return False
@@ -336,9 +400,47 @@ class Scheduler:
         insort(self._running, sequence, key=_arrival)
         sequence.status = SequenceStatus.RUNNING
         sequence.slot = slot
-        sequence.blocks = self._blocks.allocate(num_blocks)
+        sequence.blocks = found + self._blocks.allocate(num_blocks)
+        sequence.num_computed_tokens = num_found
+        self._note_start(sequence, num_found)
         step.put(sequence, num_tokens)
         return True
+
+    def _note_start(self, sequence: Sequence, num_found: int) -> None:
+        """What is told of the cache is told of first starts: a preempted sequence that finds itself is no hit."""
+        if not sequence.has_started and self._may_reuse(sequence):
+            sequence.num_cached_tokens = num_found
+            self._num_queried_tokens += sequence.num_tokens
+            self._num_hit_tokens += num_found
+        sequence.has_started = True
+
+    def _may_reuse(self, sequence: Sequence) -> bool:
+        """Whether it may skip the computation of known blocks: not while the logits of all its rows are needed."""
+        return self._reuses_prefixes and not _wants_prompt_logits(sequence)
+
+    def _find(self, sequence: Sequence) -> list[int]:
+        """The known blocks that a waiting sequence begins with, short of its newest token."""
+        if not self._may_reuse(sequence):
+            return []
+        return self._blocks.find(self._keys(sequence, (sequence.num_tokens - 1) // self._blocks.block_size))
+
+    def _remember_filled(self, sequence: Sequence, start: int) -> None:
+        """Makes the blocks known that were filled by the tokens from position `start` on."""
+        first, stop = start // self._blocks.block_size, sequence.num_computed_tokens // self._blocks.block_size
+        if self._reuses_prefixes and first < stop:
+            keys = list(self._keys(sequence, stop))
+            for block, key in zip(sequence.blocks[first:stop], keys[first:], strict=True):
+                self._blocks.remember(block, key)
+
+    def _keys(self, sequence: Sequence, num_blocks: int) -> Iterator[bytes]:
+        """The keys of the sequence's first full blocks, each computed when it is first asked for."""
+        size, keys = self._blocks.block_size, sequence.block_keys
+        for number in range(num_blocks):
+            if number == len(keys):
+                parent = keys[-1] if keys else root_key(sequence.cache_salt)
+                at = number * size, (number + 1) * size
+                keys.append(block_key(parent, sequence.token_ids(*at), sequence.edit_identities(*at)))
+            yield keys[number]
 
     def _preempt(self, sequence: Sequence, step: _Step) -> None:
         step.drop(sequence)
@@ -384,6 +486,27 @@ class Scheduler:
             f"The request has {sequence.num_tokens} tokens and needs more than the {num_usable} blocks of "
             f"{self._blocks.block_size} tokens that the KV cache can give it. Shorten it or enlarge the KV cache."
         )
+
+
+def _wants_prompt_logits(sequence: Sequence) -> bool:
+    """The first output token is sampled from the prompt's last row: with one, the whole prompt has been scored."""
+    return sequence.params.prompt_logprobs is not None and not sequence.output_ids
+
+
+def _waited_too_long(limit_s: float) -> Overloaded:
+    return Overloaded(
+        f"The request waited in the queue for longer than this server's limit (queue_timeout is {limit_s:g} s). "
+        f"Retry in {_RETRY_AFTER_S} seconds.",
+        retry_after_s=_RETRY_AFTER_S,
+    )
+
+
+def _timed_out(sequence: Sequence, limit_s: float) -> RequestTimedOut:
+    return RequestTimedOut(
+        f"The request took longer than this server's limit (request_timeout is {limit_s:g} s), and had generated "
+        f"{sequence.num_output_tokens} of at most {sequence.params.max_tokens} tokens. Ask for fewer with max_tokens.",
+        param="max_tokens",
+    )
 
 
 def _arrival(sequence: Sequence) -> int:

@@ -60,6 +60,7 @@ class Delta:
     error: GraftError | None = None  # why it failed, when the reason is ERROR
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0  # so far, these included
+    num_cached_tokens: int = 0  # of the prompt: found in the cache, not computed
 
     @property
     def is_terminal(self) -> bool:
@@ -68,17 +69,19 @@ class Delta:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One generation in flight. The scheduler alone changes the fields below `version`; others read them.
+    """One generation in flight. The scheduler alone changes the fields below `cache_salt`; others read them.
 
     Known tokens are the prompt and the output so far; the first `num_computed_tokens` of them have their keys and
-    values in `blocks`. A preempted sequence keeps its known tokens and computes all of them again, the output too;
-    `prompt_ids` stays the original prompt, to which position rules refer.
+    values in `blocks`. A preempted sequence keeps its known tokens and computes again, the output too, what is not
+    found in the cache; `prompt_ids` stays the original prompt, to which position rules refer.
     """
 
     sequence_id: str
     prompt_ids: list[int]
     params: SamplingParams
     version: Hashable | None = None  # of the adapter; None: the bare base
+    edit_identity: str = ""  # tells its adapter's edits from all others, whatever the adapter is called; "": the base
+    cache_salt: str | None = None  # keys and values are shared only among sequences of one salt
     output_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -86,10 +89,17 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     arrival: int = -1  # its place in the order of arrival, given by the scheduler
+    arrived_s: float = 0.0  # on the scheduler's clock
+    has_started: bool = False  # whether it has ever run
+    num_cached_tokens: int = 0  # of the prompt: found in the cache when it first ran
+    block_keys: list[bytes] = field(default_factory=list)  # of its first full blocks, as many as were asked for
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
             raise BadRequest("The prompt is empty; send at least one token.", param="prompt")
+        if (self.version is None) != (self.edit_identity == ""):
+            # Else the blocks of an adapter could be taken for the base's.
+            raise ValueError(f"version is {self.version!r} and edit_identity is {self.edit_identity!r}: give both")
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -127,6 +137,10 @@ class Sequence:
     @property
     def all_ids(self) -> list[int]:
         return self.prompt_ids + self.output_ids
+
+    def edit_identities(self, start: int, stop: int) -> list[str]:
+        """What edits each of the tokens at positions start..stop-1."""
+        return [self.edit_identity] * (stop - start)
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """The known tokens at positions start..stop-1, without building the whole list."""

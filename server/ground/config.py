@@ -8,7 +8,7 @@ machine is None here, and whoever computes it says what None means.
 import difflib
 import ipaddress
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -85,6 +85,11 @@ def _is_folder(path: Path) -> Path:
     return path
 
 
+def _on_or_off(value: object) -> object:
+    """YAML reads a bare on and off as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 def _default_model() -> str:
     """The demo of the checkout that this file lies in; empty (and then refused) where there is none."""
     demo = _CHECKOUT / "demo" / "base"
@@ -98,6 +103,7 @@ def _default_store() -> Path:
 
 
 Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Size = Annotated[ByteSize, Field(gt=0)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 
@@ -144,6 +150,18 @@ class Settings(BaseSettings):
         UserPath | None,
         Flag("adapters", "DIR", "serve every subfolder that has an adapter_config.json, in place, and watch for more"),
     ] = None
+    adapter_paths: Annotated[
+        tuple[UserPath, ...],
+        NoDecode,
+        BeforeValidator(_split),
+        Flag("adapters", "DIR", "folder from which POST /v1/load_lora_adapter may read adapters; may be repeated"),
+    ] = ()
+    strict_base: Annotated[
+        bool, Flag("adapters", "", "refuse adapters that were trained on another base, instead of warning")
+    ] = False
+    keep_versions: Annotated[
+        Count, Flag("adapters", "N", "versions of a replaced adapter that stay in the store, the current one counted")
+    ] = 3
     adapter_memory: Annotated[
         Size, Flag("adapters", "SIZE", "device memory for adapters; the number resident is bounded by it alone")
     ] = ByteSize(512 * _MIB)
@@ -169,9 +187,27 @@ class Settings(BaseSettings):
         2048
     )
     max_queued: Annotated[Count, Flag("limits", "N", "requests waiting to start; more are answered with 503")] = 256
+    queue_timeout: Annotated[
+        Seconds | None, Flag("limits", "SECONDS", "longest wait for a first step; then a request is answered with 503")
+    ] = None
+    request_timeout: Annotated[
+        Seconds | None, Flag("limits", "SECONDS", "longest life of a request, its wait included; then it is failed")
+    ] = None
     kv_memory: Annotated[
         Size | None, Flag("limits", "SIZE", "device memory for the KV cache", default="a share of what is free")
     ] = None
+    block_size: Annotated[
+        int | None,
+        Field(ge=8, le=1024, multiple_of=8),
+        Flag(
+            "limits", "N", "tokens in a block of the KV cache; whole blocks are reused", default="128 on a CPU, else 64"
+        ),
+    ] = None
+    prefix_reuse: Annotated[
+        Literal["on", "off"],
+        BeforeValidator(_on_or_off),
+        Flag("limits", "{on,off}", "whether a prompt's beginning that the KV cache still holds is not computed again"),
+    ] = "on"
 
     config: Annotated[UserPath | None, Flag("process", "FILE", "YAML file with any of these settings as keys")] = None
     log_level: Annotated[
@@ -203,6 +239,14 @@ class Settings(BaseSettings):
     @classmethod
     def _adapters_exist(cls, value: Path | None) -> Path | None:
         return None if value is None else _is_folder(value)
+
+    @field_validator("adapter_paths")
+    @classmethod
+    def _adapter_paths_exist(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        for path in value:
+            if not path.is_dir():
+                raise ValueError(f"{str(path)!r} is no folder; create it or correct the path")
+        return value
 
     @field_validator("adapter")
     @classmethod
@@ -273,8 +317,24 @@ def load(flags: Mapping[str, Any]) -> Settings:
 
     Raises StartupRefused with one sentence per problem, each naming where the value came from and what would do.
     """
+    return _settled(flags, {})
+
+
+def load_some(names: Collection[str], flags: Mapping[str, Any]) -> Settings:
+    """As `load`, for a command that uses the settings in `names` alone: the rest keep their defaults.
+
+    So the value of a setting that the command does not use, wherever it is given, cannot refuse it.
+    """
+    fields = Settings.model_fields.items()
+    unused = {name: info.get_default(call_default_factory=True) for name, info in fields if name not in names}
+    if "model" in unused:
+        unused["model"] = unused["model"] or "none"  # where there is no demo, nothing stands for the base
+    return _settled(flags, unused)
+
+
+def _settled(flags: Mapping[str, Any], unused: Mapping[str, Any]) -> Settings:
     try:
-        return Settings(**flags)
+        return Settings(**{**unused, **flags})
     except ValidationError as error:
         whence = origins(flags)
         problems = [_sentence(detail, whence) for detail in error.errors()]

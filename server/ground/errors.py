@@ -7,12 +7,14 @@ Owns the tree below and the wording rules (name the field, the limit, the remedy
     │   ├── ContextTooLong   400  prompt + max_tokens exceed the context window
     │   └── AdapterRejected  400  a checkpoint that this server cannot apply exactly
     ├── Unauthorized         401  the key is missing or wrong
+    ├── Forbidden            403  a web page of another origin asks, and no key says that it may
     ├── NotFound             404
     │   └── AdapterNotFound  404
     ├── Conflict             409  the name exists with other content, or is in use
     ├── TooLarge             413  a body or a file over its limit
     ├── GenerationFailed     500  the engine failed while the request ran
-    ├── Overloaded           503  the queue is full; carries Retry-After
+    │   └── RequestTimedOut  504  the request took longer than --request-timeout
+    ├── Overloaded           503  the queue is full or too slow; carries Retry-After
     └── StartupRefused        -   the server cannot start with these settings
 """
 
@@ -56,6 +58,12 @@ class Unauthorized(GraftError):
     code = "invalid_api_key"
 
 
+class Forbidden(GraftError):
+    status = 403
+    type = "permission_error"
+    code = "foreign_origin"
+
+
 class NotFound(GraftError):
     status = 404
     type = "not_found_error"
@@ -81,6 +89,13 @@ class TooLarge(GraftError):
 class GenerationFailed(GraftError):
     status = 500
     code = "generation_failed"
+
+
+class RequestTimedOut(GenerationFailed):
+    """A request took longer than this server lets any take; sent again, it would take as long."""
+
+    status = 504
+    code = "request_timeout"
 
 
 class Overloaded(GraftError):

@@ -27,6 +27,7 @@ GAUGES: Mapping[str, str] = {
     "graft_adapters_on_host": "Adapter versions whose edits lie in host memory.",
     "graft_adapters_resident": "Adapter versions on the device.",
     "graft_adapters_loading": "Adapter versions on their way from the store to host memory.",
+    "graft_adapters_pinned": "Adapter versions that may leave neither host memory nor the device.",
     "graft_adapter_host_bytes": "Host memory that adapters take.",
     "graft_adapter_device_bytes": "Device memory that adapters take.",
     "graft_adapter_device_capacity_bytes": "Device memory that adapters may take.",
@@ -38,6 +39,7 @@ TOTALS: Mapping[str, str] = {
     "graft_adapter_loads_total": "Adapters brought from the store to host memory.",
     "graft_adapter_load_failures_total": "Adapters that could not be brought to host memory.",
     "graft_adapter_promotions_total": "Adapters brought from host memory to the device.",
+    "graft_adapter_unloads_total": "Adapters taken off the device and out of host memory by request.",
     "graft_adapter_device_evictions_total": "Adapters dropped from the device to make room.",
     "graft_adapter_host_evictions_total": "Adapters dropped from host memory to make room.",
 }
@@ -60,6 +62,10 @@ class Step(Protocol):
     def num_adapters(self) -> int: ...
     @property
     def duration_s(self) -> float: ...
+    @property
+    def num_queried_tokens(self) -> int: ...
+    @property
+    def num_hit_tokens(self) -> int: ...
 
 
 class Metrics:
@@ -74,6 +80,12 @@ class Metrics:
         self._finished = self._counter("graft_sequences_finished", "Sequences that ended.", ("finish_reason",))
         self._prompt_tokens = self._counter("graft_prompt_tokens", "Prompt tokens of sequences that ended.")
         self._output_tokens = self._counter("graft_output_tokens", "Tokens generated.")
+        self._cache_queries = self._counter(
+            "graft_prefix_cache_queries", "Tokens of sequences that were looked up in the KV cache when they first ran."
+        )
+        self._cache_hits = self._counter(
+            "graft_prefix_cache_hits", "Tokens of sequences that were found there, and not computed."
+        )
         self._first_token_s = self._histogram(
             "graft_time_to_first_token_seconds", "From submission to a sequence's first token.", _FIRST_TOKEN_S
         )
@@ -119,6 +131,8 @@ class Metrics:
         self._step_sequences.observe(report.num_sequences)
         self._step_tokens.observe(report.num_tokens)
         self._step_adapters.observe(report.num_adapters)
+        self._cache_queries.inc(report.num_queried_tokens)
+        self._cache_hits.inc(report.num_hit_tokens)
 
     def watch(self, read: Callable[[], Mapping[str, float]]) -> None:
         """Publish state: `read` gives values by metric name (of GAUGES and TOTALS) and is called at each scrape."""

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from server.ground.errors import StartupRefused
+from server.model.architectures import SERVED
 from server.model.context import Scope, StepContext
 from server.ops import decode_attention, prefill_attention, store_kv
 
@@ -106,11 +107,13 @@ class PagedAttention:
 
 def _refuse_unlike(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
     if getattr(module, "is_causal", True) is False:
-        raise StartupRefused(f"{type(module).__name__} looks ahead (it is not causal), so its past cannot be cached")
+        raise StartupRefused(
+            f"{type(module).__name__} looks ahead (it is not causal), so its past cannot be cached; {SERVED}"
+        )
     if key.shape != value.shape:
         raise StartupRefused(
             f"{type(module).__name__} has keys of width {key.shape[3]} and values of width {value.shape[3]}, which the "
-            "KV cache of this version does not hold"
+            f"KV cache of this version does not hold; {SERVED}"
         )
 
 
@@ -129,7 +132,9 @@ def _interface(
 ) -> tuple[torch.Tensor, None]:
     """What transformers' models call. The base's PagedAttention hangs on every attention module (`attach`)."""
     if s_aux is not None:
-        raise StartupRefused(f"{type(module).__name__} has attention sinks, which this version does not compute")
+        raise StartupRefused(
+            f"{type(module).__name__} has attention sinks, which this version does not compute; {SERVED}"
+        )
     attention: PagedAttention = module.graft_attention  # type: ignore[assignment]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = attention.forward(module, query, key, value, scaling=scale, window=sliding_window, softcap=softcap)

@@ -5,38 +5,34 @@ served in packed batches. Knows nothing about adapters, requests or scheduling.
 """
 
 import logging
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from server.ground.errors import StartupRefused
+from server.model.architectures import SERVED
 from server.model.attention import IMPLEMENTATION, KVCache, PagedAttention, attach
 from server.model.context import AttentionBatch, Scope, StepContext
-from server.model.quantize import Quantization, found_quantization, quantization_config, settle
+from server.model.fingerprint import fingerprint
+from server.model.pretrained import (
+    BaseOptions,
+    default_dtype,
+    model_name,
+    read_config,
+    refuse_missing,
+    stored_quantization,
+)
+from server.model.quantize import expert_bytes, experts_note, found_quantization, quantization_config, settle
+from server.model.rope import attach_rope
 from server.model.sites import BaseSite, SiteTable
 from server.ops import PrefillSpan, TokenLayout
 
 log = logging.getLogger(__name__)
-
-# RoPE variants whose frequencies transformers takes from the longest position in the batch.
-_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
-_SERVED = "Llama, Mistral, Qwen, Gemma, Phi, GPT-2, OPT and GPT-NeoX families can be served"
-
-
-@dataclass(frozen=True, slots=True)
-class BaseOptions:
-    """What to load and how. `dtype` None means the checkpoint's own (bfloat16 for float16 ones on a CPU)."""
-
-    model: str
-    quantize: Quantization = Quantization.NF4
-    dtype: torch.dtype | None = None
-    device: torch.device = torch.device("cpu")
 
 
 class Base:
@@ -45,21 +41,21 @@ class Base:
     def __init__(self, model: nn.Module, name: str, dtype: torch.dtype, device: torch.device) -> None:
         """Takes a loaded causal language model (attention implementation "graft"); raises StartupRefused by name."""
         self.name = name
+        self.fingerprint: str | None = None  # of the checkpoint, where it was loaded from one that has one
         self.dtype = dtype
         self.device = device
         self.model = model.eval().requires_grad_(False)
         self.config: PreTrainedConfig = model.config  # type: ignore[assignment]
-        self.note = settle(model, dtype, device)
-        self.quantization = found_quantization(model)
+        self.quantization = found_quantization(model)  # what the values are, however `settle` holds them
+        self.note = " ".join(filter(None, (settle(model, dtype, device), experts_note(model)))) or None
         self.scope = Scope()
         self.attention = PagedAttention(self.scope)
-        self._refuse_batch_dependent_rope()
+        self.rope = attach_rope(model, name, self.scope)
         self._refuse_chunked_attention()
         self.num_layers = attach(model, self.attention)
         self.sites = SiteTable(model, self.scope)
         self.kv_shapes: list[tuple[int, int]] = []
         self._check_packing()
-        self.sites.fuse()
 
     @classmethod
     def load(cls, options: BaseOptions) -> "Base":
@@ -68,11 +64,14 @@ class Base:
         A checkpoint that is quantized already stays as it is, whatever was asked for. Raises StartupRefused when there
         is no such model, its weights are not whole, or the architecture cannot be served.
         """
-        config = _config(options.model)
-        dtype = options.dtype or _default_dtype(config, options.device)
-        stored = _stored_quantization(config)
+        config = read_config(options.model)
+        dtype = options.dtype or default_dtype(config, options.device)
+        stored = stored_quantization(config)
         if stored is not None and stored is not options.quantize:
-            log.info("checkpoint is already quantized to %s", stored)
+            log.info(
+                "%s is stored quantized and stays %s; --quantize %s does not change that",
+                options.model, stored, options.quantize,
+            )  # fmt: skip
         quantization = None if stored is not None else quantization_config(options.quantize, dtype)
         extra: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
         try:
@@ -87,19 +86,21 @@ class Base:
         except KeyError as error:  # models that keep a table of their own attention classes
             raise StartupRefused(
                 f"cannot load {options.model!r}: models of type {config.model_type!r} do not use transformers' "
-                f"attention interface ({error} is not in their table), so their attention cannot be paged; {_SERVED}"
+                f"attention interface ({error} is not in their table), so their attention cannot be paged; {SERVED}"
             ) from error
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise StartupRefused(f"cannot load {options.model!r}: {error}") from error
         model, info = loaded
-        _refuse_missing(options.model, info["missing_keys"])
-        return cls(model, _model_name(options.model), dtype, options.device)
+        refuse_missing(options.model, info["missing_keys"])
+        base = cls(model, model_name(options.model), dtype, options.device)
+        base.fingerprint = fingerprint(options.model, config)
+        return base
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all parameters and buffers, shared ones once."""
-        tensors = {t.data_ptr(): t for t in (*self.model.parameters(), *self.model.buffers())}
-        return sum(t.numel() * t.element_size() for t in tensors.values())
+        """Bytes of all parameters and buffers, shared ones once, and of packed weights."""
+        storages = [t.untyped_storage() for t in (*self.model.parameters(), *self.model.buffers())]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values()) + self.sites.packed_bytes
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -107,7 +108,14 @@ class Base:
         return torch.float32 if self.device.type == "cpu" else self.dtype
 
     @property
+    def has_length_dependent_rope(self) -> bool:
+        """Whether a token's keys and values depend on its sequence's length, so that prefixes cannot be shared."""
+        return self.rope is not None
+
+    @property
     def max_context(self) -> int:
+        if self.rope is not None:
+            return self.rope.max_context
         return int(getattr(self.config.get_text_config(), "max_position_embeddings", 4096))
 
     @property
@@ -142,19 +150,8 @@ class Base:
         chunk = getattr(self.config.get_text_config(), "attention_chunk_size", None)
         if chunk is not None:
             raise StartupRefused(
-                f"{self._class_name} attends within chunks of {chunk} tokens, which paged attention does not; {_SERVED}"
+                f"{self._class_name} attends within chunks of {chunk} tokens, which paged attention does not; {SERVED}"
             )
-
-    def _refuse_batch_dependent_rope(self) -> None:
-        for module in self.model.modules():
-            kinds = getattr(module, "rope_type", None)  # a dictionary by layer type where layers differ (Gemma 3)
-            for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
-                if kind in _BATCH_DEPENDENT_ROPE:
-                    raise StartupRefused(
-                        f"{self.name}: RoPE of type {kind!r} depends on the longest request of a batch, so that a long "
-                        "neighbour would change a short answer; use a checkpoint with default, linear, yarn or llama3 "
-                        "RoPE"
-                    )
 
     def _check_packing(self) -> None:
         """Two sequences packed must answer as each alone through transformers' own attention, on this very model.
@@ -165,38 +162,77 @@ class Base:
         lengths = (5, 8)
         rows = [torch.randint(0, self.vocab_size, (n,), generator=generator).to(self.device) for n in lengths]
         calls: list[tuple[BaseSite, torch.Tensor]] = []
-        try:
+        with self._refusing("cannot run packed batches with paged attention"):
             self._observe_kv_shapes(rows[0])
             own = torch.cat([self._own_logits(row) for row in rows])
             alone = torch.cat([self._probe([row]) for row in rows])
             packed = self._probe(rows, observer=lambda site, x: calls.append((site, x)))
+            other = self._probe([(rows[0] + 1) % self.vocab_size, rows[1]])
+        self._compare(own, alone, packed)
+        self._refuse_leaks(packed[lengths[0] :], other[lengths[0] :])
+        self.sites.group_by_input(calls, sum(lengths))
+        self.sites.fuse()
+        with self._refusing("cannot run with the weights of its linears fused"):
+            self._check_fused(packed, self._probe(rows))
+
+    @contextmanager
+    def _refusing(self, what: str) -> Iterator[None]:
+        """A model of an unknown kind may fail in any way, and must do so by name."""
+        try:
+            yield
         except StartupRefused:
             raise
-        except Exception as error:  # a model of an unknown kind may fail in any way
+        except Exception as error:
+            raise StartupRefused(f"{self._class_name} {what} ({type(error).__name__}: {error}); {SERVED}") from error
+
+    def _refuse_leaks(self, packed: torch.Tensor, other: torch.Tensor) -> None:
+        """The second sequence's logits, beside two different first ones of one length, must be the same in any dtype.
+
+        The shapes are the same and so is the rounding, so a state that leaks only a little shows as well. Experts are
+        products of as many rows as there are tokens that chose them, and round by that.
+        """
+        error = _difference(packed, other)
+        limit = 5e-2 if expert_bytes(self.model) else 1e-5
+        if not error <= limit:
             raise StartupRefused(
-                f"{self._class_name} cannot run packed batches with paged attention ({type(error).__name__}: {error}); "
-                f"{_SERVED}"
-            ) from error
-        self._compare(own, alone, packed)
-        self.sites.group_by_input(calls, sum(lengths))
+                f"{self._class_name} carries something from one packed sequence to the next (relative difference "
+                f"{error:.1e}, limit {limit:.0e}): layers that keep a state, such as convolutions or state spaces, "
+                f"cannot share a batch; {SERVED}"
+            )
+
+    def _check_fused(self, packed: torch.Tensor, fused: torch.Tensor) -> None:
+        """Fused and packed weights must give what the linears gave one by one."""
+        error = _difference(packed, fused)
+        if not error <= self._rounding_limit:
+            raise StartupRefused(
+                f"{self._class_name} reads the weights of its linears past their products, so they cannot be fused "
+                f"(relative difference {error:.1e}, limit {self._rounding_limit:.0e}); {SERVED}"
+            )
+
+    @property
+    def _is_exact(self) -> bool:
+        return self.dtype is torch.float32 and not self.quantization.is_4_bit
+
+    @property
+    def _rounding_limit(self) -> float:
+        """How far two ways to compute the same logits may be apart, relative to the largest of them."""
+        return 1e-4 if self._is_exact else 5e-2
 
     def _compare(self, own: torch.Tensor, alone: torch.Tensor, packed: torch.Tensor) -> None:
         """Refuses what differs: our attention from the model's own, and a packed batch from its sequences alone."""
-        is_exact = self.dtype is torch.float32 and self.quantization is not Quantization.NF4
         # Of the rows, the median: rounding may route a token to another expert and change its row wholly.
         error = ((alone - own).norm(dim=-1) / own.norm(dim=-1).clamp_min(1e-6)).median().item()
-        limit = 1e-3 if is_exact else 0.25  # 16-bit rounding reaches 0.05 over 24 layers; another attention, 1
+        limit = 1e-3 if self._is_exact else 0.25  # 16-bit rounding reaches 0.05 over 24 layers; another attention, 1
         if not error <= limit:
             raise StartupRefused(
                 f"{self._class_name} computes something in its attention that paged attention does not (relative "
-                f"difference {error:.1e}, limit {limit:.0e}); {_SERVED}"
+                f"difference {error:.1e}, limit {limit:.0e}); {SERVED}"
             )
-        error = ((packed - alone).abs().max() / alone.abs().max().clamp_min(1e-6)).item()
-        limit = 1e-4 if is_exact else 5e-2
-        if not error <= limit:
+        error = _difference(alone, packed)
+        if not error <= self._rounding_limit:
             raise StartupRefused(
                 f"{self._class_name} leaks between packed sequences (relative difference {error:.1e}, limit "
-                f"{limit:.0e}), so it cannot be served in batches; {_SERVED}"
+                f"{self._rounding_limit:.0e}), so it cannot be served in batches; {SERVED}"
             )
 
     def _own_logits(self, row: torch.Tensor) -> torch.Tensor:
@@ -221,7 +257,7 @@ class Base:
         if not shapes or sorted(shapes) != list(range(self.num_layers)):
             raise StartupRefused(
                 f"{self._class_name} does not call transformers' attention interface in every layer (it does in "
-                f"{sorted(shapes) or 'none'}), so its attention cannot be paged; {_SERVED}"
+                f"{sorted(shapes) or 'none'}), so its attention cannot be paged; {SERVED}"
             )
         self.kv_shapes = [shapes[layer] for layer in range(self.num_layers)]
 
@@ -253,53 +289,6 @@ class Base:
                 site.observer = None
 
 
-def _config(model: str) -> PreTrainedConfig:
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        if Path(model).exists():
-            remedy = "the folder needs a config.json of an architecture that transformers knows"
-        elif model.startswith((".", "/", "~")):
-            remedy = "there is no such folder"
-        else:
-            remedy = "give a local folder or a hub id like org/name"
-        raise StartupRefused(f"cannot read the model {model!r}: {remedy} ({error})") from error
-    return config
-
-
-def _refuse_missing(model: str, missing: Collection[str]) -> None:
-    """transformers fills weights that a checkpoint lacks with random numbers; what they answer is nobody's model."""
-    if missing:
-        named = ", ".join(sorted(missing)[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise StartupRefused(
-            f"the checkpoint {model!r} lacks {named}: it is not whole, or not a causal language model; download it "
-            "again, or give the checkpoint of one"
-        )
-
-
-def _default_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype:
-    dtype = getattr(config.get_text_config(), "dtype", None)
-    if dtype is None or (dtype is torch.float16 and device.type == "cpu"):
-        return torch.bfloat16
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
-def _stored_quantization(config: PreTrainedConfig) -> Quantization | None:
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return None
-    fields = stored if isinstance(stored, dict) else stored.to_dict()
-    if fields.get("load_in_4bit") or fields.get("_load_in_4bit"):
-        return Quantization.NF4
-    if fields.get("load_in_8bit") or fields.get("_load_in_8bit"):
-        return Quantization.INT8
-    raise StartupRefused(
-        f"the checkpoint is quantized with {fields.get('quant_method')!r}; this server runs bitsandbytes NF4 and int8, "
-        "or unquantized checkpoints"
-    )
-
-
-def _model_name(model: str) -> str:
-    path = Path(model)
-    return path.resolve().name if path.exists() else model
+def _difference(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """The largest difference of logits, relative to the largest of them."""
+    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()

@@ -20,6 +20,9 @@ class BatchEdits(Protocol):
     def group(self, index: int) -> GroupEdits | None:
         """The edits at site group `index`; None when no adapter of the step touches it."""
 
+    def dense(self, index: int) -> GroupEdits:
+        """The same with the rank rows of all adapters under one another, which a group of matrices need not have."""
+
     def embedding_rows(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """For an embedding's group: the row store as (all rows, vocabulary), and this step's row numbers (rows,)."""
 
@@ -35,6 +38,15 @@ class AttentionBatch:
     prefills: tuple[PrefillSpan, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class FusedOutput:
+    """What the members of a group computed at once."""
+
+    input: torch.Tensor
+    output: torch.Tensor  # (..., sum of all d_out)
+    has_low_rank: bool  # whether the low-rank parts of all members are in it
+
+
 @dataclass(slots=True)
 class StepContext:
     """One forward pass. `edits` is None when every token is the bare base's."""
@@ -43,10 +55,11 @@ class StepContext:
     layout: TokenLayout
     logits_layout: TokenLayout  # the same for the rows that the head computes
     edits: BatchEdits | None
-    # Per site group: the input, and what was computed from it for all members: shrink, lanes, fused base product.
+    rope_lengths: torch.Tensor | None = None  # (tokens,) see `rope.RopeRule`; None: the base does not ask
+    # Per site group: the input, and what was computed from it for all members.
     lanes: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     shrunk: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    fused: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    fused: dict[int, FusedOutput] = field(default_factory=dict)
 
 
 class Scope:

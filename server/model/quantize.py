@@ -19,8 +19,13 @@ logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 class Quantization(StrEnum):
     NF4 = "nf4"
+    FP4 = "fp4"  # of checkpoints that are stored so; it cannot be asked for
     INT8 = "int8"
     NONE = "none"
+
+    @property
+    def is_4_bit(self) -> bool:
+        return self in (Quantization.NF4, Quantization.FP4)
 
 
 def quantization_config(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -54,7 +59,8 @@ def found_quantization(model: nn.Module) -> Quantization:
     """What the base's linears are in fact (checkpoints come quantized, too)."""
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            return Quantization.NF4
+            weight: Any = module.weight
+            return Quantization(weight.quant_type)
         if isinstance(module, Linear8bitLt):
             return Quantization.INT8
     return Quantization.NONE
@@ -94,10 +100,27 @@ def settle(model: nn.Module, dtype: torch.dtype, device: torch.device) -> str | 
         num = _dequantize_linears(model, dtype)
         if num:
             return (
-                f"this CPU has no AVX512-BF16, so {num} NF4 layers are held dequantized as {dtype}: "
+                f"this CPU has no AVX512-BF16, so {num} 4-bit layers are held dequantized as {dtype}: "
                 "same values, faster, more memory"
             )
     return None
+
+
+def expert_bytes(model: nn.Module) -> int:
+    """Bytes of the stacks of experts; 0 for a model without experts."""
+    stacks = [p for m in model.modules() if type(m).__name__.endswith("Experts") for p in m.parameters(recurse=False)]
+    return sum(p.numel() * p.element_size() for p in stacks)
+
+
+def experts_note(model: nn.Module) -> str | None:
+    """A sentence on the bytes of experts that a quantized base holds unquantized; None where there are none.
+
+    transformers keeps the experts of a layer as one stack of matrices, which bitsandbytes' linears do not cover.
+    """
+    num_bytes = expert_bytes(model)
+    if not num_bytes or found_quantization(model) is Quantization.NONE:
+        return None
+    return f"the experts stay unquantized ({num_bytes / 2**20:,.1f} MiB of the base), and no adapter can edit them"
 
 
 def _dequantize_linears(model: nn.Module, dtype: torch.dtype) -> int:

@@ -14,24 +14,25 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from server.model.context import Scope, StepContext
+from server.model.context import FusedOutput, Scope, StepContext
+from server.model.fused import FusedLinear, can_pack
 from server.model.quantize import can_read_weight, dequantized_weight, is_quantized
 from server.model.site import SiteKind
 from server.ops import (
     GroupEdits,
+    Lanes,
     SiteEdits,
+    Stack,
     TokenLayout,
-    add_lanes,
     embed_low_rank,
     expand,
+    expand_lanes,
     scale,
     scale_shift,
     shift,
     shrink,
-    to_lanes,
+    shrink_lanes,
 )
-
-_NO_EDIT = SiteEdits()
 
 
 class BaseSite:
@@ -47,7 +48,9 @@ class BaseSite:
         bias = getattr(module, "bias", None)
         self.bias = None if bias is None else bias.detach().float().cpu()
         # A quantized weight can be read only before the first forward pass (see `dequantized_weight`).
-        self._row_norms_squared = _row_norms_squared(module) if is_quantized(module) else None
+        self._row_norms_squared: torch.Tensor | None = None
+        if is_quantized(module):
+            self._row_norms_squared = _row_norms_squared(module, dequantized_weight(module))
         # Set by SiteTable once groups are known.
         self.group = -1
         self.member = 0
@@ -61,7 +64,7 @@ class BaseSite:
     def row_norms_squared(self) -> torch.Tensor:
         """||W_j||^2 of each output row of the dequantized weight, float32 on the CPU, (d_out,)."""
         if self._row_norms_squared is None:
-            self._row_norms_squared = _row_norms_squared(self.module)
+            self._row_norms_squared = _row_norms_squared(self.module, self._weight())
         return self._row_norms_squared
 
     def project(self, rows: torch.Tensor) -> torch.Tensor:
@@ -78,9 +81,12 @@ class BaseSite:
                 dtype = getattr(self.module, "compute_dtype", None) or torch.float32
                 product = self._base(rows.to(weight.device, dtype)).float().cpu()
                 return product if self.bias is None else product - self.bias
-            weight = dequantized_weight(self.module)
+            weight = self._weight()
             w = weight.t() if isinstance(self.module, Conv1D) else weight
             return F.linear(rows.to(w.device, torch.float32), w.float()).cpu()
+
+    def _weight(self) -> torch.Tensor:
+        return dequantized_weight(self.module) if self.fused is None else self.fused.weight_of(self.member)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The module's forward, with the edits of the step in progress; the bare base outside of a step."""
@@ -88,12 +94,12 @@ class BaseSite:
         if self.observer is not None:
             self.observer(self, x)
         if context is None:
-            return self._base(x)
+            return self._plain(x)
         # A site outside of the groups has the number -1.
         group = None if context.edits is None or self.group < 0 else context.edits.group(self.group)
-        if group is None:
-            return self._product(x, context, _NO_EDIT)
         layout = context.logits_layout if self.is_head else context.layout
+        if group is None:
+            return self._product(x, context, None, layout)[0]
         if self.kind is SiteKind.EMBEDDING:
             return self._embed(x, group, layout, context)
         return self._edited(x, group, layout, context)
@@ -101,11 +107,14 @@ class BaseSite:
     def _edited(self, x: torch.Tensor, group: GroupEdits, layout: TokenLayout, context: StepContext) -> torch.Tensor:
         edits = group.members[self.member]
         if edits is None:
-            return self._product(x, context, _NO_EDIT)
+            return self._product(x, context, None, layout)[0]
         flat = x.view(-1, self.d_in)
-        into = x if edits.in_scale is None else scale(flat, edits.in_scale, layout)
-        y = self._product(into, context, edits).view(-1, self.d_out)
-        if edits.up is not None:
+        if edits.in_scale is not None:
+            product, is_done = self._plain(scale(flat, edits.in_scale, layout)), False
+        else:
+            product, is_done = self._product(x, context, group, layout)
+        y = product.view(-1, self.d_out)
+        if edits.has_rows and not is_done:
             self._add_low_rank(y, x, group, layout, context)
         return _finish(y, edits, layout).view(*x.shape[:-1], self.d_out)
 
@@ -115,34 +124,64 @@ class BaseSite:
         """Adds this member's low-rank part to y; what depends on the input alone is computed once for the group."""
         edits = group.members[self.member]
         assert edits is not None
-        has_lanes = group.is_stacked and layout.lanes is not None
+        has_lanes = group.stack is not None and layout.lanes is not None
         if has_lanes:
-            assert edits.stack is not None
+            assert group.stack is not None
             assert layout.lanes is not None
-            known = context.lanes.get(self.group)
-            if known is None or known[0] is not x:
-                known = (x, to_lanes(x.view(-1, self.d_in), layout.lanes, edits.stack.down.dtype))
-                context.lanes[self.group] = known
-            add_lanes(y, known[1], edits, layout)
-            if layout.lanes.num_tokens == y.shape[0]:
+            h = self._hidden_in_lanes(x, group.stack, layout.lanes, context)
+            expand_lanes(y, h, group.stack, group.stack.spans[self.member], layout, edits.up_scale)
+            if layout.is_all_in_lanes:
                 return
+        assert context.edits is not None
+        dense = context.edits.dense(self.group)
         known = context.shrunk.get(self.group)
         if known is None or known[0] is not x:
-            known = (x, shrink(x.view(-1, self.d_in), group, layout, has_mixed=not has_lanes))
+            known = (x, shrink(x.view(-1, self.d_in), dense, layout, has_mixed=not has_lanes))
             context.shrunk[self.group] = known
-        start, end = group.offsets[self.member], group.offsets[self.member + 1]
-        expand(y, known[1][:, start:end], edits, layout, has_mixed=not has_lanes)
+        own = dense.members[self.member]
+        assert own is not None
+        start, end = dense.offsets[self.member], dense.offsets[self.member + 1]
+        expand(y, known[1][:, start:end], own, layout, has_mixed=not has_lanes)
 
-    def _product(self, x: torch.Tensor, context: StepContext, edits: SiteEdits) -> torch.Tensor:
-        """The base's own product; of the whole group at once where its weights are fused and the input is shared."""
-        if self.fused is None or edits.in_scale is not None:
-            return self._base(x)
-        known = context.fused.get(self.group)
+    def _hidden_in_lanes(self, x: torch.Tensor, stack: Stack, lanes: Lanes, context: StepContext) -> torch.Tensor:
+        known = context.lanes.get(self.group)
         if known is None or known[0] is not x:
-            known = (x, self.fused(x))
+            known = (x, shrink_lanes(x.view(-1, self.d_in), stack, lanes))
+            context.lanes[self.group] = known
+        return known[1]
+
+    def _product(
+        self, x: torch.Tensor, context: StepContext, group: GroupEdits | None, layout: TokenLayout
+    ) -> tuple[torch.Tensor, bool]:
+        """The base's own product, and whether the low-rank part is in it already.
+
+        Where the group's weights are fused, the first member that is called computes for all, and adds the low-rank
+        parts of all at once where that can be.
+        """
+        if self.fused is None:
+            return self._base(x), False
+        known = context.fused.get(self.group)
+        if known is None or known.input is not x:
+            output = self.fused(x)
+            is_joint = group is not None and group.is_joint and layout.is_all_in_lanes
+            if is_joint:
+                assert group is not None
+                assert group.stack is not None
+                assert layout.lanes is not None
+                h = self._hidden_in_lanes(x, group.stack, layout.lanes, context)
+                pieces = (0, len(group.stack.owners))
+                expand_lanes(output.view(-1, output.shape[-1]), h, group.stack, pieces, layout)
+            known = FusedOutput(x, output, is_joint)
             context.fused[self.group] = known
         start = self.fused.offsets[self.member]
-        return known[1][..., start : start + self.d_out]
+        return known.output[..., start : start + self.d_out], known.has_low_rank
+
+    def _plain(self, x: torch.Tensor) -> torch.Tensor:
+        """The bare base's output for any input."""
+        if self.fused is None:
+            return self._base(x)
+        start = self.fused.offsets[self.member]
+        return self.fused(x)[..., start : start + self.d_out]
 
     def _embed(self, ids: torch.Tensor, group: GroupEdits, layout: TokenLayout, context: StepContext) -> torch.Tensor:
         edits = group.members[0]
@@ -150,7 +189,7 @@ class BaseSite:
         if edits is None:
             return y
         flat = y.view(-1, self.d_out)
-        if edits.up is not None:
+        if edits.has_rows:
             assert context.edits is not None
             rows, numbers = context.edits.embedding_rows(self.group)
             h = embed_low_rank(ids.view(-1), rows, numbers, group, layout)
@@ -165,28 +204,6 @@ def _finish(y: torch.Tensor, edits: SiteEdits, layout: TokenLayout) -> torch.Ten
     if edits.out_scale is not None:
         return scale(y, edits.out_scale, layout)
     return y if edits.out_shift is None else shift(y, edits.out_shift, layout)
-
-
-class FusedLinear:
-    """One product for all members of a group; the members' own weights become views of the fused one."""
-
-    def __init__(self, modules: Sequence[nn.Linear]) -> None:
-        weight = torch.cat([m.weight.data for m in modules])
-        biases = [m.bias.data for m in modules if m.bias is not None]
-        self.weight = weight
-        self.bias = torch.cat(biases) if biases else None
-        self.offsets: list[int] = []
-        start = 0
-        for module in modules:
-            self.offsets.append(start)
-            end = start + module.out_features
-            module.weight.data = weight[start:end]
-            if self.bias is not None:
-                module.bias.data = self.bias[start:end]
-            start = end
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,16 +245,28 @@ class SiteTable:
         self.by_path = {site.path: site for group in self.groups for site in group.sites}
 
     def fuse(self) -> None:
-        """One base product per group where all members are plain linears alike in dtype, input and having a bias."""
+        """One base product per group where all members are plain linears alike in dtype, input and having a bias.
+
+        In bfloat16 on a CPU their weights are packed as well, those of groups of one, too. A weight that an embedding
+        shares stays as it is.
+        """
+        embeddings = {s.module.weight.data_ptr() for s in self.sites if isinstance(s.module, nn.Embedding)}
         for group in self.groups:
-            modules = [site.module for site in group.sites]
-            if len(modules) < 2 or not all(type(m) is nn.Linear for m in modules):
+            linears = [site.module for site in group.sites if type(site.module) is nn.Linear]
+            if len(linears) < len(group.sites) or len({(m.weight.dtype, m.bias is None) for m in linears}) != 1:
                 continue
-            linears = [m for m in modules if isinstance(m, nn.Linear)]
-            if len({(m.weight.dtype, m.bias is None) for m in linears}) == 1:
-                fused = FusedLinear(linears)
+            weight = linears[0].weight
+            is_shared = any(m.weight.data_ptr() in embeddings for m in linears)
+            is_packed = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and not is_shared and can_pack()
+            if len(linears) > 1 or is_packed:
+                fused = FusedLinear(linears, is_packed=is_packed)
                 for site in group.sites:
                     site.fused = fused
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the weights that the model's own parameters no longer hold."""
+        return sum(fused.packed_bytes for fused in {id(s.fused): s.fused for s in self.sites if s.fused}.values())
 
 
 def _is_site(module: nn.Module) -> bool:
@@ -255,9 +284,8 @@ def _widths(module: nn.Module) -> tuple[int, int]:
     return module.in_features, module.out_features
 
 
-def _row_norms_squared(module: nn.Module) -> torch.Tensor:
+def _row_norms_squared(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
-        weight = dequantized_weight(module)
         out_dim = 1 if isinstance(module, nn.Embedding | Conv1D) else 0  # those are stored (d_in, d_out)
         # In pieces: a head of 128k rows in float64 would take gigabytes.
         norms = [(p.double() ** 2).sum(dim=1 - out_dim) for p in torch.split(weight, 1024, dim=out_dim)]

@@ -7,17 +7,17 @@ from server.ops.edits import GroupEdits, Lanes, Run, SiteEdits, Stack, TokenLayo
 from server.ops.reference import (
     DecodeBatch,
     PrefillSpan,
-    add_lanes,
     decode_attention,
     embed_low_rank,
     expand,
+    expand_lanes,
     prefill_attention,
     scale,
     scale_shift,
     shift,
     shrink,
+    shrink_lanes,
     store_kv,
-    to_lanes,
 )
 
 __all__ = [
@@ -29,15 +29,15 @@ __all__ = [
     "SiteEdits",
     "Stack",
     "TokenLayout",
-    "add_lanes",
     "decode_attention",
     "embed_low_rank",
     "expand",
+    "expand_lanes",
     "prefill_attention",
     "scale",
     "scale_shift",
     "shift",
     "shrink",
+    "shrink_lanes",
     "store_kv",
-    "to_lanes",
 ]

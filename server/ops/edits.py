@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+_MAX_PIECES = 32  # of a group at once; a narrow member (an expert's gate, 1 wide) cuts the others into thousands
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -21,10 +23,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Lanes:
-    """The first tokens of a step sorted by adapter: lane a - 1 has adapter a's tokens, padded to the longest lane.
-
-    Lanes hold all tokens of the step where that needs little padding, else the mixed ones only.
-    """
+    """The first tokens of a step by adapter: lane a - 1 has adapter a's tokens, padded to the longest lane."""
 
     num: int  # one per adapter of the step, used or not
     length: int
@@ -39,27 +38,31 @@ class Lanes:
 
     @classmethod
     def of(cls, adapters: Sequence[int], num: int, max_padding: int, device: torch.device) -> "Lanes | None":
-        """Lanes for tokens of these batch-local adapters; None above `max_padding` places a token."""
+        """Lanes for tokens of these batch-local adapters; None above `max_padding` places a token.
+
+        Tokens after the last one with an adapter stay outside.
+        """
+        num_tokens = max((i for i, adapter in enumerate(adapters, start=1) if adapter), default=0)
         lanes: list[list[int]] = [[] for _ in range(num)]
         for token, adapter in enumerate(adapters):
             if adapter:
                 lanes[adapter - 1].append(token)
         length = max(map(len, lanes), default=0)
-        if length == 0 or num * length > max_padding * len(adapters):
+        if length == 0 or num * length > max_padding * num_tokens:
             return None
         tokens = [token for lane in lanes for token in (*lane, *[0] * (length - len(lane)))]
-        places = [0] * len(adapters)
+        places = [0] * num_tokens
         for number, lane in enumerate(lanes):
             for place, token in enumerate(lane, start=number * length):
                 places[token] = place
-        bare = [[adapter == 0] for adapter in adapters]
+        bare = [[adapter == 0] for adapter in adapters[:num_tokens]]
         return cls(
             num=num,
             length=length,
             tokens=torch.tensor(tokens, device=device),
             places=torch.tensor(places, device=device),
             bare=torch.tensor(bare, device=device) if any(map(any, bare)) else None,
-            is_ordered=tokens == places == list(range(len(adapters))),
+            is_ordered=tokens == places == list(range(num_tokens)),
         )
 
 
@@ -77,6 +80,7 @@ class TokenLayout:
     num_mixed: int
     runs: tuple[Run, ...]
     lanes: Lanes | None = None
+    is_all_in_lanes: bool = False  # no token outside of the lanes has an adapter
     # Many sites share one mask (same ranks), so a step gathers it once.
     _gathered: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
@@ -92,15 +96,21 @@ class TokenLayout:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """The rank rows of a site once more, a matrix per adapter, padded with rows of zeros to the highest rank.
+    """The rank rows of a site group once more, a matrix per adapter, padded with rows of zeros to one rank.
 
-    In the dtype that small products are fastest in, so that lanes are a batched product each way.
+    In the dtype that small products are fastest in. The hidden activations of the members that have rows lie beside one
+    another, `rank` each. Outputs are cut into pieces of one width (the greatest common divisor of the members' own), so
+    that one batched product makes the outputs of members as different as q and k of grouped-query attention.
     """
 
-    down: torch.Tensor  # (adapters, rank, d_in)
-    up: torch.Tensor  # (adapters, rank, d_out)
-    mid_scale: torch.Tensor | None = None  # (adapters, 1, rank)
-    mid_shift: torch.Tensor | None = None  # (adapters, 1, rank)
+    rank: int  # of each member
+    down: torch.Tensor  # (adapters, members with rows * rank, d_in)
+    up: torch.Tensor  # (adapters, pieces, rank, width)
+    spans: tuple[tuple[int, int], ...]  # of each member of the group: its pieces [first, last); empty without rows
+    owners: tuple[int, ...]  # of each piece: its member, counted among those with rows
+    owner_index: torch.Tensor | None = None  # (pieces,) the same; None where piece i is the whole output of member i
+    mid_scale: torch.Tensor | None = None  # (adapters, 1, members with rows * rank) float32
+    mid_shift: torch.Tensor | None = None  # the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +121,9 @@ class SiteEdits:
     A vector field is None when no adapter of the step has it; adapters without it have the identity in their row.
     """
 
+    has_rows: bool = False  # whether any adapter has rank rows here, be it in `up` or in the group's stack
     up: torch.Tensor | None = None  # (rows, d_out)
     columns: tuple[torch.Tensor | slice | None, ...] = ()
-    stack: Stack | None = None
     in_scale: torch.Tensor | None = None  # (S, d_in) float32, like all vectors
     up_scale: torch.Tensor | None = None  # (S, d_out)
     out_scale: torch.Tensor | None = None  # (S, d_out)
@@ -128,10 +138,20 @@ class GroupEdits:
     """
 
     members: tuple[SiteEdits | None, ...]
+    stack: Stack | None = None
     down: torch.Tensor | None = None  # (rows, d_in)
     foreign: torch.Tensor | None = None  # (S, rows) bool, True where a row is not the adapter's own
     mid_scale: torch.Tensor | None = None  # (S, rows) float32, None when 1 everywhere
     mid_shift: torch.Tensor | None = None  # (S, rows) float32, zero for foreign rows; None when 0 everywhere
     offsets: tuple[int, ...] = (0,)
     columns: tuple[torch.Tensor | slice | None, ...] = ()  # rows of each adapter, over all members
-    is_stacked: bool = False  # every member with rank rows has a stack
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the low-rank parts of all members can be added to their outputs, side by side, at once."""
+        if self.stack is None or len(self.stack.owners) > _MAX_PIECES:
+            return False
+        return all(
+            edits is not None and edits.has_rows and edits.in_scale is None and edits.up_scale is None
+            for edits in self.members
+        )

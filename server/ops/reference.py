@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from server.ops.edits import GroupEdits, Lanes, SiteEdits, TokenLayout
+from server.ops.edits import GroupEdits, Lanes, SiteEdits, Stack, TokenLayout
 
 
 def shrink(x: torch.Tensor, group: GroupEdits, layout: TokenLayout, *, has_mixed: bool = True) -> torch.Tensor:
@@ -82,33 +82,71 @@ def expand(y: torch.Tensor, h: torch.Tensor, edits: SiteEdits, layout: TokenLayo
             part.addcmul_(h[run.start : run.end, columns] @ edits.up[columns], edits.up_scale[run.adapter])
 
 
-def to_lanes(x: torch.Tensor, lanes: Lanes, dtype: torch.dtype) -> torch.Tensor:
-    """The inputs of tokens by lane: (tokens, d_in) -> (lanes, length, d_in) of the stack's dtype."""
-    rows = x[: lanes.num_tokens] if lanes.is_ordered else x.index_select(0, lanes.tokens)
-    return rows.to(dtype).view(lanes.num, lanes.length, -1)
+def shrink_lanes(x: torch.Tensor, stack: Stack, lanes: Lanes) -> torch.Tensor:
+    """The hidden activations of tokens in lanes: (tokens, d_in) -> (lanes, length, members with rows * rank).
 
-
-def add_lanes(y: torch.Tensor, inputs: torch.Tensor, edits: SiteEdits, layout: TokenLayout) -> None:
-    """Shrink and expand of the tokens in lanes, each with its adapter's matrices; adds to y (tokens, d_out) in place.
-
-    Semantics: as shrink and expand together, for these tokens. Padding is computed and dropped.
+    Semantics: as shrink, each token with its adapter's matrix. Padding is computed as well.
     """
-    stack, lanes = edits.stack, layout.lanes
-    assert stack is not None
-    assert lanes is not None
+    rows = x[: lanes.num_tokens] if lanes.is_ordered else x.index_select(0, lanes.tokens)
+    inputs = rows.to(stack.down.dtype).view(lanes.num, lanes.length, -1)
     h = torch.bmm(inputs, stack.down.transpose(1, 2))
     if stack.mid_scale is not None:
         h *= stack.mid_scale
     if stack.mid_shift is not None:
         h += stack.mid_shift
-    out = torch.bmm(h, stack.up).view(lanes.num * lanes.length, -1)
+    return h
+
+
+def expand_lanes(
+    y: torch.Tensor,
+    h: torch.Tensor,
+    stack: Stack,
+    pieces: tuple[int, int],
+    layout: TokenLayout,
+    up_scale: torch.Tensor | None = None,
+) -> None:
+    """Adds the pieces [first, last) of the low-rank outputs to y (tokens, pieces * width) in place.
+
+    h (lanes, length, members with rows * rank) from `shrink_lanes`; up_scale (S, pieces * width).
+
+    Semantics: as expand, for the tokens in lanes and with their adapters' matrices.
+    """
+    lanes = layout.lanes
+    assert lanes is not None
+    width = stack.up.shape[3]
+    if pieces == (0, len(stack.owners)) and lanes.length == 1 and up_scale is None:
+        _add_lanes(y, _all_pieces(h, stack), lanes)
+        return
+    for first, last in stack.spans:
+        if first == last or not pieces[0] <= first < pieces[1]:
+            continue
+        at = stack.owners[first] * stack.rank
+        up = stack.up[:, first:last].transpose(1, 2).reshape(lanes.num, stack.rank, -1)  # a copy if in several pieces
+        out = torch.bmm(h[:, :, at : at + stack.rank], up).view(-1, up.shape[2])
+        columns = slice((first - pieces[0]) * width, (last - pieces[0]) * width)
+        _add_lanes(y[:, columns], out, lanes, None if up_scale is None else (up_scale[:, columns], layout))
+
+
+def _all_pieces(h: torch.Tensor, stack: Stack) -> torch.Tensor:
+    """One batched product for all outputs of lanes of one token: h (lanes, 1, ...) -> (lanes, pieces * width)."""
+    num = h.shape[0]
+    by_member = h.view(num, -1, 1, stack.rank)
+    by_piece = by_member if stack.owner_index is None else by_member.index_select(1, stack.owner_index)
+    return torch.bmm(by_piece.reshape(-1, 1, stack.rank), stack.up.flatten(0, 1)).view(num, -1)
+
+
+def _add_lanes(
+    y: torch.Tensor, out: torch.Tensor, lanes: Lanes, scaled: tuple[torch.Tensor, TokenLayout] | None = None
+) -> None:
+    """y[token] += up_scale * out[its place] for each token in lanes; tokens without an adapter are left alone."""
     if not lanes.is_ordered:
         out = out.index_select(0, lanes.places)
     if lanes.bare is not None:
         out.masked_fill_(lanes.bare, 0)
-    if edits.up_scale is not None:
-        out *= edits.up_scale.index_select(0, layout.adapters[: lanes.num_tokens])
-    y[: lanes.num_tokens] += out.to(y.dtype)
+    if scaled is not None:
+        up_scale, layout = scaled
+        out *= up_scale.index_select(0, layout.adapters[: lanes.num_tokens])
+    y[: lanes.num_tokens] += out.to(y.dtype)  # cast first: a sum of two dtypes takes three passes
 
 
 def embed_low_rank(
@@ -176,8 +214,9 @@ def store_kv(
 class DecodeBatch:
     """The decoding sequences of a step (one query each) and the blocks that their queries read.
 
-    A pair is one (sequence, block); pairs are ordered by sequence. `runs` are stretches of pairs whose blocks follow
-    one another in the cache, (first pair, last pair + 1, first block): a run is read in place, without a gather.
+    A pair is one (sequence, block). `runs` are stretches of pairs whose blocks follow
+    one another in the cache, (first pair, last pair + 1, first block): a run is read in place, without a gather. So
+    pairs are ordered by block where each sequence has one, whatever the order of the sequences.
     """
 
     lengths: torch.Tensor  # (sequences,) cached tokens of each sequence, the new one included
@@ -185,7 +224,8 @@ class DecodeBatch:
     pair_block: torch.Tensor  # (pairs,)
     pair_start: torch.Tensor  # (pairs,) position of the block's first token in its sequence
     runs: tuple[tuple[int, int, int], ...]
-    is_single: bool  # one block per sequence: pair i is sequence i
+    is_single: bool  # one block per sequence
+    inverse: torch.Tensor | None  # (sequences,) if is_single: the pair of each; None where pair i is sequence i
     num_read: int  # tokens at the start of each block that any query sees; the rest of the blocks is not read
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
@@ -226,7 +266,7 @@ def decode_attention(
     kv_heads = value_cache.shape[1]
     num_pairs = batch.pair_block.shape[0]
     pairs = query.to(key_cache.dtype)
-    if not batch.is_single:
+    if not batch.is_single or batch.inverse is not None:
         pairs = pairs.index_select(0, batch.pair_sequence)
     pairs = pairs.reshape(num_pairs * kv_heads, num_heads // kv_heads, head_dim)
     keys, values = _read_runs(key_cache, value_cache, batch)
@@ -244,7 +284,7 @@ def decode_attention(
     weights = weights.to(value_cache.dtype).view(num_pairs * kv_heads, -1, batch.num_read)
     out = _product(weights, values, kv_heads, 1.0).view(num_pairs, num_heads, head_dim)
     if share is None:
-        return out.to(query.dtype)
+        return (out if batch.inverse is None else out.index_select(0, batch.inverse)).to(query.dtype)
     joined = torch.zeros(batch.lengths.shape[0], num_heads, head_dim, dtype=torch.float32, device=out.device)
     joined.index_add_(0, batch.pair_sequence, out.float() * share.view(num_pairs, num_heads, 1))
     return joined.to(query.dtype)

@@ -61,14 +61,24 @@ def sites_of(model: nn.Module) -> dict[str, DenseSite]:
     return {path: DenseSite(index, path, module) for index, (path, module) in enumerate(found)}
 
 
-def apply(edit: Edit, base: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, *, ids: bool) -> torch.Tensor:
-    """An edit's output (tokens, d_out), straight from the definition. With `ids`, x holds token ids: one-hot rows."""
+def apply(
+    edit: Edit,
+    base: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    *,
+    ids: bool,
+    embed_scale: torch.Tensor | float = 1.0,
+) -> torch.Tensor:
+    """An edit's output (tokens, d_out), straight from the definition. With `ids`, x holds token ids: one-hot rows.
+
+    Gemma's embedding multiplies what it reads by `embed_scale`, and PEFT the low-rank part, too.
+    """
     y = base(x if edit.in_scale is None else x * edit.in_scale)
     if edit.down is not None and edit.up is not None:
         h = edit.down.T[x] if ids else x @ edit.down.T
         h = h if edit.mid_scale is None else edit.mid_scale * h
         h = h if edit.mid_shift is None else h + edit.mid_shift
-        delta = h @ edit.up
+        delta = h @ edit.up * embed_scale
         y = y + (delta if edit.up_scale is None else edit.up_scale * delta)
     y = y if edit.out_scale is None else edit.out_scale * y
     return y if edit.out_shift is None else y + edit.out_shift
@@ -79,7 +89,8 @@ def edited(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
     """The model with the edits in place, until the block ends."""
     modules = {path: model.get_submodule(path) for path in edits}
     for path, module in modules.items():
-        module.forward = _with_edit(edits[path], module.forward, isinstance(module, nn.Embedding))
+        embed_scale = getattr(module, "embed_scale", 1.0)
+        module.forward = _with_edit(edits[path], module.forward, isinstance(module, nn.Embedding), embed_scale)
     try:
         yield
     finally:
@@ -88,9 +99,12 @@ def edited(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
 
 
 def _with_edit(
-    edit: Edit, base: Callable[[torch.Tensor], torch.Tensor], is_embedding: bool
+    edit: Edit,
+    base: Callable[[torch.Tensor], torch.Tensor],
+    is_embedding: bool,
+    embed_scale: torch.Tensor | float,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: apply(edit, base, x, ids=is_embedding)
+    return lambda x: apply(edit, base, x, ids=is_embedding, embed_scale=embed_scale)
 
 
 def edited_logits(model: nn.Module, edits: Mapping[str, Edit], input_ids: torch.Tensor) -> torch.Tensor:

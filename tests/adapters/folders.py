@@ -21,11 +21,17 @@ def tensors_from(seed: int, rank: int = 2) -> dict[str, torch.Tensor]:
 
 
 def write_folder(folder: Path, seed: int, *, rank: int = 2) -> Path:
-    """An adapter folder whose content depends on seed and rank alone."""
+    """An adapter folder whose content depends on seed and rank alone.
+
+    What is there is replaced by new files, not overwritten: two writings may fall into one tick of the file system's
+    clock, and then only the inode tells that there were two.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = {"peft_type": "LORA", "r": rank, "base_model_name_or_path": "tiny-base"}
-    (folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-    save_file(tensors_from(seed, rank), str(folder / WEIGHTS_FILE))
+    (folder / "new-config").write_text(json.dumps(config), encoding="utf-8")
+    save_file(tensors_from(seed, rank), str(folder / "new-weights"))
+    (folder / "new-config").replace(folder / CONFIG_FILE)
+    (folder / "new-weights").replace(folder / WEIGHTS_FILE)
     return folder
 
 

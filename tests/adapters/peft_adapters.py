@@ -54,6 +54,15 @@ TARGETS: Mapping[str, Targets] = {
     "qwen3": _LLAMA_LIKE,
     "phi3": Targets("qkv_proj", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     "gpt2": Targets("c_attn", "c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", embedding="wte"),
+    "gemma2": _LLAMA_LIKE,
+    "gemma3_text": _LLAMA_LIKE,
+    "opt": Targets("q_proj", "v_proj", "out_proj", "fc1", "fc2", extra=("k_proj", "project_in", "project_out")),
+    "gpt_neox": Targets(
+        "query_key_value", "query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h", embedding="embed_in"
+    ),
+    # Experts are no modules, so the attention stands for the feedforward too.
+    "mixtral": Targets("q_proj", "v_proj", "o_proj", "k_proj", "o_proj"),
+    "qwen3_moe": Targets("q_proj", "v_proj", "o_proj", "k_proj", "o_proj"),
 }
 
 Recipe = Callable[[Targets], PeftConfig]
@@ -161,6 +170,7 @@ def save_trained(base: PreTrainedModel, config: PeftConfig, folder: Path, seed: 
         torch.manual_seed(seed)
         adapted = get_peft_model(copy.deepcopy(base), config)
         _train(adapted, strength)
+        adapted.create_or_update_model_card = lambda _: None  # half the time of saving, and nobody reads it
         adapted.save_pretrained(str(folder))
     return folder
 

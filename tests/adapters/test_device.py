@@ -18,10 +18,11 @@ from server.adapters.lowering import lower
 from server.adapters.method import Edit, Lowered
 from server.adapters.rows import NoRoom, stride
 from server.adapters.step_edits import StepEdits
-from server.model.base import Base, BaseOptions
+from server.model.base import Base
+from server.model.pretrained import BaseOptions
 from server.model.quantize import Quantization
 from server.model.site import SiteKind
-from server.ops import GroupEdits, TokenLayout, shrink
+from server.ops import TokenLayout, expand, shrink
 from tests.adapters.peft_adapters import make_adapter
 from tests.adapters.random_edits import VECTOR_FIELDS, random_adapter, random_edit
 
@@ -185,8 +186,7 @@ def test_adapters_with_equal_pairs_share_a_steps_rows_but_not_their_scales(base:
         for name, e in (("one", edit), ("two", other))
     ]
     step = device.batch(slots)
-    group = step.group(site.group)
-    assert group is not None
+    group = step.dense(site.group)
     assert group.down is not None
     assert group.down.shape[0] == 4
     x = torch.randn(1, site.d_in, generator=torch.Generator().manual_seed(0)).expand(2, -1)
@@ -248,15 +248,20 @@ def test_a_part_of_a_remembered_batch_gives_equal_results(base: Base, host: Host
     for group in base.sites.groups:
         if group.sites[0].kind is SiteKind.LINEAR:
             x = torch.randn(3, group.sites[0].d_in, generator=torch.Generator().manual_seed(1))
-            wide = _sums(shared.group(group.index), x, shared.local(one))
-            torch.testing.assert_close(wide, _sums(own.group(group.index), x, own.local(1)))
+            wide = _sums(shared, group.index, x, shared.local(one))
+            torch.testing.assert_close(wide, _sums(own, group.index, x, own.local(1)))
 
 
-def _sums(group: GroupEdits | None, x: torch.Tensor, adapter: int) -> torch.Tensor:
+def _sums(step: StepEdits, index: int, x: torch.Tensor, adapter: int) -> torch.Tensor:
     """The rank activations' sum for each token: the same whatever other rows stand between."""
-    if group is None or group.down is None:
+    if not _has_rows(step, index):
         return torch.zeros(len(x))
-    return shrink(x, group, TokenLayout(torch.full((len(x),), adapter), len(x), ())).sum(dim=1)
+    return shrink(x, step.dense(index), TokenLayout(torch.full((len(x),), adapter), len(x), ())).sum(dim=1)
+
+
+def _has_rows(step: StepEdits, index: int) -> bool:
+    group = step.group(index)
+    return group is not None and any(edits is not None and edits.has_rows for edits in group.members)
 
 
 def test_a_masked_adapter_may_be_released_before_the_steps_groups_are_made(base: Base, host: HostTier) -> None:
@@ -267,11 +272,35 @@ def test_a_masked_adapter_may_be_released_before_the_steps_groups_are_made(base:
     device.release("1")
     device.admit("2", some_adapter(host, base, 2))
     for group in base.sites.groups:
-        wide = step.group(group.index)
-        if wide is not None and wide.down is not None:
-            x = torch.ones(1, wide.down.shape[1])
-            expected = _sums(device.batch([kept]).group(group.index), x, 1)
-            torch.testing.assert_close(_sums(wide, x, step.local(kept)), expected)
+        if group.sites[0].kind is SiteKind.LINEAR:
+            x = torch.ones(1, group.sites[0].d_in)
+            expected = _sums(device.batch([kept]), group.index, x, 1)
+            torch.testing.assert_close(_sums(step, group.index, x, step.local(kept)), expected)
+
+
+def test_rows_given_away_in_mid_step_carry_no_nan_to_neighbours(base: Base) -> None:
+    """The bits of a float32 vector, read as 16-bit numbers, may be anything."""
+    host = HostTier(1 << 30, torch.bfloat16)
+    site = base.sites.by_path["model.layers.0.mlp.down_proj"]
+    device = DeviceTier(base.sites, 8 << 20, torch.bfloat16, CPU)
+    kept, gone = (
+        device.admit(name, host.put(name, Lowered("test", 2, 1, {site.path: random_edit(site, int(name), rank=2)})))
+        for name in ("0", "1")
+    )
+    device.batch([kept, gone])
+    step = device.batch([kept])
+    device.release("1")
+    numbers = step._rows[step._slots[1].edits[site.index].up or b""].numbers
+    device.row_view(site.d_out)[numbers] = torch.nan
+    y = torch.zeros(1, site.d_out, dtype=torch.bfloat16)
+    layout = TokenLayout(torch.tensor([step.local(kept)]), 1, ())
+    group = step.dense(site.group)
+    h = shrink(torch.ones(1, site.d_in, dtype=torch.bfloat16), group, layout)
+    edits = group.members[site.member]
+    assert edits is not None
+    expand(y, h, edits, layout)
+    assert y.isfinite().all()
+    assert y.any()
 
 
 def test_groups_that_no_adapter_touches_cost_nothing(base: Base, host: HostTier) -> None:
@@ -292,8 +321,7 @@ def test_adapters_without_a_vector_have_its_identity_beside_one_with_it(base: Ba
         for name, edit in (("with", with_it), ("without", without))
     ]
     step = device.batch(slots)
-    group = step.group(site.group)
-    assert group is not None
+    group = step.dense(site.group)
     member = group.members[site.member]
     assert member is not None
     vectors = getattr(group if field.startswith("mid") else member, field)
@@ -310,7 +338,7 @@ def test_an_edit_of_no_rank_is_its_vectors(base: Base, host: HostTier) -> None:
     slot = device.admit("nothing", host.put("nothing", Lowered("test", 0, 1, {site.path: nothing})))
     group = device.batch([slot]).group(site.group)
     assert group is not None
-    assert group.down is None
+    assert group.down is group.stack is None
     device.release("nothing")
     assert device.used_bytes == 0
 

@@ -79,10 +79,10 @@ def test_equal_tensors_are_stored_once_within_and_across_adapters() -> None:
     second = host.put("b", lowered({"q": Edit(down=shared.clone(), up=rows(3))}))
     assert host.used_bytes == 6 * ROW_BYTES
     assert second.edits["q"].down is first.edits["k"].down
-    host.drop("a")
+    assert host.drop("a") == 2 * ROW_BYTES, "the other half is b's, too"
     assert host.used_bytes == 4 * ROW_BYTES
-    host.drop("b")
-    host.drop("b")
+    assert host.drop("b") == 4 * ROW_BYTES
+    assert host.drop("b") == 0
     assert host.used_bytes == 0
 
 
@@ -175,6 +175,16 @@ def test_what_is_kept_is_not_evicted_until_it_is_unkept() -> None:
     host.unkeep("a")
     host.put("b", pair(2))
     assert not host.holds("a")
+
+
+def test_only_what_is_there_can_be_kept() -> None:
+    host = host_for(4)
+    assert not host.keep("a")
+    host.put("a", pair(1))
+    assert host.keep("a")
+    with pytest.raises(AdapterRejected, match="of which 1 that are pinned or still in use may not be evicted"):
+        host.put("b", pair(2))
+    assert host.check_integrity() == ()
 
 
 def test_the_same_adapter_again_is_the_one_that_is_there() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from server.adapters import store
-from server.adapters.content import CONFIG_FILE, WEIGHTS_FILE
+from server.adapters.content import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from server.adapters.sources import FolderSource, LocalFolder
 from server.adapters.store import folder_digest
 from server.ground.errors import StartupRefused
@@ -20,6 +20,25 @@ def test_a_named_folder_serves_under_its_name_with_the_stores_digest(tmp_path: P
     assert (found.name, found.folder, found.base_model) == ("legal", folder, "tiny-base")
     assert found.digest == folder_digest(folder).digest
     assert found.content_bytes == sum((folder / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE))
+
+
+def test_a_folders_manifest_says_what_base_it_is_for_and_counts_in_its_version(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "legal", seed=1)
+    source = LocalFolder("legal", folder)
+    [silent] = source.scan()
+    assert silent.base_fingerprint is None
+    (folder / MANIFEST_FILE).write_text('{"base_fingerprint": "abc"}', encoding="utf-8")
+    [telling] = source.scan()
+    assert telling.base_fingerprint == "abc"
+    assert telling.digest == folder_digest(folder).digest != silent.digest
+    assert not silent.is_intact()
+
+
+def test_half_of_a_surrogate_pair_in_a_name_can_be_shown(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "legal", seed=1)
+    (folder / CONFIG_FILE).write_text(r'{"peft_type": "LORA", "base_model_name_or_path": "x\ud800y"}', encoding="utf-8")
+    [found] = LocalFolder("legal", folder).scan()
+    assert found.base_model == "x?y"
 
 
 @pytest.mark.parametrize("argument", ["legal", "legal=", "=", "=/tmp", "Legal=/tmp", "a b=/tmp", "legal=/no/folder"])
@@ -125,7 +144,7 @@ def test_unchanged_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.Mon
     source = FolderSource(tmp_path)
     assert source.scan() == source.scan()
     assert len(hashed) == 2
-    os.utime(tmp_path / "legal" / WEIGHTS_FILE)
+    os.utime(tmp_path / "legal" / WEIGHTS_FILE, ns=(1, 1))
     source.scan()
     assert len(hashed) == 4
 

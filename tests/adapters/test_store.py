@@ -1,5 +1,6 @@
 """The disk tier: versions, whole steps, and what survives junk, limits and crashes."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -108,6 +109,53 @@ def test_the_record_comes_back(store: Store) -> None:
 
 
 # Putting
+
+
+def put_record(store: Store, name: str, weights: bytes, **base: str | None) -> StoredVersion:
+    with upload(store, weights) as incoming:
+        return store.put(incoming, name, dataclasses.replace(RECORD, **base), replace=True)[0]  # type: ignore[arg-type]
+
+
+def test_what_is_said_of_the_base_is_recorded_beside_the_version_and_may_change(store: Store) -> None:
+    first = put_record(store, "legal", b"one", checked_name="tiny", checked_fingerprint="a" * 64)
+    assert (first.record.base_fingerprint, first.record.checked_fingerprint) == (None, "a" * 64)
+    again = put_record(store, "legal", b"one", base_fingerprint="b" * 64, checked_name="tuned")
+    assert again.digest == first.digest
+    record = Store(store.root, create=False).versions("legal")[-1].record
+    assert record == again.record
+    assert (record.base_fingerprint, record.checked_name, record.checked_fingerprint) == ("b" * 64, "tuned", None)
+    assert dataclasses.replace(record, **_base_of(first.record)) == first.record, "nothing else has changed"
+    silent = put_record(store, "legal", b"one")
+    assert silent.record == record, "who says nothing takes nothing back"
+
+
+def _base_of(record: Record) -> dict[str, str | None]:
+    return {
+        "base_fingerprint": record.base_fingerprint,
+        "checked_name": record.checked_name,
+        "checked_fingerprint": record.checked_fingerprint,
+    }
+
+
+def test_coming_back_to_a_version_renews_what_its_record_says_of_the_base(store: Store) -> None:
+    put_record(store, "legal", b"one", checked_name="tiny")
+    put_record(store, "legal", b"two", checked_name="tiny")
+    assert put_record(store, "legal", b"one", checked_name="tuned").record.checked_name == "tuned"
+    assert [version.record.checked_name for version in store.versions("legal")] == ["tiny", "tuned"]
+    assert leftovers(store) == []
+
+
+def test_a_manifest_may_say_what_base_the_adapter_is_for(store: Store, tmp_path: Path) -> None:
+    manifests = {"said": b'{"base_fingerprint": "abc"}', "not": b'{"x": 1}', "odd": b"[", "none": None}
+    for name, manifest in manifests.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / CONFIG_FILE).write_bytes(CONFIG)
+        (folder / WEIGHTS_FILE).write_bytes(b"weights")
+        if manifest is not None:
+            (folder / "manifest.json").write_bytes(manifest)
+        stored, _ = store.add_folder(folder, name)
+        assert stored.record.base_fingerprint == ("abc" if name == "said" else None)
 
 
 def test_the_same_content_again_changes_nothing(store: Store) -> None:
@@ -239,6 +287,20 @@ def test_deleting_a_name_leaves_nothing(store: Store) -> None:
         store.delete("legal")
 
 
+def test_a_version_that_is_there_is_made_current_by_one_rename(store: Store) -> None:
+    first, second = (put(store, "legal", weights, replace=True)[0].digest for weights in (b"1", b"2"))
+    store.make_current("legal", first)
+    store.make_current("legal", first)
+    again = Store(store.root, create=False)
+    assert again.current("legal") == first
+    assert [version.digest for version in again.versions("legal")] == [second, first]
+    assert leftovers(store) == []
+    for name, digest in (("legal", "0" * 64), ("other", first)):
+        with pytest.raises(AdapterNotFound):
+            store.make_current(name, digest)
+    assert leftovers(store) == []
+
+
 def test_one_version_is_deleted_but_never_the_current_one(store: Store) -> None:
     first, _ = put(store, "legal", b"one")
     second, _ = put(store, "legal", b"two", replace=True)
@@ -250,6 +312,18 @@ def test_one_version_is_deleted_but_never_the_current_one(store: Store) -> None:
     assert leftovers(store) == []
     with pytest.raises(AdapterNotFound):
         store.delete_version("legal", first.digest)
+
+
+def test_one_version_is_discarded_and_readable_until_removed(store: Store) -> None:
+    first, _ = put(store, "legal", b"one")
+    second, _ = put(store, "legal", b"two", replace=True)
+    with pytest.raises(Conflict, match="is the current version"):
+        store.discard_version("legal", second.digest)
+    discarded = store.discard_version("legal", first.digest)
+    assert [version.digest for version in store.versions("legal")] == [second.digest]
+    assert (discarded.digest, (discarded.folder / WEIGHTS_FILE).read_bytes()) == (first.digest, b"one")
+    discarded.remove()
+    assert leftovers(store) == []
 
 
 def test_what_is_discarded_is_gone_by_name_and_readable_until_removed(store: Store) -> None:

@@ -42,12 +42,16 @@ class Live:
         # Not httpx's `json`: it cannot send what JSON has to escape, halves of surrogate pairs.
         return self.http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
 
+    def connect(self) -> socket.socket:
+        """A bare connection; one that hears nothing for long fails its test and not the whole run."""
+        return socket.create_connection(self.address, timeout=120)
+
     def send(self, path: str, **body: Any) -> socket.socket:
         """A connection on which a whole request has been sent and nothing read; closing it is leaving."""
         content = json.dumps(body).encode()
         key = self.http.headers["authorization"]
         fields = f"host: x\r\nauthorization: {key}\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
-        connection = socket.create_connection(self.address)
+        connection = self.connect()
         connection.sendall(f"POST {path} HTTP/1.1\r\n{fields}\r\n\r\n".encode() + content)
         return connection
 
@@ -60,7 +64,7 @@ class Live:
         return self.http.post("/v1/adapters", data={"name": name}, files=files.parts(), params=query)
 
 
-def eventually(is_true: Callable[[], bool], within_s: float = 30) -> None:
+def eventually(is_true: Callable[[], bool], within_s: float = 120) -> None:
     """Wait for something that other threads do. The limit is for a server that hangs, not for one that is slow."""
     deadline = time.monotonic() + within_s
     while not is_true():
@@ -83,20 +87,31 @@ class Gate:
         self._permits.release(num_steps)
 
 
+def _configuration(server: Server) -> uvicorn.Config:
+    """uvicorn's, with two limits moved out of the tests' way.
+
+    Its keep-alive of 5 s is also httpx's: a request sent at that age would meet the connection as it closes. And a
+    connection that a failed test has left open must not hold up the end of the run.
+    """
+    return uvicorn.Config(
+        server.app, port=0, log_level="warning", ws="none", timeout_keep_alive=3600, timeout_graceful_shutdown=30
+    )
+
+
 @contextmanager
 def serving(settings: Settings) -> Iterator[Live]:
     server = assemble(settings)
-    listener = uvicorn.Server(uvicorn.Config(server.app, port=0, log_level="warning", ws="none"))
+    listener = uvicorn.Server(_configuration(server))
     thread = threading.Thread(target=listener.run)
     thread.start()
-    eventually(lambda: listener.started)
-    url = f"http://127.0.0.1:{listener.servers[0].sockets[0].getsockname()[1]}"
-    key = settings.api_key.get_secret_value() if settings.api_key else "none-needed"
-    headers = {"authorization": f"Bearer {key}"}
     try:
+        eventually(lambda: listener.started)
+        url = f"http://127.0.0.1:{listener.servers[0].sockets[0].getsockname()[1]}"
+        key = settings.api_key.get_secret_value() if settings.api_key else "none-needed"
+        headers = {"authorization": f"Bearer {key}"}
         with (
-            httpx.Client(base_url=url, headers=headers, timeout=60) as http,
-            OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60) as openai,
+            httpx.Client(base_url=url, headers=headers, timeout=120) as http,
+            OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120) as openai,
         ):
             yield Live(server, url, settings.store, http, openai)
     finally:

@@ -18,7 +18,8 @@ from server.adapters.host import HostTier
 from server.adapters.method import Edit, Lowered
 from server.engine.runner import Runner, StepLogits
 from server.engine.sequence import Batch, SamplingParams, ScheduledSequence, Sequence
-from server.model.base import Base, BaseOptions
+from server.model.base import Base
+from server.model.pretrained import BaseOptions
 from server.model.quantize import Quantization
 from server.ops import DecodeBatch
 from tests.adapters.dense import edited_logits

@@ -61,6 +61,20 @@ def test_yaml_keys_may_be_spelled_like_the_flags(yaml_file: Path) -> None:
     assert (settings.max_context, settings.max_queued) == (512, 3)
 
 
+@pytest.mark.parametrize(("word", "value"), [("on", "on"), ("off", "off"), ('"off"', "off"), ("false", "off")])
+def test_on_and_off_mean_what_they_say_in_yaml_too(yaml_file: Path, word: str, value: str) -> None:
+    """YAML reads a bare `off` as false."""
+    yaml_file.write_text(f"prefix-reuse: {word}\n", encoding="utf-8")
+    assert load({"config": str(yaml_file)}).prefix_reuse == value
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30", 30.0), ("0.5", 0.5)])
+def test_time_limits_are_seconds(text: str, seconds: float) -> None:
+    settings = load({"queue_timeout": text, "request_timeout": text})
+    assert (settings.queue_timeout, settings.request_timeout) == (seconds, seconds)
+    assert load({}).queue_timeout is load({}).request_timeout is None
+
+
 def test_an_empty_file_changes_nothing(yaml_file: Path) -> None:
     yaml_file.write_text("# nothing yet\n")
     assert load({"model": "m", "config": yaml_file}).port == 8000
@@ -154,6 +168,11 @@ def test_the_url_is_one_that_this_machine_can_open(host: str, url: str) -> None:
         ({"kv_memory": "5 bananas"}, ["--kv-memory", "5 bananas", "512MiB"]),
         ({"kv_memory": "0"}, ["--kv-memory", "greater than 0"]),
         ({"max_context": "0"}, ["--max-context", "greater than or equal to 1"]),
+        ({"queue_timeout": "0"}, ["--queue-timeout", "greater than 0"]),
+        ({"request_timeout": "inf"}, ["--request-timeout", "finite"]),
+        ({"block_size": "12"}, ["--block-size", "multiple of 8"]),
+        ({"block_size": "2048"}, ["--block-size", "1024"]),
+        ({"prefix_reuse": "maybe"}, ["--prefix-reuse", "'on' or 'off'"]),
         ({"adapter": ["legal"]}, ["--adapter", "'legal'", "NAME=PATH"]),
         ({"adapter": ["legal=/no/such/folder"]}, ["--adapter", "'legal'", "/no/such/folder", "correct the path"]),
         ({"adapter": ["a=.", "a=.."]}, ["--adapter", "'a'", "more than once"]),

@@ -32,9 +32,11 @@ def test_tokens_that_come_together_share_their_wait(metrics: Metrics) -> None:
 
 
 def test_a_step_is_its_sequences_its_tokens_and_its_adapters(metrics: Metrics) -> None:
-    metrics.step(SimpleNamespace(num_sequences=3, num_tokens=40, num_adapters=2, duration_s=0.01))
+    cache = {"num_queried_tokens": 50, "num_hit_tokens": 16}
+    metrics.step(SimpleNamespace(num_sequences=3, num_tokens=40, num_adapters=2, duration_s=0.01, **cache))
     sums = [value(metrics, f"graft_step_{what}_sum") for what in ("sequences", "tokens", "adapters", "seconds")]
     assert sums == [3, 40, 2, 0.01]
+    assert [value(metrics, f"graft_prefix_cache_{what}_total") for what in ("queries", "hits")] == [50, 16]
 
 
 def test_state_is_read_when_it_is_asked_for(metrics: Metrics) -> None:

@@ -12,8 +12,9 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 
 from server.ground.errors import StartupRefused
 from server.model.attention import IMPLEMENTATION, KVCache, PagedAttention, attach
-from server.model.base import Base, BaseOptions
+from server.model.base import Base
 from server.model.context import AttentionBatch, Scope, StepContext
+from server.model.pretrained import BaseOptions
 from server.model.quantize import Quantization
 from server.ops import DecodeBatch, PrefillSpan, TokenLayout
 
@@ -41,8 +42,8 @@ def decode_step(base: Base, token: int, position: int, blocks: list[int]) -> tor
     starts = torch.arange(num_blocks) * BLOCK_SIZE
     runs = tuple((i, i + 1, block) for i, block in enumerate(own.tolist()))
     batch = DecodeBatch(
-        torch.tensor([position + 1]), torch.zeros(num_blocks, dtype=torch.long), own, starts, runs, num_blocks == 1,
-        min(BLOCK_SIZE, position + 1),
+        torch.tensor([position + 1]), torch.zeros(num_blocks, dtype=torch.long), own, starts, runs,
+        num_blocks == 1, None, min(BLOCK_SIZE, position + 1),
     )  # fmt: skip
     attention = AttentionBatch(own[-1:], torch.tensor([position % BLOCK_SIZE]), batch, 1, ())
     return run(base, [token], [position], attention)

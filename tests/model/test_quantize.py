@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from server.model import quantize
-from server.model.base import Base, BaseOptions
+from server.model.base import Base
+from server.model.pretrained import BaseOptions
 from server.model.quantize import Quantization, dequantized_weight, is_quantized, quantization_config
 from tests.adapters.dense import DenseSite
 from tests.models import VOCAB_SIZE
@@ -120,6 +121,17 @@ def test_a_4_bit_checkpoint_is_served_as_it_is(
     assert torch.equal(stored._probe([IDS]), load(tiny_llama, NF4, dtype)._probe([IDS]))
 
 
+def test_an_fp4_checkpoint_is_called_so_and_runs_on_the_fast_product(tiny_llama: Path, tmp_path: Path) -> None:
+    config = quantization_config(NF4, BF16)
+    assert config is not None
+    config.bnb_4bit_quant_type = "fp4"
+    quantized_by_transformers(tiny_llama, config, BF16).save_pretrained(tmp_path)  # type: ignore[operator]
+    stored, exact = load(tmp_path, NF4, BF16), load(tmp_path, NF4, FP32)
+    assert stored.quantization is exact.quantization is Quantization.FP4
+    assert difference(stored._probe([IDS]), exact._probe([IDS])) < ROUNDED
+    assert difference(exact._probe([IDS]), load(tiny_llama, NF4, FP32)._probe([IDS])) > ROUNDED
+
+
 def test_an_8_bit_checkpoint_loses_the_threshold_that_would_let_requests_meet(tiny_llama: Path, tmp_path: Path) -> None:
     config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)  # type: ignore[no-untyped-call]
     quantized_by_transformers(tiny_llama, config, FP32).save_pretrained(tmp_path)  # type: ignore[operator]
@@ -137,6 +149,7 @@ def test_without_the_fast_product_layers_are_held_dequantized(folder: Path, monk
     monkeypatch.setattr(quantize, "has_avx512bf16", lambda: False)
     base = load(folder, NF4, BF16)
     assert base.note is not None
+    assert base.quantization is NF4  # the values still are
     assert "this CPU has no AVX512-BF16, so" in base.note
     assert not any(isinstance(module, Linear4bit) for module in base.model.modules())
     assert difference(base._probe([IDS]), logits_of(dense_twin(folder, NF4, BF16))) < ROUNDED

@@ -8,22 +8,36 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from server.model.base import Base, BaseOptions
+from server.model.base import Base
 from server.model.context import AttentionBatch, Scope, StepContext
+from server.model.pretrained import BaseOptions
 from server.model.quantize import Quantization
 from server.model.site import SiteKind
 from server.model.sites import BaseSite, SiteTable
 from server.ops import GroupEdits, SiteEdits, TokenLayout
-from tests.adapters.dense import sites_of
+from tests.adapters.dense import DenseSite, sites_of
 from tests.models import ARCHITECTURES, VOCAB_SIZE
 
+_ATTENTION = [("q_proj", "k_proj", "v_proj"), ("o_proj",)]
+_LLAMA_LIKE = [*_ATTENTION, ("gate_proj", "up_proj"), ("down_proj",)]
 GROUPS: dict[str, list[tuple[str, ...]]] = {
-    "llama": [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)],
-    "qwen3": [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)],
+    "llama": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": _LLAMA_LIKE,
+    "gemma2": _LLAMA_LIKE,
+    "gemma3": _LLAMA_LIKE,
+    "opt": [("q_proj", "k_proj", "v_proj"), ("out_proj",), ("fc1",), ("fc2",)],
+    "gpt_neox": [("query_key_value",), ("dense",), ("dense_h_to_4h",), ("dense_4h_to_h",)],
+    "mixtral": _ATTENTION,
     "phi3": [("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",)],
     "gpt2": [("c_attn",), ("c_proj",), ("c_fc",), ("c_proj",)],
 }
-ENDS: dict[str, list[tuple[str, ...]]] = {"gpt2": [("wte",), ("wpe",)]}
+# What comes before the layers and after them.
+STARTS: dict[str, list[tuple[str, ...]]] = {
+    "gpt2": [("wte",), ("wpe",)], "opt": [("embed_tokens",), ("project_in",)], "gpt_neox": [("embed_in",)],
+}  # fmt: skip
+ENDS: dict[str, list[tuple[str, ...]]] = {"opt": [("project_out",), ("lm_head",)]}
 
 
 @pytest.fixture(params=sorted(ARCHITECTURES))
@@ -48,14 +62,16 @@ def dense(architecture: str, model_folder: Callable[[str], Path]) -> nn.Module:
 
 def test_sites_that_share_an_input_form_a_group_in_call_order(base: Base, architecture: str) -> None:
     names = [tuple(site.path.rpartition(".")[2] for site in group.sites) for group in base.sites.groups]
-    assert names == [*ENDS.get(architecture, [("embed_tokens",)]), *(2 * GROUPS[architecture]), ("lm_head",)]
+    layers = [*_LLAMA_LIKE, *_ATTENTION] if architecture == "qwen3_moe" else 2 * GROUPS[architecture]
+    starts, ends = STARTS.get(architecture, [("embed_tokens",)]), ENDS.get(architecture, [("lm_head",)])
+    assert names == [*starts, *layers, *ends]
     for index, group in enumerate(base.sites.groups):
         assert group.index == index
         assert [(site.group, site.member) for site in group.sites] == [(index, i) for i in range(len(group.sites))]
 
 
 def test_every_site_is_described_as_its_module_is(base: Base, dense: nn.Module) -> None:
-    expected = sites_of(dense)
+    expected = editable(dense)
     assert base.sites.by_path.keys() == expected.keys()
     for path, site in base.sites.by_path.items():
         other = expected[path]
@@ -64,6 +80,11 @@ def test_every_site_is_described_as_its_module_is(base: Base, dense: nn.Module) 
         if site.bias is not None:
             torch.testing.assert_close(site.bias, other.bias, rtol=0, atol=0)
         assert site.is_head == (path == "lm_head")
+
+
+def editable(dense: nn.Module) -> dict[str, DenseSite]:
+    """Of the dense model's linears and embeddings those that can be sites: OPT's positions come as a mask."""
+    return {path: site for path, site in sites_of(dense).items() if path != "model.decoder.embed_positions"}
 
 
 class Odd(nn.Module):
@@ -160,12 +181,12 @@ def test_passes_do_not_nest() -> None:
 
 
 def test_row_norms_are_those_of_the_weight(base: Base, dense: nn.Module) -> None:
-    for path, other in sites_of(dense).items():
+    for path, other in editable(dense).items():
         torch.testing.assert_close(base.sites.by_path[path].row_norms_squared, other.row_norms_squared)
 
 
 def test_project_is_the_weight_without_the_bias(base: Base, dense: nn.Module) -> None:
-    for path, other in sites_of(dense).items():
+    for path, other in editable(dense).items():
         rows = torch.randn(3, other.d_in, generator=torch.Generator().manual_seed(0))
         out = base.sites.by_path[path].project(rows)
         assert (out.dtype, out.device.type) == (torch.float32, "cpu")

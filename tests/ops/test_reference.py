@@ -19,16 +19,16 @@ from server.ops import (
     SiteEdits,
     Stack,
     TokenLayout,
-    add_lanes,
     decode_attention,
     embed_low_rank,
     expand,
+    expand_lanes,
     prefill_attention,
     scale,
     shift,
     shrink,
+    shrink_lanes,
     store_kv,
-    to_lanes,
 )
 
 D_IN, D_OUT, BLOCK_SIZE, HEAD_DIM = 5, 4, 4, 6
@@ -92,13 +92,13 @@ class Case:
         if self.has_mid_shift:
             mid_shift = normal(self.num_adapters, num, seed=self.seed + 2).masked_fill(foreign, 0)
         down = normal(num, D_IN, seed=self.seed + 3)
-        return GroupEdits(members, down, foreign, mid_scale, mid_shift, self.offsets, tuple(columns))
+        return GroupEdits(members, None, down, foreign, mid_scale, mid_shift, self.offsets, tuple(columns))
 
     def site(self, member: int) -> SiteEdits:
         columns = tuple(slice(a, b) if b > a else None for a, b in self.spans[member])
         up_scale = normal(self.num_adapters, D_OUT, seed=self.seed + 20 + member) if self.has_up_scale else None
         up = normal(self.num_rows[member], D_OUT, seed=self.seed + 10 + member)
-        return SiteEdits(up=up, columns=columns, up_scale=up_scale)
+        return SiteEdits(True, up, columns, up_scale=up_scale)
 
 
 @st.composite
@@ -179,31 +179,43 @@ def test_expand_adds_each_tokens_rows_in_place(case: Case) -> None:
         torch.testing.assert_close(y, expected)
 
 
-def stacked(case: Case, group: GroupEdits, member: int) -> Stack:
-    """The member's rows as a matrix per adapter, padded with zero rows."""
-    edits, offset = group.members[member], case.offsets[member]
-    assert edits is not None
-    assert edits.up is not None
+def stacked(case: Case, group: GroupEdits, num_pieces: int) -> Stack:
+    """The group's rows as a matrix per adapter, padded with zero rows; each output in this many pieces."""
     assert group.down is not None
-    spans = case.spans[member][1:]
-    rank = max(b - a for a, b in spans)
-    down, up = (torch.zeros(len(spans), rank, width, dtype=torch.float64) for width in (D_IN, D_OUT))
-    mids = [
-        None if m is None else torch.ones(len(spans), 1, rank, dtype=m.dtype)
-        for m in (group.mid_scale, group.mid_shift)
-    ]
-    for lane, (a, b) in enumerate(spans):
-        down[lane, : b - a] = group.down[offset + a : offset + b]
-        up[lane, : b - a] = edits.up[a:b]
-        for mid, of_group in zip(mids, (group.mid_scale, group.mid_shift), strict=True):
-            if mid is not None and of_group is not None:
-                mid[lane, 0, : b - a] = of_group[lane + 1, offset + a : offset + b]
-    return Stack(down, up, *mids)
+    num_adapters = case.num_adapters - 1
+    have_rows = [member for member, n in enumerate(case.num_rows) if n]
+    rank = max(1, *(b - a for spans in case.spans for a, b in spans))
+    down = torch.zeros(num_adapters, len(have_rows), rank, D_IN, dtype=torch.float64)
+    up = torch.zeros(num_adapters, len(have_rows), num_pieces, rank, D_OUT // num_pieces, dtype=torch.float64)
+    of_group = (group.mid_scale, group.mid_shift)
+    mids = [None if m is None else torch.ones(num_adapters, len(have_rows), rank, dtype=m.dtype) for m in of_group]
+    for place, member in enumerate(have_rows):
+        edits, offset = group.members[member], case.offsets[member]
+        assert edits is not None
+        assert edits.up is not None
+        for lane, (a, b) in enumerate(case.spans[member][1:]):
+            down[lane, place, : b - a] = group.down[offset + a : offset + b]
+            up[lane, place, :, : b - a] = edits.up[a:b].view(b - a, num_pieces, D_OUT // num_pieces).transpose(0, 1)
+            for mid, values in zip(mids, of_group, strict=True):
+                if mid is not None and values is not None:
+                    mid[lane, place, : b - a] = values[lane + 1, offset + a : offset + b]
+    owners = [place for place in range(len(have_rows)) for _ in range(num_pieces)]
+    places = [have_rows.index(member) if member in have_rows else None for member in range(len(case.num_rows))]
+    return Stack(
+        rank=rank,
+        down=down.flatten(1, 2),
+        up=up.flatten(1, 2),
+        spans=tuple((0, 0) if p is None else (p * num_pieces, (p + 1) * num_pieces) for p in places),
+        owners=tuple(owners),
+        owner_index=torch.tensor(owners),
+        mid_scale=None if mids[0] is None else mids[0].view(num_adapters, 1, -1),
+        mid_shift=None if mids[1] is None else mids[1].view(num_adapters, 1, -1),
+    )
 
 
 @examples
-@given(cases(), st.booleans())
-def test_lanes_add_what_shrink_and_expand_do(case: Case, holds_all: bool) -> None:
+@given(cases(), st.booleans(), st.sampled_from([1, 2, D_OUT]))
+def test_lanes_add_what_shrink_and_expand_do(case: Case, holds_all: bool, num_pieces: int) -> None:
     layout, group = case.layout(), case.group()
     num_tokens = len(case.adapters) if holds_all else len(case.mixed)
     lanes = Lanes.of(case.adapters[:num_tokens], case.num_adapters - 1, 100, torch.device("cpu"))
@@ -212,16 +224,24 @@ def test_lanes_add_what_shrink_and_expand_do(case: Case, holds_all: bool) -> Non
         return
     x = normal(len(case.adapters), D_IN, seed=case.seed)
     h = shrink(x, group, layout)
+    stack, layout = stacked(case, group, num_pieces), replace(layout, lanes=lanes)
+    in_lanes = shrink_lanes(x, stack, lanes)
+    joint, all_expected = [], []
     for member, edits in enumerate(group.members):
-        if edits is None or max(b - a for a, b in case.spans[member]) == 0:
+        if edits is None:
             continue
         expected = normal(len(x), D_OUT, seed=case.seed + 5)
         y = expected.clone()
         expand(expected, h[:, case.offsets[member] : case.offsets[member + 1]], edits, layout)
         expected[num_tokens:] = y[num_tokens:]
-        edits = replace(edits, stack=stacked(case, group, member))
-        add_lanes(y, to_lanes(x, lanes, torch.float64), edits, replace(layout, lanes=lanes))
+        joint.append(y.clone())
+        all_expected.append(expected)
+        expand_lanes(y, in_lanes, stack, stack.spans[member], layout, edits.up_scale)
         torch.testing.assert_close(y, expected)
+    if not case.has_up_scale:
+        y = torch.cat(joint, dim=1)
+        expand_lanes(y, in_lanes, stack, (0, len(stack.owners)), layout)
+        torch.testing.assert_close(y, torch.cat(all_expected, dim=1))
 
 
 def test_lanes_that_would_be_mostly_padding_are_not_made() -> None:
@@ -235,10 +255,11 @@ def test_lanes_that_would_be_mostly_padding_are_not_made() -> None:
 def test_what_overflows_in_one_lane_stays_there() -> None:
     lanes = Lanes.of([1, 0, 2], 2, 4, torch.device("cpu"))
     assert lanes is not None
-    stack = Stack(torch.tensor([[[math.inf] * D_IN], [[1.0] * D_IN]]), torch.ones(2, 1, D_OUT))
+    down = torch.tensor([[[math.inf] * D_IN], [[1.0] * D_IN]])
+    stack = Stack(1, down, torch.ones(2, 1, 1, D_OUT), spans=((0, 1),), owners=(0,))
     layout = TokenLayout(torch.tensor([1, 0, 2]), 3, (), lanes)
     y = torch.zeros(3, D_OUT)
-    add_lanes(y, to_lanes(torch.ones(3, D_IN), lanes, torch.float32), SiteEdits(stack=stack), layout)
+    expand_lanes(y, shrink_lanes(torch.ones(3, D_IN), stack, lanes), stack, (0, 1), layout)
     assert y[0].isinf().all()
     assert torch.equal(y[1:], torch.tensor([[0.0] * D_OUT, [float(D_IN)] * D_OUT]))
 
@@ -346,6 +367,11 @@ class Cached:
 
     def batch(self) -> DecodeBatch:
         pairs = [(s, block, i * BLOCK_SIZE) for s, own in enumerate(self.blocks) for i, block in enumerate(own)]
+        is_single = len(pairs) == len(self.lengths)
+        inverse = None
+        if is_single:
+            pairs.sort(key=lambda pair: pair[1])
+            inverse = torch.tensor([[s for s, _, _ in pairs].index(s) for s in range(len(pairs))])
         runs: list[tuple[int, int, int]] = []
         for index, (_, block, _) in enumerate(pairs):
             if runs and block == pairs[index - 1][1] + 1:
@@ -353,9 +379,9 @@ class Cached:
             else:
                 runs.append((index, index + 1, block))
         sequence, blocks, starts = (torch.tensor(column) for column in zip(*pairs, strict=True))
-        is_single = len(pairs) == len(self.lengths)
         num_read = min(BLOCK_SIZE, max(self.lengths))
-        return DecodeBatch(torch.tensor(self.lengths), sequence, blocks, starts, tuple(runs), is_single, num_read)
+        lengths = torch.tensor(self.lengths)
+        return DecodeBatch(lengths, sequence, blocks, starts, tuple(runs), is_single, inverse, num_read)
 
     def decode(self) -> torch.Tensor:
         return decode_attention(self.query, self.key_cache, self.value_cache, self.batch(), **self.shape.options)  # type: ignore[arg-type]

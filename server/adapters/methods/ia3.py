@@ -8,6 +8,7 @@ from typing import Any
 
 from server.adapters import fields
 from server.adapters.checkpoint import Checkpoint
+from server.adapters.contradictions import contradictions, feedforward_contradictions
 from server.adapters.method import Edit, Lowered
 from server.adapters.module_paths import SiteFinder
 from server.ground.errors import AdapterRejected
@@ -27,6 +28,7 @@ class Ia3:
         fields.check_known(checkpoint.config, _KNOWN)
         finder = SiteFinder(sites)
         edits: dict[str, Edit] = {}
+        scales_input: dict[str, bool] = {}  # by module path, as in the file
         for key in checkpoint:
             module, _, parameter = key.rpartition(".")
             if parameter != _PARAMETER:
@@ -37,7 +39,10 @@ class Ia3:
                     f"{checkpoint.name(key)}: {site.path} is edited twice. Save one adapter per file."
                 )
             edits[site.path] = _edit(checkpoint, key, site)
-        return Lowered(self.name, 0, checkpoint.num_parameters, edits)
+            scales_input[module] = edits[site.path].in_scale is not None
+        warnings = contradictions(checkpoint.config, list(scales_input))
+        warnings += feedforward_contradictions(checkpoint.config, scales_input)
+        return Lowered(self.name, 0, checkpoint.num_parameters, edits, warnings)
 
 
 def _edit(checkpoint: Checkpoint, key: str, site: Site) -> Edit:

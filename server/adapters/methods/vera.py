@@ -13,6 +13,7 @@ import torch
 
 from server.adapters import fields
 from server.adapters.checkpoint import Checkpoint
+from server.adapters.contradictions import contradictions
 from server.adapters.method import Edit, Lowered
 from server.adapters.module_paths import SiteFinder
 from server.ground.errors import AdapterRejected
@@ -43,7 +44,8 @@ class Vera:
                 mid_scale=checkpoint.take(f"{module}.{_LAMBDA_D}", (rank,)),
                 up_scale=checkpoint.take(f"{module}.{_LAMBDA_B}", (site.d_out,)),
             )
-        return Lowered(self.name, rank, checkpoint.num_parameters, edits)
+        warnings = contradictions(checkpoint.config, [module for _, module in targets])
+        return Lowered(self.name, rank, checkpoint.num_parameters, edits, warnings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,74 @@
+"""What the registry tells of its adapters and of itself: plain values, true for the moment in which they were made.
+
+Owns their fields. Knows nothing about where they come from.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """What users are told about an adapter version. What only lowering can tell is None until it was lowered once."""
+
+    name: str
+    digest: str  # the version
+    versions: tuple[str, ...]  # digests of all versions of the name, the current one last
+    method: str | None
+    rank: int | None
+    num_parameters: int | None
+    num_sites: int | None
+    content_bytes: int
+    host_bytes: int  # that it takes there now, tensors that it shares counted in full; 0 where it is not
+    device_bytes: int
+    tiers: tuple[str, ...]  # where it is now: of "store", "host", "device"
+    num_leases: int
+    num_residencies: int  # sequences that run on it now
+    num_requests: int  # leases since the server's start: one per sequence that was asked for
+    last_used: int | None  # Unix time of the last one; None before the first
+    is_pinned: bool
+    created: int  # Unix time
+    base_model: str | None
+    base_fingerprint: str | None  # of the base that it was made for or, where nobody said, validated against
+    warnings: tuple[str, ...]
+    is_refused: bool  # whether requests for it are, because it seems to be of another base and the server is strict
+    source: str  # "store", or the folder that it is read from in place
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """The end of an upload: what the name means now, and whether that is new."""
+
+    info: AdapterInfo
+    is_new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The end of a load by hand: where the version is now, and how long it took."""
+
+    info: AdapterInfo
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryStats:
+    """The registry in numbers; the totals count from the start."""
+
+    num_adapters: int
+    num_versions: int
+    num_leases: int
+    num_residencies: int
+    num_resident: int
+    num_on_host: int
+    num_loading: int
+    num_pinned: int
+    device_used_bytes: int
+    device_capacity_bytes: int
+    host_used_bytes: int
+    host_max_bytes: int
+    loads_total: int
+    load_failures_total: int
+    promotions_total: int
+    unloads_total: int
+    device_evictions_total: int
+    host_evictions_total: int

@@ -1,0 +1,243 @@
+"""The versions in the store: registering, rolling back, pruning and deleting them, each with the catalog's note of it.
+
+Owns the step from an upload to what a name means. Knows nothing about the device, or how files are kept.
+"""
+
+import logging
+import time
+
+from server.adapters.books import Books
+from server.adapters.catalog import AdapterVersion, Copy, Facts, Sizes
+from server.adapters.host_adapter import HostAdapter
+from server.adapters.lease import Leases
+from server.adapters.loader import Loader, log_doubts
+from server.adapters.served_base import BaseClaim
+from server.adapters.store import (
+    Discarded,
+    Incoming,
+    Record,
+    Store,
+    StoredVersion,
+    base_fingerprint_of,
+    base_model_of,
+    check_name,
+)
+from server.adapters.workers import Workers
+from server.ground.errors import AdapterNotFound, Conflict, GraftError
+
+_log = logging.getLogger(__name__)
+
+
+class Versions:
+    """The catalog's side of the store. What blocks here is for worker threads."""
+
+    def __init__(
+        self, books: Books, workers: Workers, store: Store, loader: Loader, leases: Leases, max_versions: int | None
+    ) -> None:
+        """Lists what the store has. Of a replaced name the last `max_versions` are kept; all if None."""
+        self._books = books
+        self._workers = workers
+        self._store = store
+        self._loader = loader
+        self._leases = leases
+        self._max_versions = max_versions
+        for stored in store.scan():
+            for version in stored.versions:
+                self._list(version)
+            books.catalog.make_current(books.catalog.entries[stored.name].copies[stored.current])
+
+    def register(
+        self, incoming: Incoming, name: str, *, replace: bool, base_fingerprint: str | None
+    ) -> tuple[Copy, bool]:
+        """`Registry.register`; the copy that the name means now, and whether that is new."""
+        check_name(name)
+        digest = incoming.digest()
+        claim = BaseClaim(base_model_of(incoming.folder), base_fingerprint or base_fingerprint_of(incoming.folder))
+        self._books.check_base(self._books.base.doubts(claim))
+        with self._books.lock:
+            if self._is_current(name, digest, replace=replace) and not self._is_news(name, claim):
+                return self._books.catalog.entries[name].current, False
+            lowering = self._workers.submit(self._loader.lower, incoming.folder)  # so that uploads are bounded too
+        try:
+            adapter, sizes = self._loader.put(digest, lowering.result())
+            return self._commit(incoming, name, self._record(adapter, claim), sizes, replace)
+        finally:
+            with self._books.lock:
+                self._loader.drop_if_orphan(digest)
+
+    def roll_back(self, name: str, prefix: str | None) -> tuple[Copy, AdapterVersion]:
+        """`Registry.roll_back`; the copy that the name means now, and the version that it meant before."""
+        with self._leases.hold(self._earlier(name, prefix)) as lease:
+            copy = lease.copy
+            assert copy is not None
+            with self._books.eased:
+                self._loader.await_end(copy.content)  # what cannot be served does not become current
+            with self._books.changes:
+                with self._books.lock:
+                    if not copy.is_listed:
+                        raise AdapterNotFound(f"{copy.version} was deleted meanwhile.", param="adapter")
+                    before = self._books.catalog.entries[name].current.version
+                self._store.make_current(name, copy.version.digest)
+                with self._books.lock:
+                    self._books.catalog.make_current(copy)
+            return copy, before
+
+    def _earlier(self, name: str, prefix: str | None) -> str:
+        """The version to go back to, as `name@version`."""
+        with self._books.lock:
+            entry = self._books.catalog.entries.get(name)
+            if entry is not None:
+                self._books.catalog.check_not_in_place(name)
+                if prefix is not None:
+                    return f"{name}@{prefix}"
+                digests = list(entry.copies)
+        if entry is None:
+            raise self._books.unknown(name)
+        if len(digests) < 2:
+            raise Conflict(
+                f"The adapter {name!r} has no earlier version to go back to: its one version is {digests[0][:12]}.",
+                param="adapter",
+            )
+        return f"{name}@{digests[-2]}"
+
+    def delete(self, name: str) -> None:
+        """`Registry.delete`."""
+        with self._books.changes:
+            with self._books.lock:
+                self._check_is_stored(name)
+            discarded = self._discard(name)
+            with self._books.lock:
+                over = []
+                for copy in self._books.catalog.remove(name):
+                    copy.discarded = discarded.pop(copy.version.digest, None)
+                    copy.folder = copy.discarded.folder if copy.discarded is not None else copy.folder
+                    self._loader.settle(copy.content)
+                    if self._books.catalog.let_go_if_over(copy):
+                        over.append(copy)
+        for copy in over:
+            self._leases.dispose(copy)
+        for unknown in discarded.values():  # put there by another process
+            unknown.remove()
+
+    def _commit(self, incoming: Incoming, name: str, record: Record, sizes: Sizes, replace: bool) -> tuple[Copy, bool]:
+        with self._books.changes:
+            with self._books.lock:
+                self._books.catalog.check_not_in_place(name)
+            stored, created = self._store.put(incoming, name, record, replace=replace)
+            with self._books.lock:
+                copy = self._list(stored)
+                copy.content.sizes = sizes
+            pruned = self._prune(name)
+        for old in pruned:
+            self._leases.dispose(old)
+        log_doubts(copy)
+        return copy, created
+
+    def _record(self, adapter: HostAdapter, claim: BaseClaim) -> Record:
+        return Record(
+            created=int(time.time()),
+            method=adapter.method,
+            rank=adapter.rank,
+            num_parameters=adapter.num_parameters,
+            num_sites=len(adapter.edits),
+            base_model=claim.name,
+            base_fingerprint=claim.fingerprint,
+            checked_name=next(iter(self._books.base.names), None),
+            checked_fingerprint=self._books.base.fingerprint,
+            warnings=adapter.warnings,
+        )
+
+    def _prune(self, name: str) -> list[Copy]:
+        """Under `changes`: takes the versions out that are older than those to keep; those returned are to be disposed.
+
+        A leased one stays until a later replacement finds it idle: who leases it may ask for it again by its version.
+        So does a pinned one, until it is unpinned.
+        """
+        with self._books.lock:
+            copies = list(self._books.catalog.entries[name].copies.values())
+            excess = copies[: -(self._max_versions or len(copies))]
+            older = [copy for copy in excess if copy.num_leases == 0 and not copy.is_pinned]
+        pruned = []
+        for copy in older:
+            try:
+                discarded = self._store.discard_version(name, copy.version.digest)
+            except GraftError as error:  # the upload is done: what cannot be removed now is tried again with the next
+                _log.warning("The old version %s is not removed: %s", copy.version, error.message)
+                continue
+            with self._books.lock:  # a lease may have begun meanwhile: then it ends as one on a deleted name does
+                self._books.catalog.remove_version(copy)
+                copy.discarded, copy.folder = discarded, discarded.folder
+                self._loader.settle(copy.content)
+                if self._books.catalog.let_go_if_over(copy):
+                    pruned.append(copy)
+        return pruned
+
+    def _is_news(self, name: str, claim: BaseClaim) -> bool:
+        """Whether the record of a current version would say another thing about the base after this upload."""
+        copy = self._books.catalog.entries[name].current
+        said = claim.fingerprint or copy.base_fingerprint
+        return said != copy.base_fingerprint or bool(copy.doubts)
+
+    def _is_current(self, name: str, digest: str, *, replace: bool) -> bool:
+        """Whether the name means this content now. Raises the Conflict that committing would raise, before the work."""
+        self._workers.check_open()
+        self._books.catalog.check_not_in_place(name)
+        entry = self._books.catalog.entries.get(name)
+        if entry is None or entry.current.version.digest == digest:
+            return entry is not None
+        if not replace:
+            raise Conflict(
+                f"The adapter {name!r} exists with other content (version {entry.current.version.short}): choose "
+                f"another name, or send replace=true to make this its new version.",
+                param="name",
+            )
+        return False
+
+    def _check_is_stored(self, name: str) -> None:
+        if name not in self._books.catalog.entries:
+            raise AdapterNotFound(f"There is no adapter {name[:80]!r}.", param="adapter")
+        self._books.catalog.check_not_in_place(name)
+
+    def _discard(self, name: str) -> dict[str, Discarded]:
+        try:
+            return {version.digest: version for version in self._store.discard(name)}
+        except AdapterNotFound:  # its folder is gone already; what is left of it is our note
+            return {}
+
+    def _list(self, stored: StoredVersion) -> Copy:
+        """The copy of a stored version, made the current one of its name."""
+        record, catalog = stored.record, self._books.catalog
+        base_fingerprint = record.base_fingerprint or record.checked_fingerprint
+        doubts = self._books.base.doubts(claim_of(record))
+        entry = catalog.entries.get(stored.name)
+        if entry is not None and stored.digest in entry.copies:
+            known = entry.copies[stored.digest]
+            known.base_fingerprint, known.doubts = base_fingerprint, doubts
+            catalog.make_current(known)
+            return known
+        content = catalog.content(stored.digest)
+        content.facts = content.facts or _recorded_facts(record)
+        copy = Copy(
+            version=AdapterVersion(stored.name, stored.digest),
+            content=content,
+            folder=stored.folder,
+            created=record.created,
+            content_bytes=record.content_bytes,
+            base_model=record.base_model,
+            base_fingerprint=base_fingerprint,
+            doubts=doubts,
+        )
+        catalog.add(copy)
+        self._loader.settle(content)
+        return copy
+
+
+def claim_of(record: Record) -> BaseClaim:
+    """What a stored version says about its base."""
+    return BaseClaim(record.base_model, record.base_fingerprint, record.checked_name, record.checked_fingerprint)
+
+
+def _recorded_facts(record: Record) -> Facts | None:
+    if record.method is None or record.rank is None or record.num_parameters is None or record.num_sites is None:
+        return None
+    return Facts(record.method, record.rank, record.num_parameters, record.num_sites, record.warnings)

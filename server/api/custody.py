@@ -1,0 +1,58 @@
+"""Adapters moved by hand over HTTP: load, unload, pin, unpin.
+
+Owns the answers of these verbs, and that those who wait take no thread from the other routes.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import anyio.to_thread
+from anyio import CapacityLimiter
+from fastapi import APIRouter, Query
+
+from server.adapters.registry import MAX_WAIT_S
+from server.api.adapters import shown
+from server.api.services import Services
+
+_MAX_WAITING = 8  # requests of these verbs that wait at once; further ones queue behind them
+_LONGEST_WAIT_S = 3600.0
+
+_T = TypeVar("_T")
+MaxWait = Annotated[float, Query(ge=0, le=_LONGEST_WAIT_S, allow_inf_nan=False)]
+
+
+def router(services: Services) -> APIRouter:
+    routes = APIRouter(tags=["adapters"])
+    threads = CapacityLimiter(_MAX_WAITING)
+
+    async def waiting(verb: Callable[..., _T], *arguments: Any) -> _T:
+        return await anyio.to_thread.run_sync(verb, *arguments, limiter=threads)
+
+    @routes.post("/v1/adapters/{name}/load")
+    async def load(name: str) -> dict[str, Any]:
+        """Answers when it is on the host and, if idle adapters could make room, on the device."""
+        loaded = await waiting(services.registry.load, name)
+        return {**shown(loaded.info), "seconds": loaded.duration_s}
+
+    @routes.post("/v1/adapters/{name}/unload")
+    async def unload(name: str, max_wait_s: MaxWait = MAX_WAIT_S) -> dict[str, Any]:
+        """Waits for the sequences that run on it, then frees host and device; the next request loads it again."""
+        unloaded = await waiting(services.registry.unload, name, max_wait_s)
+        return {
+            "name": unloaded.version.name,
+            "version": unloaded.version.digest,
+            "unloaded": True,
+            "freed_bytes": {"host": unloaded.freed.host_bytes, "device": unloaded.freed.device_bytes},
+            "seconds": unloaded.duration_s,
+        }
+
+    @routes.post("/v1/adapters/{name}/pin")
+    async def pin(name: str, max_wait_s: MaxWait = MAX_WAIT_S) -> dict[str, Any]:
+        """Answers when it is on host and device, where it stays until it is unpinned or the server ends."""
+        return shown(await waiting(services.registry.pin, name, max_wait_s))
+
+    @routes.post("/v1/adapters/{name}/unpin")
+    def unpin(name: str) -> dict[str, Any]:
+        return shown(services.registry.unpin(name))
+
+    return routes
