@@ -9,10 +9,7 @@ turns within each round, so that a slow minute of the machine hits all alike.
 import argparse
 import asyncio
 import json
-import os
-import platform
 import random
-import re
 import statistics
 import sys
 import tempfile
@@ -24,16 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
-from server import __version__
 from server.assemble import Server, assemble
+from server.bench import machine, save_model
 from server.engine.flight import GenerationRequest
 from server.engine.sequence import Delta, SamplingParams
 from server.ground.config import load
-
-_VOCAB_SIZE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [_row(variant, of_variant) for variant, of_variant in samples.items()]
     print(_table(rows))
     if arguments.out:
-        report: dict[str, Any] = {"machine": _machine(arguments.device), "command": _command()}
+        report: dict[str, Any] = {"machine": machine(arguments.device), "command": _command()}
         report |= {"workload": asdict(workload), "model": arguments.model or "random Llama"}
         report |= {"quantize": arguments.quantize, "rows": rows}
         Path(arguments.out).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -106,7 +100,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _measure(
     scratch: Path, variants: Sequence[Variant], workload: Workload, arguments: argparse.Namespace
 ) -> dict[Variant, Samples]:
-    model = arguments.model or str(_save_model(scratch / "model"))
+    model = arguments.model or str(_random_llama(scratch / "model"))
     with ExitStack() as stack:
         servers: dict[Variant, Server] = {}
         for variant in variants:
@@ -204,44 +198,9 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _save_model(folder: Path) -> Path:
-    """A random Llama: hidden 512, 8 layers, FFN 1408, about 25 million parameters, and a tokenizer for its ids."""
-    from tokenizers import Tokenizer, models
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=_VOCAB_SIZE,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    model: Any = LlamaForCausalLM(config)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(_VOCAB_SIZE)}, unk_token="w2"))
-    tokenizer: Any = PreTrainedTokenizerFast
-    tokenizer(tokenizer_object=words, bos_token="w0", eos_token="w1").save_pretrained(folder)
+def _random_llama(folder: Path) -> Path:
+    save_model(folder)
     return folder
-
-
-def _machine(device: str) -> dict[str, Any]:
-    is_cuda = device != "cpu" and torch.cuda.is_available()
-    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    cpu = f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-    return {
-        "graftserve": __version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name() if is_cuda else cpu,
-        "num_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def _command() -> str:

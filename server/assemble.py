@@ -238,7 +238,7 @@ def _num_blocks(settings: Settings, base: Base, block_size: int, max_context: in
     block_bytes = KVCache.block_bytes(base.kv_shapes, block_size, base.kv_dtype)
     wanted = settings.max_sequences * -(-max_context // block_size)
     if settings.kv_memory is None:
-        budget = int(_KV_SHARE[base.device.type] * _free_bytes(base.device))
+        budget = int(_KV_SHARE[base.device.type] * free_bytes(base.device))
     else:
         budget = int(settings.kv_memory)
     num_blocks = min(wanted, budget // block_bytes)
@@ -250,7 +250,8 @@ def _num_blocks(settings: Settings, base: Base, block_size: int, max_context: in
     return num_blocks
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be taken; on a CPU what Linux calls available."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():

@@ -31,7 +31,7 @@ from server.engine.sequence import SamplingParams
 from server.ground.config import load
 from server.ground.errors import StartupRefused
 
-_VOCAB_SIZE = 4096
+VOCAB_SIZE = 4096
 _METHODS = ("lora", "dora", "vera", "ia3")
 _ALL_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -74,13 +74,13 @@ def main(argv: Sequence[str]) -> int:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        _save_model(folder / "model")
+        save_model(folder / "model")
         _save_adapters(folder, workload)
         for base in arguments.quantize:
             rows += _measure(folder, base, arguments, workload, console)
     console.print(_table(rows))
     if arguments.out:
-        report = {**_machine(arguments.device), "workload": asdict(workload), "rows": [asdict(row) for row in rows]}
+        report = {**machine(arguments.device), "workload": asdict(workload), "rows": [asdict(row) for row in rows]}
         Path(arguments.out).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         console.print(f"written to {arguments.out}")
     return 0
@@ -163,7 +163,7 @@ def _mixes(num_streams: int) -> dict[str, list[str | None]]:
 def _prompts(workload: Workload) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     shape = (workload.num_streams, workload.num_prompt_tokens)
-    return torch.randint(8, _VOCAB_SIZE, shape, generator=generator)
+    return torch.randint(8, VOCAB_SIZE, shape, generator=generator)
 
 
 def _run_engine(server: Server, names: Sequence[str | None], workload: Workload) -> float:
@@ -232,14 +232,14 @@ def _peers(folder: Path, base: str, server: Server, workload: Workload) -> dict[
     }
 
 
-def _save_model(folder: Path) -> None:
+def save_model(folder: Path) -> None:
     """A random Llama: hidden 512, 8 layers, FFN 1408, about 25 million parameters, and a tokenizer for its ids."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=_VOCAB_SIZE,
+        vocab_size=VOCAB_SIZE,
         hidden_size=512,
         intermediate_size=1408,
         num_hidden_layers=8,
@@ -253,7 +253,7 @@ def _save_model(folder: Path) -> None:
     )
     model: Any = LlamaForCausalLM(config)
     model.to(torch.bfloat16).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(_VOCAB_SIZE)}, unk_token="w2"))
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w2"))
     tokenizer: Any = PreTrainedTokenizerFast
     tokenizer(tokenizer_object=words, bos_token="w0", eos_token="w1").save_pretrained(folder)
 
@@ -285,7 +285,8 @@ def _save_adapters(folder: Path, workload: Workload) -> None:
         base = model.unload()
 
 
-def _machine(device: str) -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
+    """What a measured figure needs beside it: versions, date, commit and the device."""
     import transformers
 
     is_cuda = device != "cpu" and torch.cuda.is_available()

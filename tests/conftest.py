@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from server.ground.config import Settings, variable_name
 from tests.models import save_model
 
 # A machine that is busy, or a process that is paused, says nothing about what is tested.
@@ -22,6 +24,12 @@ settings.load_profile("graft")
 def _one_thread() -> None:
     """Tiny products are slower on several threads, and parallel test processes would fight for the cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_inherited_settings() -> None:
+    for name in Settings.model_fields:
+        os.environ.pop(variable_name(name), None)
 
 
 @pytest.fixture(scope="module", autouse=True)

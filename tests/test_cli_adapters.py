@@ -19,7 +19,7 @@ from server.adapters.store import Store
 from server.cli import main
 from server.cli.inspection import inspect
 from server.cli.rehearsal import Rehearsal
-from server.ground.config import Settings, variable_name
+from server.ground.config import Settings
 from server.ground.errors import GraftError
 from tests.adapters.peft_adapters import BIASED_KINDS, KINDS, make_adapter
 from tests.adapters.test_checkpoint import BAD_CONFIGS, BAD_WEIGHTS
@@ -29,12 +29,6 @@ from tests.api.conftest import Live, serving
 
 MAX_BYTES = 400_000  # of an upload: less than the largest adapter below
 Copies = Callable[[str], Path]
-
-
-@pytest.fixture(autouse=True)
-def _no_inherited_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in Settings.model_fields:
-        monkeypatch.delenv(variable_name(name), raising=False)
 
 
 @pytest.fixture(scope="module")

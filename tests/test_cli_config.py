@@ -6,15 +6,9 @@ from pathlib import Path
 import pytest
 
 from server.cli import main
-from server.ground.config import Settings, variable_name
+from server.ground.config import Settings
 
 KEY = "sesame-open"
-
-
-@pytest.fixture(autouse=True)
-def _no_inherited_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in Settings.model_fields:
-        monkeypatch.delenv(variable_name(name), raising=False)
 
 
 @pytest.fixture

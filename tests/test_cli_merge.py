@@ -15,16 +15,9 @@ from server.adapters.presence import Presence
 from server.adapters.store import Store
 from server.cli import main
 from server.cli.progress import ProgressBar
-from server.ground.config import Settings, variable_name
 from tests.adapters.peft_adapters import make_adapter
 
 Adapters = Callable[[str], Path]
-
-
-@pytest.fixture(autouse=True)
-def _no_inherited_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in Settings.model_fields:
-        monkeypatch.delenv(variable_name(name), raising=False)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from server.adapters.store import INCOMING_FOLDER, try_lock
 from server.ground.errors import Conflict, GraftError
-
-# The store's own folder for work in progress: it is there anyway, and nothing else locks the folder as a whole.
-_FOLDER = ".incoming"
 
 
 class Presence:
@@ -26,7 +24,7 @@ class Presence:
     def __init__(self, root: Path) -> None:
         self._end: Callable[[], object] | None = None
         with suppress(OSError):
-            descriptor = _open(root)
+            descriptor = os.open(_marked(root), os.O_RDONLY)
             self._end = weakref.finalize(self, os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
 
@@ -59,22 +57,17 @@ def is_somebody_present(root: Path) -> bool:
 def _try_alone(root: Path) -> int | None:
     """A descriptor that keeps servers out until it is closed; None if one is there."""
     try:
-        descriptor = _open(root)
+        return try_lock(_marked(root))
     except OSError as error:
         raise GraftError(
             f"The adapter store cannot be written at {root} ({error.strerror or error}): mend its permissions, or name "
             f"another with --store.",
             code="store_unwritable",
         ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
-def _open(root: Path) -> int:
-    folder = root / _FOLDER
+def _marked(root: Path) -> Path:
+    """The store's folder for work in progress: it is there anyway, and nothing else locks the folder as a whole."""
+    folder = root / INCOMING_FOLDER
     folder.mkdir(exist_ok=True)
-    return os.open(folder, os.O_RDONLY)
+    return folder

@@ -46,7 +46,7 @@ from server.ground.errors import (
 
 _RECORD_FILE = "record.json"
 _INDEX_FILE = "current.json"
-_INCOMING_FOLDER = ".incoming"
+INCOMING_FOLDER = ".incoming"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CHUNK_BYTES = 1 << 20
@@ -211,7 +211,7 @@ class Store:
         if not root.is_dir():
             raise StartupRefused(f"The adapter store {root} is not a folder: create it, or name another with --store.")
         self.root = root.resolve()
-        self._incoming_root = self.root / _INCOMING_FOLDER
+        self._incoming_root = self.root / INCOMING_FOLDER
         with self._exclusive():
             self._clear_incoming()
             for name in self._entry_names():
@@ -406,7 +406,7 @@ class Store:
             if not leftover.is_dir() or leftover.is_symlink():
                 with suppress(OSError):  # a store that cannot be written can still be read
                     leftover.unlink()
-            elif (lock := _try_lock(leftover)) is not None:  # else another process is at work in it
+            elif (lock := try_lock(leftover)) is not None:  # else another process is at work in it
                 shutil.rmtree(leftover, ignore_errors=True)
                 os.close(lock)
 
@@ -596,7 +596,7 @@ class _Scratch:
         folder.mkdir()
         self.folder = folder
         self.version_folder = folder / "version"
-        self._lock: int | None = _try_lock(folder)
+        self._lock: int | None = try_lock(folder)
 
     def remove(self) -> None:
         if self._lock is not None:
@@ -613,7 +613,7 @@ def _taken(name: str, current: str) -> Conflict:
     )
 
 
-def _try_lock(folder: Path) -> int | None:
+def try_lock(folder: Path) -> int | None:
     """A descriptor that locks the folder until it is closed, or None if another holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

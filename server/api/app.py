@@ -45,6 +45,8 @@ def _state(services: Services) -> Mapping[str, float]:
         "graft_kv_blocks": engine.num_blocks,
         "graft_kv_usage_ratio": engine.num_used_blocks / max(engine.num_blocks, 1),
         "graft_preemptions_total": engine.num_preemptions,
+        "graft_prefix_cache_queries_total": engine.num_queried_tokens,
+        "graft_prefix_cache_hits_total": engine.num_hit_tokens,
         "graft_steps_total": engine.num_steps,
         "graft_adapters": adapters.num_adapters,
         "graft_adapters_on_host": adapters.num_on_host,

@@ -6,7 +6,6 @@ judged against a base is judged by `rehearsal`, which is imported when a word ne
 
 import argparse
 import json
-import logging
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,10 +17,9 @@ from typing import Any
 from server.adapters.inventory import Damaged, Whole, inventory
 from server.adapters.presence import is_somebody_present, nobody_present
 from server.adapters.store import Record, Store, StoredVersion
-from server.cli.command import Command, quiet_registry, quieten_libraries, say
+from server.cli.command import Command, quiet_registry, say, settings_of
 from server.cli.flags import add_some_settings
 from server.cli.table import columns
-from server.ground import config
 from server.ground.config import Settings
 from server.ground.errors import AdapterNotFound, BadRequest, Conflict, TooLarge
 
@@ -56,11 +54,9 @@ def _add_words(parser: argparse.ArgumentParser) -> None:
 
 def _adapters(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     word = WORDS[arguments.word]
-    flags = {name: value for name, value in vars(arguments).items() if name in word.settings}
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="graft: %(message)s")
-    quieten_libraries()
+    settings = settings_of(word.settings, arguments)
     with quiet_registry():
-        return word.run(arguments, config.load_some(word.settings, flags))
+        return word.run(arguments, settings)
 
 
 # list

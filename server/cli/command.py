@@ -8,11 +8,12 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
+from server.ground.config import Settings, load_some
 from server.ground.errors import StartupRefused
 
 
@@ -45,6 +46,14 @@ def found_in(module: str, summary: str) -> Command:
         return code
 
     return Command(summary, lambda parser: imported().add_arguments(parser), run)
+
+
+def settings_of(names: Collection[str], arguments: argparse.Namespace) -> Settings:
+    """The settings `names` for a command that runs and ends, and whose warnings are sentences to people."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="graft: %(message)s")
+    quieten_libraries()
+    given = vars(arguments)
+    return load_some(names, {name: given[name] for name in names if name in given})
 
 
 def say(sentence: str) -> None:

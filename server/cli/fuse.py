@@ -5,7 +5,6 @@ imported when the command runs, because it brings torch.
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from server.adapters.store import folder_digest
 from server.cli.adapters import _subject
-from server.cli.command import Command, quieten_libraries, say
+from server.cli.command import Command, say, settings_of
 from server.cli.flags import add_some_settings
 from server.cli.progress import ProgressBar
-from server.ground import config
 
 if TYPE_CHECKING:
     from server.adapters.fuse import Fused, Rounding
@@ -41,9 +39,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _fuse(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     given = vars(arguments)
-    settings = config.load_some(_SETTINGS, {name: given[name] for name in _SETTINGS if name in given})
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="graft: %(message)s")
-    quieten_libraries()
+    settings = settings_of(_SETTINGS, arguments)
     # Imported here: it brings torch, and the libraries that were told to be quiet.
     from server.adapters.fuse import fuse
 

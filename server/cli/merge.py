@@ -5,7 +5,6 @@ imported when the command runs, because it brings torch.
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,10 +16,9 @@ from server.adapters.merging.recipe import MAJORITY_SIGNS, Ingredient, Strategy
 from server.adapters.presence import is_somebody_present, nobody_present
 from server.adapters.store import Store, check_name, folder_digest
 from server.cli.adapters import _subject
-from server.cli.command import Command, quiet_registry, quieten_libraries, say
+from server.cli.command import Command, quiet_registry, say, settings_of
 from server.cli.flags import add_some_settings
 from server.cli.progress import ProgressBar
-from server.ground import config
 from server.ground.config import Settings
 from server.ground.errors import BadRequest
 
@@ -67,9 +65,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _merge(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     given = vars(arguments)
-    settings = config.load_some(_SETTINGS, {name: given[name] for name in _SETTINGS if name in given})
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="graft: %(message)s")
-    quieten_libraries()
+    settings = settings_of(_SETTINGS, arguments)
     out, name = Path(given["out"]).expanduser() if "out" in given else None, given.get("name")
     if out is None and name is None:
         raise BadRequest("Say where the result shall go: a folder OUT, or --name NEW for the store, or both.")

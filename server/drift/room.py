@@ -4,13 +4,13 @@ Owns the checkpoint's dimensions, and the refusal of a comparison that cannot fi
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from server.assemble import free_bytes
 from server.ground.errors import StartupRefused
 
 _BYTES_PER_WEIGHT = {"nf4": 0.52, "int8": 1.0}  # of a quantized linear; NF4 with its nested scales
@@ -72,16 +72,6 @@ def check_room(needed: dict[torch.device, int]) -> None:
                 f"{_gib(free)} are free on {device}; use --reference-dtype bfloat16, put one of them elsewhere with "
                 "--reference-device, or free memory"
             )
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be taken; on a CPU what Linux calls available."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise StartupRefused("cannot read the free memory of this machine from /proc/meminfo")
 
 
 def _gib(num_bytes: int) -> str:

@@ -38,8 +38,6 @@ class StepReport:
     num_tokens: int
     num_adapters: int  # distinct, the base not counted
     duration_s: float
-    num_queried_tokens: int = 0  # looked up in the cache, of the sequences that first ran in it
-    num_hit_tokens: int = 0  # of those, found there and not computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +50,9 @@ class EngineStats:
     block_size: int
     num_preemptions: int
     num_steps: int
-    num_kept_blocks: int = 0  # free, with content that can still be found
-    num_queried_tokens: int = 0  # of prompts, looked up in the cache
-    num_hit_tokens: int = 0  # of prompts, found in the cache
+    num_kept_blocks: int  # free, with content that can still be found
+    num_queried_tokens: int  # looked up in the cache when their sequences first ran
+    num_hit_tokens: int  # of those, found there and not computed
 
 
 class Engine:
@@ -85,7 +83,6 @@ class Engine:
         self._is_closing = False
         self._fault: str | None = None
         self._num_steps = 0
-        self._num_reported = 0, 0  # tokens looked up and found, up to the last report
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -228,20 +225,9 @@ class Engine:
                 if item.sequence.sequence_id in self._flights:
                     self._emit(item.sequence, tokens, scores, item.sequence in ended)
         self._num_steps += 1
-        self._observe(self._report(batch, time.perf_counter() - started))
-
-    def _report(self, batch: Batch, duration_s: float) -> StepReport:
-        queried, hit = self._scheduler.num_queried_tokens, self._scheduler.num_hit_tokens
-        report = StepReport(
-            num_sequences=len(batch.sequences),
-            num_tokens=batch.num_tokens,
-            num_adapters=len({item.sequence.version for item in batch.sequences} - {None}),
-            duration_s=duration_s,
-            num_queried_tokens=queried - self._num_reported[0],
-            num_hit_tokens=hit - self._num_reported[1],
-        )
-        self._num_reported = queried, hit
-        return report
+        num_adapters = len({item.sequence.version for item in batch.sequences} - {None})
+        duration_s = time.perf_counter() - started
+        self._observe(StepReport(len(batch.sequences), batch.num_tokens, num_adapters, duration_s))
 
     def _fail_overflown(self, logits: StepLogits) -> None:
         """Ends the sequences whose logits are not numbers: an adapter of extreme weights has overflown."""

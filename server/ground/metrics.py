@@ -35,6 +35,8 @@ GAUGES: Mapping[str, str] = {
 }
 TOTALS: Mapping[str, str] = {
     "graft_preemptions_total": "Sequences set back to waiting because blocks ran out.",
+    "graft_prefix_cache_queries_total": "Tokens of sequences that were looked up in the KV cache when they first ran.",
+    "graft_prefix_cache_hits_total": "Tokens of sequences that were found there, and not computed.",
     "graft_steps_total": "Steps that the engine has run.",
     "graft_adapter_loads_total": "Adapters brought from the store to host memory.",
     "graft_adapter_load_failures_total": "Adapters that could not be brought to host memory.",
@@ -62,10 +64,6 @@ class Step(Protocol):
     def num_adapters(self) -> int: ...
     @property
     def duration_s(self) -> float: ...
-    @property
-    def num_queried_tokens(self) -> int: ...
-    @property
-    def num_hit_tokens(self) -> int: ...
 
 
 class Metrics:
@@ -80,12 +78,6 @@ class Metrics:
         self._finished = self._counter("graft_sequences_finished", "Sequences that ended.", ("finish_reason",))
         self._prompt_tokens = self._counter("graft_prompt_tokens", "Prompt tokens of sequences that ended.")
         self._output_tokens = self._counter("graft_output_tokens", "Tokens generated.")
-        self._cache_queries = self._counter(
-            "graft_prefix_cache_queries", "Tokens of sequences that were looked up in the KV cache when they first ran."
-        )
-        self._cache_hits = self._counter(
-            "graft_prefix_cache_hits", "Tokens of sequences that were found there, and not computed."
-        )
         self._first_token_s = self._histogram(
             "graft_time_to_first_token_seconds", "From submission to a sequence's first token.", _FIRST_TOKEN_S
         )
@@ -131,8 +123,6 @@ class Metrics:
         self._step_sequences.observe(report.num_sequences)
         self._step_tokens.observe(report.num_tokens)
         self._step_adapters.observe(report.num_adapters)
-        self._cache_queries.inc(report.num_queried_tokens)
-        self._cache_hits.inc(report.num_hit_tokens)
 
     def watch(self, read: Callable[[], Mapping[str, float]]) -> None:
         """Publish state: `read` gives values by metric name (of GAUGES and TOTALS) and is called at each scrape."""

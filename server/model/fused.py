@@ -71,6 +71,10 @@ class FusedLinear:
         assert self._weight is not None
         return F.linear(x, self._weight, self.bias)
 
+    def output_of(self, member: int, outputs: torch.Tensor) -> torch.Tensor:
+        """The part (..., d_out) of one member, a view of what a call returned."""
+        return outputs[..., self.offsets[member] : self.offsets[member] + self.widths[member]]
+
     def weight_of(self, member: int) -> torch.Tensor:
         """(d_out, d_in) of one member: a view, or a copy where the weight is packed."""
         weight = self._weight if self._packed is None else self._packed.to_dense()

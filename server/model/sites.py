@@ -173,15 +173,13 @@ class BaseSite:
                 expand_lanes(output.view(-1, output.shape[-1]), h, group.stack, pieces, layout)
             known = FusedOutput(x, output, is_joint)
             context.fused[self.group] = known
-        start = self.fused.offsets[self.member]
-        return known.output[..., start : start + self.d_out], known.has_low_rank
+        return self.fused.output_of(self.member, known.output), known.has_low_rank
 
     def _plain(self, x: torch.Tensor) -> torch.Tensor:
         """The bare base's output for any input."""
         if self.fused is None:
             return self._base(x)
-        start = self.fused.offsets[self.member]
-        return self.fused(x)[..., start : start + self.d_out]
+        return self.fused.output_of(self.member, self.fused(x))
 
     def _embed(self, ids: torch.Tensor, group: GroupEdits, layout: TokenLayout, context: StepContext) -> torch.Tensor:
         edits = group.members[0]

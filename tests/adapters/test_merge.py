@@ -133,6 +133,13 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 # The sum
 
 
+def summed_logits(model: PreTrainedModel, mixture: Sequence[tuple[Path, float]]) -> torch.Tensor:
+    """Of the model whose weights PEFT's own merged weights have been summed into."""
+    with torch.no_grad():
+        logits: torch.Tensor = summed_weights(model, mixture)(input_ids=IDS).logits
+    return logits
+
+
 SUMS: Mapping[str, tuple[str, Mixture]] = {
     "two ranks": ("llama", [("lora", 0.7), ("lora-wide", 0.4)]),
     "scalings": ("llama", [("rslora", 0.5), ("lora-patterns", 0.5), ("rslora-patterns", 0.25)]),
@@ -161,9 +168,7 @@ def test_a_sum_of_low_rank_changes_is_exact(
 ) -> None:
     architecture, mixture = SUMS[case]
     out, merged = mix(base(architecture), mixture, recipe(strategy), architecture)
-    model = summed_weights(dense(architecture), [(adapter(architecture, kind), weight) for kind, weight in mixture])
-    with torch.no_grad():
-        expected = model(input_ids=IDS).logits
+    expected = summed_logits(dense(architecture), [(adapter(architecture, kind), weight) for kind, weight in mixture])
     assert distance(logits(dense(architecture), out, base(architecture)), expected) < 1e-5
     assert merged.relative_error == 0
 
@@ -197,9 +202,7 @@ def test_changes_that_scale_the_weight_are_exact_at_full_rank(
 ) -> None:
     architecture, mixture = FULL_RANK[case]
     out, merged = mix(base(architecture), mixture, recipe("linear", rank=64), architecture)
-    model = summed_weights(dense(architecture), [(adapter(architecture, kind), weight) for kind, weight in mixture])
-    with torch.no_grad():
-        expected = model(input_ids=IDS).logits
+    expected = summed_logits(dense(architecture), [(adapter(architecture, kind), weight) for kind, weight in mixture])
     assert distance(logits(dense(architecture), out, base(architecture)), expected) < 1e-5
     assert merged.relative_error == 0
 
@@ -227,9 +230,7 @@ def test_changes_that_scale_rows_sum_to_a_dora_without_loss(
 ) -> None:
     architecture, mixture = SCALED_ROWS[case]
     out, merged = mix(base(architecture), mixture, recipe(strategy), architecture)
-    model = summed_weights(dense(architecture), [(adapter(architecture, kind), weight) for kind, weight in mixture])
-    with torch.no_grad():
-        expected = model(input_ids=IDS).logits
+    expected = summed_logits(dense(architecture), [(adapter(architecture, kind), weight) for kind, weight in mixture])
     assert json.loads((out / CONFIG_FILE).read_bytes())["use_dora"]
     assert distance(logits(dense(architecture), out, base(architecture)), expected) < 1e-5
     assert distance(peft_logits(dense(architecture), out, IDS), expected) < 1e-5

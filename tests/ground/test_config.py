@@ -12,12 +12,6 @@ from server.ground.config import Flag, NamedAdapter, Settings, load
 from server.ground.errors import StartupRefused
 
 
-@pytest.fixture(autouse=True)
-def _no_inherited_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in Settings.model_fields:
-        monkeypatch.delenv(config.variable_name(name), raising=False)
-
-
 @pytest.fixture
 def yaml_file(tmp_path: Path) -> Path:
     return tmp_path / "graft.yaml"
