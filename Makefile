@@ -47,8 +47,9 @@ bench: $(VENV)/.test  ## tokens per second on this machine
 load: $(VENV)/.test  ## requests of many adapters against a running server (docs/load-testing.md)
 	$(BIN)/python -m load_tests.workload $(ARGS)
 
-gpu: $(VENV)/.test  ## on a machine with a GPU: its tests, then the benchmark into load_tests/results/
+gpu: $(VENV)/.test  ## on a machine with a GPU: its tests, then the benchmarks into load_tests/results/
 	$(TESTED) -m gpu
+	$(BIN)/python -m load_tests.kernels --out load_tests/results/kernels-$$(date -u +%Y%m%dT%H%M%SZ).json
 	$(BIN)/graft bench --device cuda --out load_tests/results/gpu-$$(date -u +%Y%m%dT%H%M%SZ).json $(ARGS)
 
 demo: $(VENV)/.train  ## train the demo base and its adapters again (under 30 minutes on 2 cores)

@@ -27,7 +27,7 @@ from demo.styles import STYLES
 from demo.train_adapters import ADAPTERS
 from demo.train_base import BASE, IGNORED, encode, next_token_loss, pad_right
 from demo.world import document
-from server.adapters.store import Store
+from server.adapters.store.folder_store import Store
 
 MIN_OWN, MAX_OTHER = 9, 1  # of ten
 BARE = "base"

@@ -9,22 +9,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from fastapi import FastAPI
 
 from server import __version__
-from server.adapters.checkpoint import Checkpoint
-from server.adapters.device import DeviceTier
+from server.adapters.device.device import DeviceTier
+from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.host import HostTier
 from server.adapters.lowering import lower
+from server.adapters.merging.live import Merges
+from server.adapters.merging.merge import MergeBase, projected_weight
 from server.adapters.method import Lowered
-from server.adapters.presence import Presence
 from server.adapters.registry import Registry
+from server.adapters.remote.address import AllowList
+from server.adapters.remote.fetches import Fetches
+from server.adapters.remote.places import check_installed
 from server.adapters.rescan import Rescan
 from server.adapters.served_base import ServedBase
 from server.adapters.sources import FolderSource, LocalFolder, Source
-from server.adapters.store import Store
+from server.adapters.store.adapter_store import AdapterStore
+from server.adapters.store.object_garbage import collect_garbage
+from server.adapters.store.object_store import ObjectStore
+from server.adapters.store.open_store import open_store
+from server.adapters.store.presence import Presence
 from server.api.app import create_app
 from server.api.services import BaseInfo, Services
 from server.engine.blocks import BlockPool
@@ -39,11 +48,13 @@ from server.model.base import Base
 from server.model.pretrained import BaseOptions
 from server.model.quantize import Quantization
 from server.model.tokenizer import Tokenizer
+from server.ops import load_kernels
 
 log = logging.getLogger(__name__)
 
 # On a CPU decode reads a block in one product, so a sequence should need few of them.
 _BLOCK_SIZE = {"cpu": 128, "cuda": 64}
+_GARBAGE_INTERVAL_S = 3600.0
 _KV_SHARE = {"cpu": 0.25, "cuda": 0.8}  # of the memory that is free once the base and the adapters have theirs
 
 
@@ -56,10 +67,12 @@ class Server:
     base: Base
     tokenizer: Tokenizer
     adapters: DeviceTier
-    store: Store
+    store: AdapterStore
     presence: Presence
     registry: Registry
-    rescan: Rescan | None  # None where no folder is watched
+    merges: Merges
+    fetches: Fetches
+    rescans: tuple[Rescan, ...]  # of what others change: folders that are watched, a store that is shared
     engine: Engine
     runner: Runner
 
@@ -69,52 +82,56 @@ class Server:
 
     async def drain(self, timeout_s: float) -> None:
         """Accepts nothing new and waits for what is in flight; what is left after `timeout_s` is aborted."""
+        self.fetches.stop()  # at once: who waits for one is told, and it would take longer than that
         await self.engine.drain(timeout_s)
+        self.merges.give_up()
 
     def close(self) -> None:
         """Ends every thread of the server; what is in flight fails. Blocks until they are done."""
-        if self.rescan is not None:
-            self.rescan.close()
+        for rescan in self.rescans:
+            rescan.close()
+        self.store.close()
         self.engine.close()
+        self.merges.close()
+        self.fetches.close()
         self.registry.close()
         self.presence.close()
 
 
 def assemble(settings: Settings) -> Server:
     """Loads the base and builds every part. Raises StartupRefused with a sentence that says what to change."""
+    allowed = _allowed_sources(settings)
+    kernels = load_kernels(settings.ops, _device(settings.device))
     base = Base.load(base_options(settings))
-    device = base.device
     if base.note:
         log.info(base.note)
     tokenizer = Tokenizer.load(settings.model, base.eos_ids)
     metrics = Metrics()
 
-    def load(folder: Path) -> Lowered:
-        return lower(Checkpoint.open(folder), base.sites.by_path)
+    def load(folder: Path, weight: float = 1.0) -> Lowered:
+        return lower(Checkpoint.open(folder), base.sites.by_path, weight)
 
-    store = Store(settings.store, create=True)
+    store = open_store(settings, create=True)
     presence = Presence(store.root)  # before the registry reads the store, so that what it reads stays
     with _fitting("the adapters' buffer", "--adapter-memory"):
-        adapters = DeviceTier(base.sites, settings.adapter_memory, base.dtype, device)
-    host = HostTier(settings.host_memory, base.dtype, pin=device.type == "cuda")
+        has_tables = kernels is not None
+        adapters = DeviceTier(base.sites, settings.adapter_memory, base.dtype, base.device, has_tables=has_tables)
+    host = HostTier(settings.host_memory, base.dtype, pin=base.device.type == "cuda")
     served, num_kept = served_base(settings, base.name, base.fingerprint), settings.keep_versions
     registry = Registry(store, _sources(settings), host, adapters, load, base=served, max_versions=num_kept)
     _verify_named(settings, registry)
     names = tuple(dict.fromkeys(settings.served_model_name or (base.name,)))
     _refuse_shared_names(names, registry)
 
-    max_context = _max_context(settings, base)
-    blocks = _blocks(settings, base, max_context)
-    limits, reuses = _limits(settings, max_context), _reuses_prefixes(settings, base)
-    scheduler = Scheduler(limits, blocks, registry, tokenizer.eos_ids, reuses_prefixes=reuses)
-    with _fitting("the KV cache", "--kv-memory"):
-        runner = Runner(base, adapters, blocks.num_blocks, blocks.block_size)
-    engine = Engine(scheduler, blocks, runner, tokenizer, metrics.step)
-
+    scheduler, runner, engine = _engine(settings, base, adapters, registry, tokenizer, metrics, kernels)
+    merges = Merges(registry, store, _merging_base(base), max_bytes=settings.max_upload_bytes)
+    fetches = Fetches(registry, allowed, lambda: store.incoming(max_bytes=settings.max_upload_bytes), metrics)
     services = Services(
         engine=engine,
+        fetches=fetches,
         registry=registry,
         store=store,
+        merges=merges,
         tokenizer=tokenizer,
         base=BaseInfo(base.name, names, scheduler.max_total_tokens, base.vocab_size, base.fingerprint),
         metrics=metrics,
@@ -122,10 +139,10 @@ def assemble(settings: Settings) -> Server:
         started_at=time.time(),
         api_key=settings.api_key.get_secret_value() if settings.api_key else None,
         max_upload_bytes=settings.max_upload_bytes,
+        store_quota_bytes=settings.store_quota,
         adapter_paths=settings.adapter_paths,
         max_queued=settings.max_queued,
     )
-    rescan = None if settings.adapters is None else Rescan(registry.rescan)
     return Server(
         app=create_app(services),
         settings=settings,
@@ -135,10 +152,44 @@ def assemble(settings: Settings) -> Server:
         store=store,
         presence=presence,
         registry=registry,
-        rescan=rescan,
+        merges=merges,
+        fetches=fetches,
+        rescans=tuple(_rescans(settings, registry, store)),
         engine=engine,
         runner=runner,
     )
+
+
+def _engine(
+    settings: Settings,
+    base: Base,
+    adapters: DeviceTier,
+    registry: Registry,
+    tokenizer: Tokenizer,
+    metrics: Metrics,
+    kernels: ModuleType | None,
+) -> tuple[Scheduler, Runner, Engine]:
+    """What runs the steps, with the cache and the budgets that it runs them under."""
+    max_context = _max_context(settings, base)
+    blocks = _blocks(settings, base, max_context)
+    limits, reuses = _limits(settings, max_context), _reuses_prefixes(settings, base)
+    scheduler = Scheduler(limits, blocks, registry, tokenizer.eos_ids, reuses_prefixes=reuses)
+    with _fitting("the KV cache", "--kv-memory"):
+        runner = Runner(base, adapters, blocks.num_blocks, blocks.block_size, kernels)
+    return scheduler, runner, Engine(scheduler, blocks, runner, tokenizer, metrics.step)
+
+
+def _merging_base(base: Base) -> MergeBase:
+    """The base as it is served: its weights are read through its own products."""
+    return MergeBase(base.name, base.fingerprint, base.sites.by_path, projected_weight)
+
+
+def _rescans(settings: Settings, registry: Registry, store: AdapterStore) -> Iterator[Rescan]:
+    if settings.adapters is not None:
+        yield Rescan(registry.rescan)
+    if isinstance(store, ObjectStore):
+        yield Rescan(registry.refresh, settings.store_refresh, what=store.location)
+        yield Rescan(lambda: collect_garbage(store), _GARBAGE_INTERVAL_S, what=store.location)
 
 
 def base_options(settings: Settings) -> BaseOptions:
@@ -182,6 +233,12 @@ def _sources(settings: Settings) -> list[Source]:
     return sources
 
 
+def _allowed_sources(settings: Settings) -> AllowList:
+    allowed = AllowList(settings.allow_source)
+    check_installed(allowed.schemes)
+    return allowed
+
+
 def _verify_named(settings: Settings, registry: Registry) -> None:
     """Adapters given one by one are wanted: one that cannot be served stops the start, not a request later."""
     for name, path in settings.adapter:
@@ -221,6 +278,7 @@ def _limits(settings: Settings, max_context: int) -> SchedulerLimits:
         max_context=max_context,
         queue_timeout_s=settings.queue_timeout,
         request_timeout_s=settings.request_timeout,
+        max_adapter_wait_s=settings.max_adapter_wait,
     )
 
 

@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "server").rglob("*.py"))
 TORCH_FREE = [
-    "server.adapters.rows",
-    "server.adapters.store",
+    "server.adapters.device.rows",
+    "server.adapters.store.folder_store",
     "server.engine.blocks",
     "server.engine.scheduler",
     "server.engine.sequence",

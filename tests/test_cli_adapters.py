@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from server.adapters.content import CONFIG_FILE, WEIGHTS_FILE
-from server.adapters.presence import Presence
-from server.adapters.store import Store
+from server.adapters.format.content import CONFIG_FILE, WEIGHTS_FILE
+from server.adapters.store.folder_store import Store
+from server.adapters.store.presence import Presence
 from server.cli import main
 from server.cli.inspection import inspect
 from server.cli.rehearsal import Rehearsal
 from server.ground.config import Settings
 from server.ground.errors import GraftError
+from tests.adapters.format.test_checkpoint import BAD_CONFIGS, BAD_WEIGHTS
 from tests.adapters.peft_adapters import BIASED_KINDS, KINDS, make_adapter
-from tests.adapters.test_checkpoint import BAD_CONFIGS, BAD_WEIGHTS
 from tests.adapters.test_methods import REFUSED, altered
 from tests.api.adapter_files import AdapterFiles
 from tests.api.conftest import Live, serving

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from server.adapters.content import MANIFEST_FILE
-from server.adapters.presence import Presence
-from server.adapters.store import Store
+from server.adapters.format.content import MANIFEST_FILE
+from server.adapters.store.folder_store import Store
+from server.adapters.store.presence import Presence
 from server.cli import main
 from server.cli.progress import ProgressBar
 from tests.adapters.peft_adapters import make_adapter

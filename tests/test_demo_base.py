@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from server.adapters.registry import claim_of
 from server.adapters.served_base import ServedBase
-from server.adapters.store import Store
+from server.adapters.store.folder_store import Store
 from server.model.fingerprint import fingerprint
 from tests.demo_files import ADAPTERS, BASE, STORE
 

@@ -20,36 +20,39 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("ops", ["reference", "triton"])
 @pytest.mark.parametrize("architecture", list(KINDS_OF))
 def test_every_kind_in_one_batch_equals_peft_alone(
-    architecture: str, model_folder: Callable[[str], Path], tmp_path: Path
+    architecture: str, ops: str, model_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = model_folder(architecture)
     dense = dense_model(folder)
-    with serve_kinds(folder, dense, KINDS_OF[architecture], tmp_path, device="cuda") as case:
+    with serve_kinds(folder, dense, KINDS_OF[architecture], tmp_path, device="cuda", ops=ops) as case:
         errors = {name: case.relative_error(name, *found) for name, found in case.answers().items()}
     # PEFT answers on the CPU: other sums in another order, in float32 on both sides.
     assert {name: error for name, error in errors.items() if not error < 1e-4} == {}
 
 
+@pytest.mark.parametrize("ops", ["reference", "triton"])
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_on_a_quantized_base_an_adapter_adds_no_error_of_its_own(
-    quantize: str, model_folder: Callable[[str], Path], tmp_path: Path
+    quantize: str, ops: str, model_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = model_folder("llama")
     dense = dequantized_twin(folder, Quantization(quantize), torch.bfloat16)
-    flags = {"quantize": quantize, "dtype": "bfloat16", "device": "cuda"}
+    flags = {"quantize": quantize, "dtype": "bfloat16", "device": "cuda", "ops": ops}
     with serve_kinds(folder, dense, QUANTIZED_KINDS, tmp_path, strength=REAL_STRENGTH, **flags) as case:
         errors = case.overall_errors()
     limit = 1.5 * errors.pop(None)
     assert {name: error for name, error in errors.items() if not error <= limit} == {}
 
 
-def test_a_mixed_batch_answers_as_each_request_alone(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ops", ["reference", "triton"])
+def test_a_mixed_batch_answers_as_each_request_alone(ops: str, tiny_llama: Path, tmp_path: Path) -> None:
     dense = dense_model(tiny_llama)
     for seed, kind in enumerate(KINDS):
         make_adapter(dense, kind, tmp_path / "adapters" / kind, seed)
     flags = {"adapters": str(tmp_path / "adapters"), "max_sequences": "20", "max_batch_tokens": "64"}
-    with serving(tiny_llama, tmp_path, **flags, device="cuda") as server:
+    with serving(tiny_llama, tmp_path, **flags, device="cuda", ops=ops) as server:
         check_isolation(server, asks(random.Random(0)))
         check_nothing_leaks(server)

@@ -1,15 +1,23 @@
 """Defects that users of another server have met: each situation is made anew here, and must end well.
 
-| issue        | what was met there                                                        |
-|--------------|---------------------------------------------------------------------------|
-| vLLM #42125  | a reload under the same name was answered from the old one's cached prefix |
-| vLLM #54839  | an unload forgot the name, and the memory stayed taken                    |
-| vLLM #47724  | a request in flight was answered with another tenant's adapter            |
-| vLLM #55193  | an adapter that matches no module was accepted, and the base answered      |
+| issue           | what was met there                                                                 |
+|-----------------|------------------------------------------------------------------------------------|
+| vLLM #42125     | a reload under the same name was answered from the old one's cached prefix         |
+| vLLM #54839     | an unload forgot the name, and the memory stayed taken                             |
+| vLLM #47724     | a request in flight was answered with another tenant's adapter                     |
+| vLLM #55193     | an adapter that matches no module was accepted, and the base answered              |
+| vLLM #38606     | adapters that alternate fast corrupted each other's KV blocks                      |
+| vLLM #10798     | the answers differ from PEFT's with the same adapter                               |
+| SGLang #40835   | use_rslora is passed over, and the adapter is sqrt(r) times too weak               |
+| SGLang #13349   | one adapter more than fit, and the first token takes 6,278 ms instead of 40        |
+| LoRAX's queue   | whoever comes after an adapter that is slow to arrive waits for it (its scheduler) |
+| LoRAX's merging | A and B are merged apart, so that their product has cross terms (its strategies)   |
 """
 
+import json
+import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +25,21 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import load as tensors_in
+from safetensors.torch import save
+from transformers import AutoModelForCausalLM
 
-from server.adapters.content import CONFIG_FILE, WEIGHTS_FILE
+from server.adapters.format.content import CONFIG_FILE, WEIGHTS_FILE
+from server.adapters.method import Lowered
+from server.cli import main
+from server.engine.sequence import SamplingParams
 from server.ground.config import Settings
-from tests.api.adapter_files import AdapterFiles, lora_files
+from tests.adapters.peft_adapters import make_adapter, peft_logits
+from tests.api.adapter_files import RANK, AdapterFiles, lora_files
 from tests.api.conftest import Gate, Live, eventually, serving
+from tests.serving import Ask, answer_all
+from tests.test_isolation import check_nothing_leaks, compared
 
 PROMPT = "The old fisherman went down to the harbour before the sun had risen, and there he saw that his boat was gone."
 NUM_TOKENS = 24
@@ -157,11 +175,152 @@ def an_adapter_that_matches_nothing(scene: Scene, monkeypatch: pytest.MonkeyPatc
     assert live.http.get("/v1/adapters").json()["data"] == []
 
 
+def adapters_that_alternate_fast(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All requests at once, from tenant to tenant and back, with prompts that begin alike.
+
+    The device holds two of the five adapters, and the cache some of the sequences, so that slots, rows and blocks
+    change hands all the time. Each must get what it gets alone, on a server that is short of nothing and reuses none.
+    """
+    short = {"adapter_memory": 20 * 1024, "kv_memory": 192 * 1024, "max_sequences": 16, "max_batch_tokens": 96}
+    live, control = scene.server(**short), scene.server(prefix_reuse="off")
+    names = [f"tenant{seed}" for seed in range(5)]
+    for seed, name in enumerate(names):
+        folder = scene.write(name, lora_files(seed))
+        assert load(live, name, folder).status_code == load(control, name, folder).status_code == 200
+    stem = tuple(random.Random(1).randrange(256) for _ in range(56))
+    params = SamplingParams(12, temperature=0.0, ignore_eos=True, logprobs=2)
+    order = [name for pair in zip(names, names[1:] + names[:1], strict=True) for name in pair * 2]
+    asks = [Ask(name, (*stem, turn), params) for turn, name in enumerate(order)]
+    alone = [answer_all(control.server, [one])[0] for one in asks]
+    for wave in (asks, asks[::-1]):
+        expected = alone if wave is asks else alone[::-1]
+        answers = answer_all(live.server, wave)
+        num_compared = sum(compared(a, b) for a, b in zip(expected, answers, strict=True))
+        assert num_compared >= 0.99 * params.max_tokens * len(asks)
+    engine = live.server.engine.stats()
+    assert min(engine.num_preemptions, engine.num_hit_tokens) > 0
+    assert live.server.registry.stats().device_evictions_total > 0
+    check_nothing_leaks(live.server)
+
+
+def answers_that_differ_from_pefts(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy, beside requests for the base and for others: each token is PEFT's, with its probability."""
+    dense = AutoModelForCausalLM.from_pretrained(scene.model, dtype=torch.float32).eval()
+    kinds = ("lora", "rslora-patterns", "dora")
+    folders = {kind: make_adapter(dense, kind, scene.shelf / kind, seed) for seed, kind in enumerate(kinds)}
+    live = scene.server(adapters=scene.shelf)
+    prompt = tuple(PROMPT.encode())
+    params = SamplingParams(NUM_TOKENS, temperature=0.0, ignore_eos=True, logprobs=1)
+    answers = answer_all(live.server, [Ask(kind, prompt, params) for kind in (*kinds, None)])
+    for kind, answer in zip(kinds, answers, strict=False):
+        logits = peft_logits(dense, folders[kind], torch.tensor([[*prompt, *answer.token_ids]]))
+        own = logits[0, len(prompt) - 1 : -1].log_softmax(-1)  # (NUM_TOKENS, vocabulary)
+        assert own.argmax(-1).tolist() == list(answer.token_ids)
+        said = torch.tensor([scores.top[0][1] for scores in answer.logprobs])
+        torch.testing.assert_close(said, own.amax(-1), rtol=0, atol=1e-3)
+
+
+def an_rslora_that_is_too_weak(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """alpha / sqrt(r), and not alpha / r: the same numbers as a plain adapter with sqrt(r) times the alpha."""
+    live = scene.server()
+    files = lora_files(1, scale=0.3)
+    alpha, times = json.loads(files.config)["lora_alpha"], int(RANK**0.5)
+    assert load(live, "rs", scene.write("rs", files.with_config(use_rslora=True))).status_code == 200
+    assert load(live, "equal", scene.write("equal", files.with_config(lora_alpha=alpha * times))).status_code == 200
+    assert load(live, "weak", scene.write("weak", files)).status_code == 200
+    assert live.http.get("/v1/adapters/rs").json()["method"] == "rslora"
+    assert ask(live, "rs") == ask(live, "equal") != ask(live, "weak")
+
+
+def one_adapter_more_than_fit(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No clock: what a request costs is counted. Three adapters take turns on a device for two.
+
+    Asked for one by one, a request takes as many steps as with two. All at once, none takes more than its turn: no more
+    steps altogether than one by one. Nothing is read from the disk again.
+    """
+    live = scene.server(adapter_memory=20 * 1024, prefix_reuse="off")
+    names = ["one", "two", "three"]
+    for seed, name in enumerate(names):
+        assert load(live, name, scene.write(name, lora_files(seed))).status_code == 200
+
+    def num_steps(order: Sequence[str]) -> int:
+        before = live.server.engine.stats().num_steps
+        for name in order:
+            ask(live, name)
+        return live.server.engine.stats().num_steps - before
+
+    fitting = num_steps(names[:2] * 3)
+    evictions = live.server.registry.stats().device_evictions_total
+    assert num_steps(names * 2) == fitting
+    stats = live.server.registry.stats()
+    assert stats.device_evictions_total > evictions, "some had to make room for others"
+    before = live.server.engine.stats().num_steps
+    params = SamplingParams(NUM_TOKENS, temperature=0.0, ignore_eos=True)
+    answers = answer_all(live.server, [Ask(name, tuple(PROMPT.encode()), params) for name in names * 2])
+    assert [len(answer.token_ids) for answer in answers] == [NUM_TOKENS] * 6
+    assert live.server.engine.stats().num_steps - before <= fitting
+    assert live.server.registry.stats().loads_total == 0, "the uploads were kept on the host"
+
+
+def others_behind_an_adapter_that_is_slow_to_arrive(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files cannot be read until everybody behind it has been answered: the base, and an adapter as cold as it."""
+    for seed, name in enumerate(("slow", "quick")):
+        scene.write(name, lora_files(seed))
+    live = scene.server(adapters=scene.shelf)
+    is_read, may_read = threading.Event(), threading.Event()
+    read = live.server.registry._load
+
+    def read_slowly(folder: Path) -> Lowered:
+        if folder.name == "slow":
+            is_read.set()
+            assert may_read.wait(120)
+        return read(folder)
+
+    monkeypatch.setattr(live.server.registry, "_load", read_slowly)
+    said: list[str] = []
+    asking = threading.Thread(target=lambda: said.append(ask(live, "slow")))
+    asking.start()
+    try:
+        assert is_read.wait(120)
+        behind = [ask(live, None), ask(live, "quick"), ask(live, "quick")]
+        assert said == []
+    finally:
+        may_read.set()
+        asking.join(120)
+    assert len(said) == 1
+    assert said[0] not in behind
+
+
+def a_merge_with_cross_terms(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(B1 A1 + B2 A2) / 2, written out as one adapter of twice the rank, and not the product of the two means."""
+    live = scene.server()
+    one, other = lora_files(1), lora_files(2)
+    folders = [scene.write("one", one), scene.write("other", other)]
+    flags = ["--model", str(scene.model), "--quantize", "none", "--dtype", "float32", "--device", "cpu"]
+    asked = [word for folder in folders for word in ("--adapter", f"{folder}=0.5")]
+    assert main(["merge", str(scene.shelf / "merged"), *asked, *flags, "--store", str(scene.scratch / "none")]) == 0
+    pairs = [(key, tensors_in(one.weights)[key], tensors_in(other.weights)[key]) for key in tensors_in(one.weights)]
+    summed = {key: torch.cat((a, b), 0) if "lora_A" in key else torch.cat((a / 2, b / 2), 1) for key, a, b in pairs}
+    crossed = {key: (a + b) / 2 for key, a, b in pairs}
+    alpha = json.loads(one.config)["lora_alpha"]
+    scene.write("summed", AdapterFiles(one.with_config(r=2 * RANK, lora_alpha=2 * alpha).config, save(summed)))
+    scene.write("crossed", AdapterFiles(one.config, save(crossed)))
+    for name in ("merged", "summed", "crossed"):
+        assert load(live, name, scene.shelf / name).status_code == 200
+    assert ask(live, "merged") == ask(live, "summed") != ask(live, "crossed")
+
+
 DEFECTS: dict[str, Callable[[Scene, pytest.MonkeyPatch], None]] = {
     "vllm-42125": stale_prefix_after_a_same_name_reload,
     "vllm-54839": an_unload_that_does_not_unload,
     "vllm-47724": a_request_in_flight_gets_another_tenants_adapter,
     "vllm-55193": an_adapter_that_matches_nothing,
+    "vllm-38606": adapters_that_alternate_fast,
+    "vllm-10798": answers_that_differ_from_pefts,
+    "sglang-40835": an_rslora_that_is_too_weak,
+    "sglang-13349": one_adapter_more_than_fit,
+    "lorax-queue": others_behind_an_adapter_that_is_slow_to_arrive,
+    "lorax-merging": a_merge_with_cross_terms,
 }
 
 

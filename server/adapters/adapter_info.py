@@ -4,6 +4,15 @@ Owns their fields. Knows nothing about where they come from.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a version was fetched from."""
+
+    source: str
+    revision: str | None  # that was read, where the source names one
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +41,8 @@ class AdapterInfo:
     warnings: tuple[str, ...]
     is_refused: bool  # whether requests for it are, because it seems to be of another base and the server is strict
     source: str  # "store", or the folder that it is read from in place
+    folder: Path  # that its files are in now
+    provenance: Provenance | None  # of one that was fetched
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +75,7 @@ class RegistryStats:
     num_pinned: int
     device_used_bytes: int
     device_capacity_bytes: int
+    store_bytes: int  # content of the versions in the store that are listed
     host_used_bytes: int
     host_max_bytes: int
     loads_total: int

@@ -4,15 +4,20 @@ Owns which version a name or `name@version-prefix` means, and the counts on each
 registry holds its lock around every call. Knows nothing about tiers, loading or eviction; no torch.
 """
 
+import hashlib
 import re
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from server.adapters.adapter_info import Provenance
+from server.adapters.eviction import Uses, Worth
 from server.adapters.sources import Found
-from server.adapters.store import Discarded
+from server.adapters.store.adapter_store import Discarded
 from server.ground.errors import AdapterNotFound, BadRequest, Conflict, GraftError
 
+MAX_CACHED_MIXES = 256  # beyond those in use; once the tiers have evicted one, it is little more than its note here
 _MIN_PREFIX = 6
 _PREFIX = re.compile(rf"[0-9a-f]{{{_MIN_PREFIX},64}}")
 
@@ -53,12 +58,27 @@ class Sizes:
     needed_bytes: int  # on an empty device, the edges of slabs counted
 
 
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """One adapter of a mix, and how much of it."""
+
+    version: AdapterVersion
+    weight: float  # finite, not zero
+    has_doubts: bool = False  # the adapter seems to be of another base
+
+
 @dataclass(slots=True, eq=False)
 class Content:
-    """One digest, whatever names mean it: the tiers above the disk know adapters by this alone."""
+    """One digest, whatever names mean it: the tiers above the disk know adapters by this alone.
+
+    A mix is a content of its own. It has no copies: it is made of those of its portions, leased by whoever leases it.
+    """
 
     digest: str
     copies: list["Copy"] = field(default_factory=list)
+    portions: tuple[Portion, ...] = ()  # of a mix
+    num_mix_leases: int = 0  # on the mix as such
+    is_forgotten: bool = False  # whether the mix leaves all tiers with its last lease
     facts: Facts | None = None
     sizes: Sizes | None = None  # None until it was loaded once
     is_loading: bool = False
@@ -67,11 +87,24 @@ class Content:
     slot: int | None = None  # on the device
     num_residencies: int = 0
     num_unloads: int = 0  # that wait for its residencies to end; no new one begins meanwhile
-    last_use: int = 0
+    is_promoting: bool = False  # a thread of its own puts it on the device
+    must_place_inline: bool = False  # that has failed: who asks next is to know at once whether there is room
+    refused_at: int | None = None  # the number of easings when it last found no room on the device
+    load_s: float | None = None  # the shortest load from the store
+    uses: Uses = field(default_factory=Uses)
 
     @property
     def num_leases(self) -> int:
-        return sum(copy.num_leases for copy in self.copies)
+        return self.num_mix_leases + sum(copy.num_leases for copy in self.copies)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody can ask for it any more and nobody leases it: once nothing runs on it, it is to be purged."""
+        return not self.copies and (not self.portions or (self.is_forgotten and self.num_mix_leases == 0))
+
+    def worth(self, reload_s: float, num_bytes: int) -> tuple[bool, Worth]:
+        """Of a place on a tier: what a request has asked for comes before all else."""
+        return self.num_leases > 0, self.uses.worth(reload_s, num_bytes)
 
     @property
     def is_pinned(self) -> bool:
@@ -90,6 +123,7 @@ class Copy:
     base_model: str | None
     base_fingerprint: str | None = None  # of the base that it was made for or, where nobody said, validated against
     doubts: tuple[str, ...] = ()  # whether that is the base that is served
+    provenance: Provenance | None = None  # of one that was fetched
     found: Found | None = None  # where it is read in place
     discarded: Discarded | None = None  # where it was deleted from the store
     num_leases: int = 0
@@ -100,8 +134,8 @@ class Copy:
 
     @property
     def is_outdated(self) -> bool:
-        """Whether its files have changed, or gone, where they were read in place."""
-        return self.found is not None and not self.is_listed
+        """Whether its files have changed or gone by another's hand, so that they cannot be read again."""
+        return self.discarded is None and not self.is_listed
 
 
 @dataclass(slots=True, eq=False)
@@ -118,6 +152,7 @@ class Catalog:
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
         self.contents: dict[str, Content] = {}
+        self.mixes: OrderedDict[str, Content] = OrderedDict()  # kept for the next request, the last asked for last
 
     def find(self, spec: str) -> Copy | None:
         """The copy that `name` or `name@prefix` means, or None if the name is unknown.
@@ -190,6 +225,37 @@ class Catalog:
         """The content of a digest, new where there is none."""
         return self.contents.setdefault(digest, Content(digest))
 
+    def mix(self, portions: Sequence[Portion]) -> Content:
+        """The content of a mix, new where there is none. Equal portions in any order are one mix."""
+        ordered = tuple(sorted(portions, key=lambda portion: (portion.version.digest, portion.weight)))
+        digest = _mix_digest(ordered)
+        content = self.contents.setdefault(digest, Content(digest, portions=ordered))
+        content.is_forgotten = False
+        self.mixes[digest] = content
+        self.mixes.move_to_end(digest)
+        return content
+
+    def mixes_of(self, digest: str) -> list[Content]:
+        """The mixes that a content is a portion of."""
+        return [mix for mix in self.mixes.values() if any(p.version.digest == digest for p in mix.portions)]
+
+    def forget_mixes(self, mixes: Iterable[Content]) -> list[Content]:
+        """Keeps mixes no longer than they are leased; those that are over now, to be purged."""
+        over = []
+        for mix in mixes:
+            del self.mixes[mix.digest]
+            mix.is_forgotten = True
+            if mix.is_over:
+                over.append(mix)
+        return over
+
+    def forget_idle_mixes(self) -> list[Content]:
+        """Of the mixes that nobody leases, those to be purged so that MAX_CACHED_MIXES are kept, those in use first."""
+        num_excess = len(self.mixes) - MAX_CACHED_MIXES
+        if num_excess <= 0:
+            return []
+        return self.forget_mixes([mix for mix in self.mixes.values() if mix.num_mix_leases == 0][:num_excess])
+
     def integrity_checks(self) -> dict[str, bool]:
         """What must hold between calls: a sentence for the fault, and whether all is well."""
         contents = self.contents.values()
@@ -204,7 +270,21 @@ class Catalog:
             "the listed copies are not those that names have": {id(c) for c in copies if c.is_listed} == listed,
             "a deleted copy is pinned": all(copy.is_listed or not copy.is_pinned for copy in copies),
             "a deleted copy stays that nobody leases": all(copy.is_listed or copy.num_leases for copy in copies),
+            "the mixes that are kept are not those that are not forgotten": self.mixes
+            == {content.digest: content for content in contents if content.portions and not content.is_forgotten},
+            "a mix is leased without its portions": all(
+                portion.version.digest in self.contents
+                for content in contents
+                for portion in content.portions
+                if content.num_mix_leases
+            ),
         }
+
+
+def _mix_digest(portions: Sequence[Portion]) -> str:
+    """SHA-256 over digests and weights; the first word keeps it apart from any adapter's own."""
+    lines = [f"{portion.version.digest} {float(portion.weight).hex()}" for portion in portions]
+    return hashlib.sha256("\n".join(["mix", *lines]).encode()).hexdigest()
 
 
 def _listed(digests: Iterable[str]) -> str:

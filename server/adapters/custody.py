@@ -160,7 +160,7 @@ class Custody:
         """Under the lock: what stays unpinned must have room for one adapter, the largest that is known."""
         if copy.content.num_unloads:
             raise Overloaded(f"{copy.version} is being unloaded: ask again when that has ended.")
-        contents = self._books.catalog.contents.values()
+        contents = [content for content in self._books.catalog.contents.values() if not content.portions]
         sizes = [content.sizes for content in contents if content.sizes is not None]
         pinned = [c.sizes for c in contents if c.sizes is not None and (c.is_pinned or c is copy.content)]
         _check_leaves_room(

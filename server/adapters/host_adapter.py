@@ -3,10 +3,13 @@
 Owns the values below and nothing else, so that neither tier needs to know the other.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
+
+_ROWS = ("down", "up")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +22,13 @@ class HostTensor:
 
 @dataclass(frozen=True, slots=True)
 class HostEdit:
-    """An `Edit` in RAM: the same fields, the same shapes, None for identity."""
+    """An `Edit` in RAM: the same fields, the same shapes, None for identity.
 
-    down: HostTensor | None = None  # (r, d_in)
-    up: HostTensor | None = None  # (r, d_out)
+    Rows are those of several tensors under one another: of one, but in a mix of one for each part that has rows here.
+    """
+
+    down: tuple[HostTensor, ...] = ()  # each (its rank, d_in)
+    up: tuple[HostTensor, ...] = ()  # each (its rank, d_out)
     mid_scale: HostTensor | None = None  # (r,)
     mid_shift: HostTensor | None = None  # (r,)
     in_scale: HostTensor | None = None  # (d_in,)
@@ -30,14 +36,27 @@ class HostEdit:
     out_scale: HostTensor | None = None  # (d_out,)
     out_shift: HostTensor | None = None  # (d_out,)
 
+    @classmethod
+    def of(cls, tensors: Mapping[str, Sequence[HostTensor]]) -> Self:
+        """What `tensors` tells."""
+        values: dict[str, Any] = {name: tuple(t) if name in _ROWS else t[0] for name, t in tensors.items()}
+        return cls(**values)
+
     @property
     def rank(self) -> int:
-        return 0 if self.down is None else self.down.tensor.shape[0]
+        return sum(rows.tensor.shape[0] for rows in self.down)
 
-    def tensors(self) -> dict[str, HostTensor]:
-        """The fields that are present, by name."""
-        named = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return {name: tensor for name, tensor in named if tensor is not None}
+    def tensors(self) -> dict[str, tuple[HostTensor, ...]]:
+        """The fields that are present, by name; only rows are ever more than one."""
+        present = {}
+        for name in _FIELDS:
+            value = getattr(self, name)
+            if value:
+                present[name] = value if name in _ROWS else (value,)
+        return present
+
+
+_FIELDS = tuple(field.name for field in fields(HostEdit))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,4 +73,5 @@ class HostAdapter:
     def tensors(self) -> Iterator[HostTensor]:
         """Every tensor of every edit; one that several edits use comes several times."""
         for edit in self.edits.values():
-            yield from edit.tensors().values()
+            for tensors in edit.tensors().values():
+                yield from tensors

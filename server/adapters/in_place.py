@@ -30,7 +30,7 @@ class InPlace:
         self._scanning = threading.Lock()
         self._warned: set[tuple[str, Path]] = set()
 
-    def refuse_taken_names(self, store: Path) -> None:
+    def refuse_taken_names(self, store: str) -> None:
         """Raises StartupRefused if a folder is given a name that the store has."""
         for source in self._sources:
             if isinstance(source, LocalFolder) and source.name in self._books.catalog.entries:

@@ -5,11 +5,12 @@ about any particular method.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
-from server.adapters.checkpoint import Checkpoint
-from server.adapters.method import Edit, Lowered
+from server.adapters.format.checkpoint import Checkpoint
+from server.adapters.method import Edit, Lowered, WeighedMethod
 from server.adapters.methods import method_for
 from server.ground.errors import AdapterRejected
 from server.model.site import Site
@@ -17,13 +18,15 @@ from server.model.site import Site
 _MAX_NAMED = 3
 
 
-def lower(checkpoint: Checkpoint, sites: Mapping[str, Site]) -> Lowered:
+def lower(checkpoint: Checkpoint, sites: Mapping[str, Site], weight: float = 1.0) -> Lowered:
     """The checkpoint as edits on `sites` (site path -> site), fit to be applied as they are.
+
+    With a weight they are fit to be mixed (see `mixing.py`): the result says what of the weight the mix has to add.
 
     Pure, and may run in any thread. Raises AdapterRejected, naming the key, the field or the shape, for whatever
     cannot be applied exactly.
     """
-    lowered = method_for(checkpoint.config).lower(checkpoint, sites)
+    lowered = _lowered(checkpoint, sites, weight)
     if leftover := checkpoint.leftover():
         more = f" and {len(leftover) - _MAX_NAMED} more" if len(leftover) > _MAX_NAMED else ""
         raise AdapterRejected(
@@ -35,6 +38,13 @@ def lower(checkpoint: Checkpoint, sites: Mapping[str, Site]) -> Lowered:
     for path, edit in lowered.edits.items():
         _check(edit, sites[path], checkpoint.limits.max_rank)
     return lowered
+
+
+def _lowered(checkpoint: Checkpoint, sites: Mapping[str, Site], weight: float) -> Lowered:
+    method = method_for(checkpoint.config)
+    if weight != 1 and isinstance(method, WeighedMethod):
+        return method.lower_weighed(checkpoint, sites, weight)
+    return replace(method.lower(checkpoint, sites), weight=weight)
 
 
 def _check(edit: Edit, site: Site, max_rank: int) -> None:

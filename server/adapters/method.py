@@ -6,11 +6,11 @@ batches or HTTP; a method never learns of them either.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from server.adapters.checkpoint import Checkpoint
+from server.adapters.format.checkpoint import Checkpoint
 from server.model.site import Site
 
 
@@ -43,6 +43,10 @@ class Edit:
         named = ((f.name, getattr(self, f.name)) for f in fields(self))
         return {name: tensor for name, tensor in named if tensor is not None}
 
+    def stored(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """The same as a mix tells them, whose rows are those of several tensors: see `mixing.py`."""
+        return {name: (tensor,) for name, tensor in self.tensors().items()}
+
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
@@ -53,6 +57,7 @@ class Lowered:
     num_parameters: int  # numbers in the checkpoint that belong to the adapter
     edits: Mapping[str, Edit]  # site path -> edit
     warnings: tuple[str, ...] = field(default=())
+    weight: float = 1.0  # that the edits, which are those for the weight 1, are still to be given
 
 
 class Method(Protocol):
@@ -70,3 +75,11 @@ class Method(Protocol):
         caller. Raises AdapterRejected, naming the key, the shape or the config field, for anything it cannot apply
         exactly. Pure: no state is kept, and it may run in any thread.
         """
+
+
+@runtime_checkable
+class WeighedMethod(Method, Protocol):
+    """A method in which a request's weight is more than so much of what the adapter changes in the output."""
+
+    def lower_weighed(self, checkpoint: Checkpoint, sites: Mapping[str, Site], weight: float) -> Lowered:
+        """As `lower`, with the weight (finite, not zero) in the edits."""

@@ -6,33 +6,39 @@ its bytes.
     books      the catalog and the locks              loader      store -> host
     lease      requests' holds on versions            residency   host -> device, eviction, the end of contents
     versions   register, roll back, prune, delete     in_place    folders that are read where they lie
-    custody    load, unload, pin and unpin by hand    workers     the threads
+    custody    load, unload, pin and unpin by hand    elsewhere   what other servers change in a shared store
+    eviction   who leaves a tier first                workers     the threads
 """
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from server.adapters.adapter_info import AdapterInfo, Loaded, Registered, RegistryStats
+from server.adapters.adapter_info import AdapterInfo, Loaded, Provenance, Registered, RegistryStats
 from server.adapters.books import Books
-from server.adapters.catalog import AdapterVersion, Copy
+from server.adapters.catalog import AdapterVersion, Copy, Portion
 from server.adapters.custody import Custody, Unloaded
+from server.adapters.elsewhere import Elsewhere
 from server.adapters.host import HostTier
 from server.adapters.in_place import InPlace
 from server.adapters.lease import Lease, Leases
-from server.adapters.loader import FAILURE_MEMORY_S, Loader
-from server.adapters.method import Lowered
+from server.adapters.loader import FAILURE_MEMORY_S, Load, Loader
 from server.adapters.residency import Residency
 from server.adapters.room import Device
 from server.adapters.served_base import ServedBase
 from server.adapters.sources import Source
-from server.adapters.store import Incoming, Store
+from server.adapters.store.adapter_store import AdapterStore
+from server.adapters.store.folder_store import Incoming
 from server.adapters.versions import Versions, claim_of
 from server.adapters.workers import Workers
+from server.ground.errors import GraftError
 
 __all__ = [
-    "FAILURE_MEMORY_S", "MAX_WAIT_S", "AdapterInfo", "Device", "Lease", "Loaded", "Registered", "Registry",
+    "FAILURE_MEMORY_S", "MAX_WAIT_S", "AdapterInfo", "Device", "Lease", "Loaded", "Portion", "Registered",
+    "Registry",
     "RegistryStats", "Unloaded", "claim_of",
 ]  # fmt: skip
 
@@ -40,6 +46,7 @@ MAX_WAIT_S = 300.0  # for running sequences, where nobody says
 _MAX_NAMED = 20  # in one line of the log
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class Registry:
@@ -47,11 +54,11 @@ class Registry:
 
     def __init__(
         self,
-        store: Store,
+        store: AdapterStore,
         sources: Sequence[Source],
         host: HostTier,
         device: Device,
-        load: Callable[[Path], Lowered],
+        load: Load,
         num_loaders: int = 2,
         *,
         base: ServedBase | None = None,
@@ -71,14 +78,18 @@ class Registry:
         self._books = books = Books(base or ServedBase())
         self._workers = workers = Workers(books.lock, num_loaders)
         # Looked up at each load, so that who watches the loads (a test) can stand in between.
-        self._loader = loader = Loader(books, workers, host, device, lambda folder: self._load(folder), clock)
-        self._residency = Residency(books, workers, loader, host, device)
+        self._loader = loader = Loader(
+            books, workers, host, device, lambda *asked: self._load(*asked), clock, store.reading
+        )
+        self._copiers = copiers = Workers(books.lock, 1)  # the way to the device is no wider for two
+        self._residency = Residency(books, workers, copiers, loader, host, device)
         self._leases = Leases(books, workers, loader, self._residency)
         self._custody = Custody(books, workers, host, device, loader, self._residency, self._leases)
         self._versions = Versions(books, workers, store, loader, self._leases, max_versions)
+        self._elsewhere = Elsewhere(books, store, self._versions, self._leases, clock)
         self.max_versions = max_versions
         self._in_place = InPlace(books, sources, loader, self._leases)
-        self._in_place.refuse_taken_names(store.root)
+        self._in_place.refuse_taken_names(store.location)
         self.rescan()
         self._tell_refused()
 
@@ -91,7 +102,35 @@ class Registry:
         adapter of another base where the server is strict, and what its load raised if that failed within the last
         FAILURE_MEMORY_S. Never blocks.
         """
-        return self._leases.lease(spec)
+        return self._prefetched(self._leases.lease(spec))
+
+    def lease_mix(self, parts: Sequence[tuple[str, float]]) -> Lease | None:
+        """As `lease`, on the sum of several adapters' changes of the base's outputs, each times its (finite) weight.
+
+        A part of weight 0 is left out, and has to exist; None is the bare base, if nothing is left. Equal mixes are one
+        adapter to the tiers, which keep it beyond its last request as they keep others; it has no name.
+
+        Raises what `lease` raises, for any of them, and BadRequest for a content that comes twice. A sum that cannot be
+        is refused when it is loaded: by `admit`, and by the next lease.
+        """
+        lease = self._leases.lease_mix(parts)
+        return None if lease is None else self._prefetched(lease)
+
+    def _prefetched(self, lease: Lease) -> Lease:
+        self._residency.prefetch(lease.version)
+        return lease
+
+    def hold(self, spec: str) -> Lease:
+        """A lease for who reads the version's files: it brings them to no tier and counts as no use of the adapter."""
+        return self._leases.hold(spec, starts_load=False)
+
+    def read(self, lease: Lease, read: Callable[[Path], _T]) -> _T:
+        """What `read` makes of the folder of a leased version; called again if a deletion moves the folder meanwhile.
+
+        `read` raises a GraftError where the folder cannot be read. Raises that, and Overloaded where a folder that is
+        read in place changed meanwhile. Blocks: for a worker thread.
+        """
+        return self._loader.read(lease.content, read)
 
     # The engine: residency
 
@@ -109,10 +148,24 @@ class Registry:
         """Ends one residency hold. The adapter stays on the device until its room is needed."""
         self._residency.retire(version)
 
+    def lacks_room(self, version: AdapterVersion) -> bool:
+        """Whether `admit` gave None because adapters that are held leave it no room: it is on the host."""
+        return self._residency.lacks_room(version)
+
+    def least_valuable(self, versions: Iterable[AdapterVersion]) -> AdapterVersion | None:
+        """Of these, all held, the one whose place on the device is worth least; None if all are pinned."""
+        return self._residency.least_valuable(versions)
+
     # Administration
 
     def register(
-        self, incoming: Incoming, name: str, *, replace: bool, base_fingerprint: str | None = None
+        self,
+        incoming: Incoming,
+        name: str,
+        *,
+        replace: bool,
+        base_fingerprint: str | None = None,
+        provenance: Provenance | None = None,
     ) -> Registered:
         """Validates an upload by loading it, stores it under `name`, and keeps it on the host.
 
@@ -123,7 +176,10 @@ class Registry:
         the server is strict, Conflict if the name exists with other content and not `replace`, or is read in place.
         Blocks: for a worker thread.
         """
-        copy, is_new = self._versions.register(incoming, name, replace=replace, base_fingerprint=base_fingerprint)
+        self._elsewhere.refresh()
+        copy, is_new = self._versions.register(
+            incoming, name, replace=replace, base_fingerprint=base_fingerprint, provenance=provenance
+        )
         with self._books.lock:
             return Registered(self._info(copy), is_new)
 
@@ -136,12 +192,14 @@ class Registry:
 
         Raises what `verify` raises, and Conflict for an adapter that is read in place or has one version only.
         """
+        self._elsewhere.refresh()
         copy, before = self._versions.roll_back(name, prefix)
         with self._books.lock:
             return self._info(copy), before
 
     def versions(self, name: str) -> tuple[AdapterInfo, ...]:
         """The versions of a name that are kept, the last that became current first. Raises AdapterNotFound."""
+        self._elsewhere.look_for(name)
         with self._books.lock:
             entry = self._books.catalog.entries.get(name)
             infos = tuple(self._info(copy) for copy in entry.copies.values()) if entry is not None else ()
@@ -154,7 +212,23 @@ class Registry:
 
         Raises AdapterNotFound, and Conflict for an adapter that is read in place. Blocks: for a worker thread.
         """
+        self._elsewhere.refresh()
         self._versions.delete(name)
+
+    def refresh(self) -> None:
+        """Looks for what other servers have changed in a store that they share. Blocks. Raises StoreUnreachable."""
+        self._elsewhere.refresh()
+
+    def may_be_elsewhere(self, spec: str) -> bool:
+        """Whether `look_for` would look. Never blocks."""
+        return self._elsewhere.may_have(spec)
+
+    def look_for(self, spec: str) -> None:
+        """Looks in a shared store for an adapter that is unknown here, at most once a second for all of them.
+
+        Call it before `lease`, which does not. Raises StoreUnreachable. Blocks: for a worker thread.
+        """
+        self._elsewhere.look_for(spec)
 
     def rescan(self) -> None:
         """Looks again at the folders that are read in place, for what is new, changed or gone. Blocks."""
@@ -162,6 +236,7 @@ class Registry:
 
     def verify(self, spec: str) -> AdapterInfo:
         """Loads an adapter if it is cold and waits for that. Raises what `lease` raises, and what the load raises."""
+        self._elsewhere.look_for(spec)
         with self._leases.hold(spec) as lease, self._books.eased:
             copy = lease.copy
             assert copy is not None
@@ -176,6 +251,7 @@ class Registry:
         Raises what `lease` raises, what the load raises, and Conflict where pinned adapters fill the device.
         """
         begun_s = time.monotonic()
+        self._elsewhere.look_for(spec)
         copy = self._custody.load(spec)
         with self._books.lock:
             return Loaded(self._info(copy), time.monotonic() - begun_s)
@@ -184,9 +260,13 @@ class Registry:
         """Lets the sequences that run on a version finish, and frees what it takes on device and host.
 
         The adapter stays: a request that comes next loads it again, and one that comes meanwhile waits for the end of
-        the unload. Raises AdapterNotFound, BadRequest, and Conflict for a pinned version and for one on which
-        sequences still run after `max_wait_s`; then nothing has changed.
+        the unload. Mixes with it that no request uses are freed, too; those in use when their last request ends, and
+        the rows that they share with it stay until then.
+
+        Raises AdapterNotFound, BadRequest, and Conflict for a pinned version and for one on which sequences still run
+        after `max_wait_s`; then no adapter has been freed.
         """
+        self._leases.forget_mixes(spec)
         return self._custody.unload(spec, max_wait_s)
 
     def pin(self, spec: str, max_wait_s: float = MAX_WAIT_S) -> AdapterInfo:
@@ -196,6 +276,7 @@ class Registry:
         known would find no room beside what is pinned, and Overloaded if running sequences leave it no room within
         `max_wait_s`; then nothing is pinned.
         """
+        self._elsewhere.look_for(spec)
         copy = self._custody.pin(spec, max_wait_s)
         with self._books.lock:
             return self._info(copy)
@@ -206,23 +287,39 @@ class Registry:
         with self._books.lock:
             return self._info(copy)
 
+    def expect(self, find: Callable[[str], GraftError | None]) -> None:
+        """`find` tells what to raise for the name of an adapter that is not there, if it knows more than that."""
+        self._books.find_arriving = find
+
     def close(self) -> None:
         """Refuses new leases, and waits for the loads and removals that were begun."""
         with self._books.lock:
             self._workers.refuse()
+            self._copiers.refuse()
             self._books.ease()
         self._workers.join()
+        self._copiers.join()
 
     # Looking
 
-    def list(self) -> tuple[AdapterInfo, ...]:
-        """Every adapter in its current version, by name. Each is true by itself: changes may fall in between."""
+    def names(self) -> tuple[str, ...]:
+        """The names of all adapters, sorted."""
         with self._books.lock:
-            names = sorted(self._books.catalog.entries)
-        return tuple(info for name in names if (info := self._info_of(name)) is not None)
+            return tuple(sorted(self._books.catalog.entries))
+
+    def list(self, after: str = "", limit: int | None = None) -> tuple[AdapterInfo, ...]:
+        """Every adapter in its current version, by name. Each is true by itself: changes may fall in between.
+
+        With `after` those whose names come after that one, whether it is there or not; of these the first `limit`.
+        """
+        names = self.names()
+        begin = bisect_right(names, after)
+        chosen = names[begin:] if limit is None else names[begin : begin + limit]
+        return tuple(info for name in chosen if (info := self._info_of(name)) is not None)
 
     def describe(self, spec: str) -> AdapterInfo:
         """What there is to know of `name` or `name@version-prefix`. Raises AdapterNotFound and BadRequest."""
+        self._elsewhere.look_for(spec)
         info = self._info_of(spec)
         if info is None:
             raise self._books.unknown(spec)
@@ -230,28 +327,31 @@ class Registry:
 
     def stats(self) -> RegistryStats:
         """The registry in numbers."""
-        with self._books.lock:
-            entries, contents = self._books.catalog.entries, self._books.catalog.contents.values()
-            return RegistryStats(
-                num_adapters=len(entries),
-                num_versions=sum(len(entry.copies) for entry in entries.values()),
-                num_leases=sum(content.num_leases for content in contents),
-                num_residencies=sum(content.num_residencies for content in contents),
-                num_resident=self._residency.num_resident,
-                num_on_host=self._host.num_adapters,
-                num_loading=sum(content.is_loading for content in contents),
-                num_pinned=sum(content.is_pinned for content in contents),
-                device_used_bytes=self._device.used_bytes,
-                device_capacity_bytes=self._device.capacity_bytes,
-                host_used_bytes=self._host.used_bytes,
-                host_max_bytes=self._host.max_bytes,
-                loads_total=self._loader.loads_total,
-                load_failures_total=self._loader.load_failures_total,
-                promotions_total=self._residency.promotions_total,
-                unloads_total=self._custody.unloads_total,
-                device_evictions_total=self._residency.evictions_total,
-                host_evictions_total=self._host.num_evictions,
-            )
+        with self._books.lock:  # which the engine may wait for: thousands of adapters are counted after it
+            entries = self._books.catalog.entries
+            num_adapters, contents = len(entries), tuple(self._books.catalog.contents.values())
+            copies = [copy for entry in entries.values() for copy in entry.copies.values()]
+        return RegistryStats(
+            num_adapters=num_adapters,
+            num_versions=len(copies),
+            num_leases=sum(copy.num_leases for content in contents for copy in content.copies),
+            num_residencies=sum(content.num_residencies for content in contents),
+            num_resident=self._residency.num_resident,
+            num_on_host=self._host.num_adapters,
+            num_loading=sum(content.is_loading for content in contents),
+            num_pinned=sum(content.is_pinned for content in contents),
+            device_used_bytes=self._device.used_bytes,
+            device_capacity_bytes=self._device.capacity_bytes,
+            store_bytes=sum(copy.content_bytes for copy in copies if copy.found is None),
+            host_used_bytes=self._host.used_bytes,
+            host_max_bytes=self._host.max_bytes,
+            loads_total=self._loader.loads_total,
+            load_failures_total=self._loader.load_failures_total,
+            promotions_total=self._residency.promotions_total,
+            unloads_total=self._custody.unloads_total,
+            device_evictions_total=self._residency.evictions_total,
+            host_evictions_total=self._host.num_evictions,
+        )
 
     def check_integrity(self) -> tuple[str, ...]:
         """What does not add up in the books, as sentences; empty unless there is a defect. For tests and idle times."""
@@ -292,6 +392,8 @@ class Registry:
             warnings=(facts.warnings if facts else ()) + copy.doubts,
             is_refused=bool(copy.doubts) and self._books.base.is_strict,
             source="store" if copy.found is None else str(copy.found.folder),
+            provenance=copy.provenance,
+            folder=copy.folder,
         )
 
     def _tell_refused(self) -> None:

@@ -6,17 +6,22 @@ Owns slots and residency holds. Knows nothing about names, files or requests.
 import itertools
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from server.adapters.books import Books
 from server.adapters.catalog import AdapterVersion, Content
+from server.adapters.device.rows import NoRoom
+from server.adapters.eviction import Worth
 from server.adapters.host import HostTier
 from server.adapters.host_adapter import HostAdapter
-from server.adapters.loader import Loader
+from server.adapters.loader import Loader, reload_s
 from server.adapters.room import Device, never_fits, pinned_full
-from server.adapters.rows import NoRoom
 from server.adapters.workers import Workers
 from server.ground.errors import Overloaded
+
+COPIED_INLINE_BYTES = 4 << 20  # an adapter up to this is put on the device between two steps, in some milliseconds
+_COPIED_BYTES_PER_S = 2e9  # from host to device, about: what a reload costs of an adapter that is on the host
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +35,13 @@ class Freed:
 class Residency:
     """The contents on the device."""
 
-    def __init__(self, books: Books, workers: Workers, loader: Loader, host: HostTier, device: Device) -> None:
+    def __init__(
+        self, books: Books, workers: Workers, copiers: Workers, loader: Loader, host: HostTier, device: Device
+    ) -> None:
+        """`copiers` put on the device what would hold up a step, or is not asked for yet."""
         self._books = books
         self._workers = workers
+        self._copiers = copiers
         self._loader = loader
         self._host = host
         self._device = device
@@ -51,18 +60,72 @@ class Residency:
             content = self._held_content(version)
             if content.slot is not None and content.num_unloads == 0:
                 return self._hold(content)
-        with self._placing:
-            with self._books.lock:
-                adapter = self._on_host(content) if content.num_unloads == 0 else None
-            if adapter is None or not self._bring(content, adapter):
+            adapter = self._placeable(content)
+        if adapter is None or not self._placing.acquire(blocking=False):
+            return None  # a copy is under way; a step does not wait for it
+        try:
+            if not self._bring(content, adapter):
                 return None
             with self._books.lock:  # an unload that began meanwhile sees that nothing runs
                 return self._hold(content) if content.num_unloads == 0 else None
+        finally:
+            self._placing.release()
 
-    def bring(self, content: Content) -> bool:
+    def _placeable(self, content: Content) -> HostAdapter | None:
+        """Under the lock: what can be tried to be put on the device between two steps. Else None, and it is seen to."""
+        if content.num_unloads == 0 and content.refused_at == self._books.num_easings:
+            return None  # nothing has changed that could make room
+        content.refused_at = None
+        if content.num_unloads or content.is_promoting:
+            return None
+        adapter = self._on_host(content)
+        if adapter is not None and _is_large(content) and not content.must_place_inline:
+            self._promote(content, is_early=False)
+            return None
+        return adapter
+
+    def prefetch(self, version: AdapterVersion) -> None:
+        """Begins to put on the device what a request will need and no step would wait for.
+
+        Takes no room from what another request has asked for, nor from what is worth more.
+        """
+        with self._books.lock:
+            content = self._held_content(version)
+            is_away = content.slot is None and not content.is_promoting and self._host.holds(content.digest)
+            if is_away and _is_large(content) and not self._copiers.is_closed:
+                self._promote(content, is_early=True)
+
+    def _promote(self, content: Content, *, is_early: bool) -> None:
+        """Under the lock."""
+        self._copiers.submit(self._bring_beside_steps, content, is_early=is_early)
+        content.is_promoting = True
+
+    def _bring_beside_steps(self, content: Content, *, is_early: bool) -> None:
+        is_there = False
+        try:
+            is_there = self.bring(content, is_early=is_early)
+        finally:
+            with self._books.lock:
+                content.is_promoting = False
+                content.must_place_inline = not is_there and not is_early
+
+    def lacks_room(self, version: AdapterVersion) -> bool:
+        """`Registry.lacks_room`."""
+        with self._books.lock:
+            return self._held_content(version).refused_at is not None
+
+    def least_valuable(self, versions: Iterable[AdapterVersion]) -> AdapterVersion | None:
+        """`Registry.least_valuable`."""
+        with self._books.lock:
+            contents = {version: self._held_content(version) for version in versions}
+            may_leave = [version for version, content in contents.items() if not content.is_pinned]
+            return min(may_leave, key=lambda version: self._worth(contents[version]), default=None)
+
+    def bring(self, content: Content, *, is_early: bool = False) -> bool:
         """Puts on the device, with no hold on it, what is on the host. Whether it is there then.
 
-        Idle adapters make room, as for an admission. Raises Conflict where only pinned ones are in the way.
+        Idle adapters make room, as for an admission; if it is early, only what no request waits for and is worth less.
+        Raises Conflict where only pinned ones are in the way.
         """
         with self._placing:
             with self._books.lock:
@@ -70,7 +133,7 @@ class Residency:
                 adapter = self._host.get(content.digest) if is_free else None
                 if content.slot is not None:
                     return True
-            return adapter is not None and self._bring(content, adapter)
+            return adapter is not None and self._bring(content, adapter, is_early=is_early)
 
     def bring_within(self, content: Content, max_wait_s: float) -> None:
         """As `bring`, waiting for others to make room. Raises Overloaded if they do not within the time."""
@@ -114,18 +177,19 @@ class Residency:
             if content.num_residencies == 0:
                 raise RuntimeError(f"{version} was retired more often than admitted")
             content.num_residencies -= 1
-            content.last_use = next(self._uses)
+            content.uses.last = next(self._uses)  # while it ran, it did not fade
             self._books.ease()
-            is_over = not content.copies and content.num_residencies == 0
+            is_over = content.is_over and content.num_residencies == 0
         if is_over:
             self._workers.later(self.purge, content)
 
     def purge(self, content: Content) -> None:
-        """Frees a content on host and device if no copy of it is left."""
+        """Frees a content on host and device if it is over."""
         with self._placing:
             with self._books.lock:
                 catalog = self._books.catalog
-                if content.copies or content.num_residencies or catalog.contents.get(content.digest) is not content:
+                is_wanted = not content.is_over or content.num_residencies > 0
+                if is_wanted or catalog.contents.get(content.digest) is not content:
                     return
                 del catalog.contents[content.digest]
                 self._host.drop(content.digest)
@@ -152,7 +216,7 @@ class Residency:
 
     def _hold(self, content: Content) -> int | None:
         content.num_residencies += 1
-        content.last_use = next(self._uses)
+        content.uses.add(next(self._uses))
         return content.slot
 
     def _on_host(self, content: Content) -> HostAdapter | None:
@@ -161,28 +225,33 @@ class Residency:
             self._loader.start_if_cold(content)
         return adapter
 
-    def _bring(self, content: Content, adapter: HostAdapter) -> bool:
+    def _bring(self, content: Content, adapter: HostAdapter, *, is_early: bool = False) -> bool:
         """Under `placing`, of what has no slot or has just been given one."""
-        slot = self._place(content.digest, adapter) if content.slot is None else content.slot
-        if slot is None:
-            return False
         with self._books.lock:
+            num_seen = self._books.num_easings  # before, so that what eases meanwhile is a reason to try again
+        slot = self._place(content, adapter, is_early=is_early) if content.slot is None else content.slot
+        with self._books.lock:
+            if slot is None:
+                content.refused_at = None if is_early else num_seen
+                return False
             if content.slot is None:
                 self._note_slot(content, slot)
         return True
 
-    def _place(self, digest: str, adapter: HostAdapter) -> int | None:
+    def _place(self, content: Content, adapter: HostAdapter, *, is_early: bool) -> int | None:
         """Puts an adapter on the device, evicting idle ones one by one; None if that does not make room.
 
         Raises AdapterRejected or Conflict where waiting would not make room either.
         """
         while True:
             try:
-                return self._device.admit(digest, adapter)
+                return self._device.admit(content.digest, adapter)
             except NoRoom:
-                if not self._evict_one():
+                if self._evict_one(below=content if is_early else None):
+                    continue
+                if not is_early:
                     self._check_room_can_come(adapter)
-                    return None
+                return None
 
     def _check_room_can_come(self, adapter: HostAdapter) -> None:
         with self._books.lock:
@@ -193,22 +262,32 @@ class Residency:
         if are_pinned:
             raise pinned_full(self._device, adapter)
 
-    def _evict_one(self) -> bool:
-        """Takes the least recently used adapter off the device that nothing holds, unleased ones first."""
+    def _evict_one(self, *, below: Content | None = None) -> bool:
+        """Takes the least valuable adapter off the device that nothing holds, unleased ones first.
+
+        With `below` only one that is unleased and worth less than that. Whether there was one.
+        """
         with self._books.lock:
             residents = self._resident.values()
             idle = [content for content in residents if content.num_residencies == 0 and not content.is_pinned]
-            if not idle:
+            victim = min(idle, key=self._worth, default=None)
+            if victim is None or (below is not None and self._worth(victim) >= (False, self._worth(below)[1])):
                 return False
-            victim = min(idle, key=lambda content: (content.num_leases > 0, content.last_use))
             self._unplace(victim)
             self.evictions_total += 1
         self._device.release(victim.digest)
         return True
 
+    def _worth(self, content: Content) -> tuple[bool, Worth]:
+        """Of its place on the device; dear where it would have to come from the store again."""
+        num_bytes = content.sizes.device_bytes if content.sizes is not None else 0
+        load_s = 0.0 if self._host.holds(content.digest) else reload_s(content)
+        return content.worth(load_s + num_bytes / _COPIED_BYTES_PER_S, num_bytes)
+
     def _note_slot(self, content: Content, slot: int) -> None:
         content.slot = slot
-        content.last_use = next(self._uses)
+        content.must_place_inline = False
+        content.uses.last = next(self._uses)  # brought by hand, it is as good as just used
         self._resident[content.digest] = content
         self.promotions_total += 1
 
@@ -216,3 +295,8 @@ class Residency:
         content.slot = None
         self._books.ease()  # who tries again now waits for `placing`, under which the rows are given back
         del self._resident[content.digest]
+
+
+def _is_large(content: Content) -> bool:
+    """Whether a step would feel its copy."""
+    return content.sizes is not None and content.sizes.device_bytes > COPIED_INLINE_BYTES

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
-from server.adapters.content import CONFIG_FILE
-from server.adapters.store import (
+from server.adapters.format.content import CONFIG_FILE
+from server.adapters.store.folder_store import (
     FolderDigest,
     base_fingerprint_of,
     base_model_of,

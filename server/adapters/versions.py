@@ -5,18 +5,20 @@ Owns the step from an upload to what a name means. Knows nothing about the devic
 
 import logging
 import time
+from collections.abc import Sequence
 
+from server.adapters.adapter_info import Provenance
 from server.adapters.books import Books
 from server.adapters.catalog import AdapterVersion, Copy, Facts, Sizes
 from server.adapters.host_adapter import HostAdapter
 from server.adapters.lease import Leases
 from server.adapters.loader import Loader, log_doubts
 from server.adapters.served_base import BaseClaim
-from server.adapters.store import (
-    Discarded,
+from server.adapters.store.adapter_store import AdapterStore, Discarded
+from server.adapters.store.folder_store import (
     Incoming,
     Record,
-    Store,
+    StoredName,
     StoredVersion,
     base_fingerprint_of,
     base_model_of,
@@ -32,7 +34,13 @@ class Versions:
     """The catalog's side of the store. What blocks here is for worker threads."""
 
     def __init__(
-        self, books: Books, workers: Workers, store: Store, loader: Loader, leases: Leases, max_versions: int | None
+        self,
+        books: Books,
+        workers: Workers,
+        store: AdapterStore,
+        loader: Loader,
+        leases: Leases,
+        max_versions: int | None,
     ) -> None:
         """Lists what the store has. Of a replaced name the last `max_versions` are kept; all if None."""
         self._books = books
@@ -41,13 +49,57 @@ class Versions:
         self._loader = loader
         self._leases = leases
         self._max_versions = max_versions
-        for stored in store.scan():
-            for version in stored.versions:
-                self._list(version)
-            books.catalog.make_current(books.catalog.entries[stored.name].copies[stored.current])
+        self._followed: dict[str, StoredName] = {}
+        self._warned: set[StoredName] = set()
+        self.num_changes = 0  # of the store, made here; under `changes`
+        self.follow(store.scan())
+
+    def follow(self, names: Sequence[StoredName]) -> list[Copy]:
+        """Under `changes`: has the catalog say what the store says; those returned are to be disposed.
+
+        Versions that are gone stay for those who lease them, on the host, since they cannot be read again.
+        """
+        with self._books.lock:
+            catalog, stored = self._books.catalog, {entry.name: entry for entry in names}
+            mine = [name for name, entry in catalog.entries.items() if entry.current.found is None]
+            gone = [copy for name in mine if name not in stored for copy in catalog.remove(name)]
+            followed = {}
+            for name, entry in stored.items():
+                if name in catalog.entries and catalog.entries[name].current.found is not None:
+                    self._warn_taken(entry)
+                    continue
+                followed[name] = entry
+                if self._followed.get(name) is not entry:
+                    gone += self._relist(entry)
+            self._followed = followed
+            for copy in gone:
+                self._loader.settle(copy.content)
+            return [copy for copy in gone if catalog.let_go_if_over(copy)]
+
+    def _relist(self, stored: StoredName) -> list[Copy]:
+        """Lists a name as it is in the store; the copies that it has no longer."""
+        for version in stored.versions:
+            self._list(version)
+        catalog, kept = self._books.catalog, {version.digest for version in stored.versions}
+        catalog.make_current(catalog.entries[stored.name].copies[stored.current])
+        gone = [copy for digest, copy in catalog.entries[stored.name].copies.items() if digest not in kept]
+        for copy in gone:
+            catalog.remove_version(copy)
+        return gone
+
+    def _warn_taken(self, stored: StoredName) -> None:
+        if stored not in self._warned:
+            self._warned.add(stored)
+            _log.warning("The adapter %s of the store is left out: a folder is served under its name.", stored.name)
 
     def register(
-        self, incoming: Incoming, name: str, *, replace: bool, base_fingerprint: str | None
+        self,
+        incoming: Incoming,
+        name: str,
+        *,
+        replace: bool,
+        base_fingerprint: str | None,
+        provenance: Provenance | None,
     ) -> tuple[Copy, bool]:
         """`Registry.register`; the copy that the name means now, and whether that is new."""
         check_name(name)
@@ -60,7 +112,8 @@ class Versions:
             lowering = self._workers.submit(self._loader.lower, incoming.folder)  # so that uploads are bounded too
         try:
             adapter, sizes = self._loader.put(digest, lowering.result())
-            return self._commit(incoming, name, self._record(adapter, claim), sizes, replace)
+            with self._store.staged(incoming, name, replace=replace):
+                return self._commit(incoming, name, self._record(adapter, claim, provenance), sizes, replace)
         finally:
             with self._books.lock:
                 self._loader.drop_if_orphan(digest)
@@ -77,6 +130,7 @@ class Versions:
                     if not copy.is_listed:
                         raise AdapterNotFound(f"{copy.version} was deleted meanwhile.", param="adapter")
                     before = self._books.catalog.entries[name].current.version
+                self.num_changes += 1
                 self._store.make_current(name, copy.version.digest)
                 with self._books.lock:
                     self._books.catalog.make_current(copy)
@@ -105,6 +159,7 @@ class Versions:
         with self._books.changes:
             with self._books.lock:
                 self._check_is_stored(name)
+            self.num_changes += 1
             discarded = self._discard(name)
             with self._books.lock:
                 over = []
@@ -123,6 +178,7 @@ class Versions:
         with self._books.changes:
             with self._books.lock:
                 self._books.catalog.check_not_in_place(name)
+            self.num_changes += 1
             stored, created = self._store.put(incoming, name, record, replace=replace)
             with self._books.lock:
                 copy = self._list(stored)
@@ -133,7 +189,7 @@ class Versions:
         log_doubts(copy)
         return copy, created
 
-    def _record(self, adapter: HostAdapter, claim: BaseClaim) -> Record:
+    def _record(self, adapter: HostAdapter, claim: BaseClaim, provenance: Provenance | None) -> Record:
         return Record(
             created=int(time.time()),
             method=adapter.method,
@@ -145,6 +201,8 @@ class Versions:
             checked_name=next(iter(self._books.base.names), None),
             checked_fingerprint=self._books.base.fingerprint,
             warnings=adapter.warnings,
+            source=provenance.source if provenance is not None else None,
+            source_revision=provenance.revision if provenance is not None else None,
         )
 
     def _prune(self, name: str) -> list[Copy]:
@@ -173,10 +231,10 @@ class Versions:
         return pruned
 
     def _is_news(self, name: str, claim: BaseClaim) -> bool:
-        """Whether the record of a current version would say another thing about the base after this upload."""
+        """Whether this upload says another thing about the base than the record, or mends files that do not load."""
         copy = self._books.catalog.entries[name].current
         said = claim.fingerprint or copy.base_fingerprint
-        return said != copy.base_fingerprint or bool(copy.doubts)
+        return said != copy.base_fingerprint or bool(copy.doubts) or copy.content.failure is not None
 
     def _is_current(self, name: str, digest: str, *, replace: bool) -> bool:
         """Whether the name means this content now. Raises the Conflict that committing would raise, before the work."""
@@ -226,6 +284,7 @@ class Versions:
             base_model=record.base_model,
             base_fingerprint=base_fingerprint,
             doubts=doubts,
+            provenance=Provenance(record.source, record.source_revision) if record.source is not None else None,
         )
         catalog.add(copy)
         self._loader.settle(content)

@@ -1,17 +1,24 @@
 """The adapters over HTTP: upload, list, look at, delete."""
 
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
-from server.adapters.registry import AdapterInfo
+from server.adapters.format.manifest import check_manifest, recipe_of
+from server.adapters.registry import AdapterInfo, Registered
 from server.adapters.served_base import FINGERPRINT
-from server.adapters.store import Incoming
+from server.adapters.store.folder_store import Incoming, base_fingerprint_of, check_name
+from server.api import fetches
+from server.api.errors import echo
 from server.api.services import Services
-from server.api.uploads import UploadForm, receive_upload
-from server.ground.errors import Conflict
+from server.api.uploads import check_fingerprint, receive_archive, receive_upload
+from server.ground.errors import AdapterNotFound, AdapterOnItsWay, BadRequest, Conflict, PreconditionFailed
+
+Limit = Annotated[int | None, Query(ge=1, le=10_000)]  # of a page of the list; None: all in one
 
 
 def router(services: Services) -> APIRouter:
@@ -20,39 +27,149 @@ def router(services: Services) -> APIRouter:
     @routes.post("/v1/adapters", status_code=201, openapi_extra=_UPLOAD_FORM)
     async def upload(request: Request, replace: bool = False) -> JSONResponse:
         """201 for a new version, 200 where the very same content is there already, 409 for other content."""
-        incoming = await run_in_threadpool(services.store.incoming, max_bytes=services.max_upload_bytes)
-        try:
+        if fetches.is_order(request):
+            return await fetches.begin(services, request, shown, replaces=replace)
+        async with _incoming(services) as incoming:
             form = await receive_upload(request, incoming, services.max_upload_bytes)
-            return await run_in_threadpool(_register, services, incoming, form, replace)
-        finally:
-            await run_in_threadpool(incoming.discard)
+            registered = await run_in_threadpool(
+                _register, services, incoming, form.name, replace, form.base_fingerprint
+            )
+        return JSONResponse(shown(registered.info), 201 if registered.is_new else 200)
+
+    @routes.put("/v1/adapters/{name}", status_code=201, openapi_extra=_UPLOAD_TAR)
+    async def put(request: Request, name: str, replace: bool | None = None, base_fingerprint: str = "") -> JSONResponse:
+        """Makes the name mean the adapter in a tar: 201 where that is new, 200 where it meant this very content."""
+        is_conditional = _is_for_new_only(request, replace)
+        check_fingerprint(base_fingerprint)
+        await run_in_threadpool(_check_can_put, services, name, is_conditional)
+        async with _incoming(services) as incoming:
+            ignored = await receive_archive(request, incoming, services.max_upload_bytes)
+            replaces = replace is not False and not is_conditional
+            registered = await run_in_threadpool(
+                _register, services, incoming, name, replaces, base_fingerprint or None
+            )
+        if is_conditional and not registered.is_new:
+            raise _exists(name)
+        answer = {**shown(registered.info), "ignored_files": {"count": ignored.num_files, "names": ignored.names}}
+        return JSONResponse(answer, 201 if registered.is_new else 200)
 
     @routes.get("/v1/adapters")
-    def list_adapters() -> dict[str, Any]:
-        return {"object": "list", "data": [shown(info) for info in services.registry.list()]}
+    def list_adapters(limit: Limit = None, after: str = "") -> JSONResponse:
+        """By name; with `limit` a page, whose `last_id` is the next one's `after`."""
+        # Not a plain dict: FastAPI would look at every value of thousands of adapters before it writes them.
+        return JSONResponse(_page(services, limit, after))
 
     @routes.get("/v1/adapters/{name}")
     def retrieve(name: str) -> dict[str, Any]:
         """`name`, or `name@version-prefix`."""
-        return shown(services.registry.describe(name))
+        fetch = fetches.shown_of(services, name)
+        try:
+            info = services.registry.describe(name)
+        except (AdapterNotFound, AdapterOnItsWay):
+            if fetch is None:
+                raise
+            return {"name": name, "version": None, "fetch": fetch}
+        return {**described(services, info), "fetch": fetch}
 
     @routes.delete("/v1/adapters/{name}")
     def delete(name: str) -> dict[str, Any]:
         """Requests that run keep their version until they end; new ones no longer find it."""
-        services.registry.delete(name)
+        fetches.delete(services, name)
         return {"name": name, "object": "adapter", "deleted": True}
 
     return routes
 
 
-def _register(services: Services, incoming: Incoming, form: UploadForm, replace: bool) -> JSONResponse:
+def _page(services: Services, limit: int | None, after: str) -> dict[str, Any]:
+    """The list as OpenAI's are paged."""
+    listed = fetches.listed(services)
+    by_name = {fetch["name"]: fetch for fetch in listed}
+    infos = services.registry.list(after, None if limit is None else limit + 1)
+    page = infos[:limit]
+    return {
+        "object": "list",
+        "data": [{**shown(info), "fetch": by_name.get(info.name)} for info in page],
+        "fetches": listed,
+        "first_id": page[0].name if page else None,
+        "last_id": page[-1].name if page else None,
+        "has_more": len(infos) > len(page),
+    }
+
+
+@asynccontextmanager
+async def _incoming(services: Services) -> AsyncIterator[Incoming]:
+    """A place for an upload, cleared in the end; the disk is waited for in worker threads."""
+    incoming = await run_in_threadpool(services.store.incoming, max_bytes=services.max_upload_bytes)
+    try:
+        yield incoming
+    finally:
+        await run_in_threadpool(incoming.discard)
+
+
+def _register(
+    services: Services, incoming: Incoming, name: str, replace: bool, base_fingerprint: str | None
+) -> Registered:
     """Validate against the base and accept. Reads the whole upload: for a worker thread."""
-    if form.name in services.base.served_names:
-        raise Conflict(f"'{form.name}' is a name of the base; choose another for the adapter.", param="name")
-    registered = services.registry.register(
-        incoming, form.name, replace=replace, base_fingerprint=form.base_fingerprint
+    check_is_no_base(services, name)
+    check_manifest(incoming.folder)
+    stated = base_fingerprint_of(incoming.folder)
+    check_fingerprint(stated or "")
+    if base_fingerprint and stated and stated != base_fingerprint:
+        raise BadRequest(
+            "'base_fingerprint' is one thing in the request and another in manifest.json: send one of them, or make "
+            "them agree.",
+            param="base_fingerprint",
+        )
+    return services.registry.register(incoming, name, replace=replace, base_fingerprint=base_fingerprint)
+
+
+def described(services: Services, info: AdapterInfo) -> dict[str, Any]:
+    """As `shown`, with the recipe of a merged adapter, which is read from its files."""
+    with services.store.reading(info.folder):
+        return {**shown(info), "recipe": recipe_of(info.folder)}
+
+
+def check_is_no_base(services: Services, name: str) -> None:
+    """Raises Conflict for an adapter's name that a request's `model` would take for the base."""
+    if name in services.base.served_names:
+        raise Conflict(f"'{name}' is a name of the base; choose another for the adapter.", param="name")
+
+
+def _is_for_new_only(request: Request, replace: bool | None) -> bool:
+    """Whether a PUT asks for a name that does not exist (If-None-Match: *). Raises BadRequest for other conditions."""
+    unknown = set(request.query_params) - {"replace", "base_fingerprint"}
+    if unknown:
+        raise BadRequest(
+            f"'{echo(min(unknown))}' is no parameter of this request: it takes replace and base_fingerprint.",
+            param=echo(min(unknown)),
+            code="unsupported",
+        )
+    condition = request.headers.get("if-none-match")
+    if condition not in (None, "*") or "if-match" in request.headers:
+        raise BadRequest("Of HTTP's conditions, If-None-Match: * alone is supported: leave the others out.")
+    if condition is not None and replace:
+        raise BadRequest("replace=true and If-None-Match: * contradict one another: send one of them.", param="replace")
+    return condition is not None
+
+
+def _check_can_put(services: Services, name: str, is_for_new_only: bool) -> None:
+    """Raises what the end of the upload would, before it is sent."""
+    check_name(name)
+    check_is_no_base(services, name)
+    try:
+        services.registry.describe(name)
+    except AdapterNotFound:
+        return
+    if is_for_new_only:
+        raise _exists(name)
+
+
+def _exists(name: str) -> PreconditionFailed:
+    return PreconditionFailed(
+        f"The adapter {name!r} exists, and If-None-Match: * asks for a new name: choose another, or leave the header "
+        f"out to replace it.",
+        param="name",
     )
-    return JSONResponse(shown(registered.info), 201 if registered.is_new else 200)
 
 
 def shown(info: AdapterInfo) -> dict[str, Any]:
@@ -77,6 +194,8 @@ def shown(info: AdapterInfo) -> dict[str, Any]:
         "num_requests": info.num_requests,  # sequences, since the server's start
         "last_used": info.last_used,
         "created": info.created,
+        "source": info.provenance and info.provenance.source,  # that it was fetched from; null where it was uploaded
+        "source_revision": info.provenance and info.provenance.revision,
     }
 
 
@@ -85,6 +204,7 @@ _UPLOAD_FORM = {
     "requestBody": {
         "required": True,
         "content": {
+            "application/json": {"schema": fetches.OrderBody.model_json_schema()},
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
@@ -93,6 +213,7 @@ _UPLOAD_FORM = {
                         "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,62}$"},
                         "config": {**_BINARY, "description": "adapter_config.json"},
                         "weights": {**_BINARY, "description": "adapter_model.safetensors"},
+                        "manifest": {**_BINARY, "description": "manifest.json, where there is one"},
                         "base_fingerprint": {
                             "type": "string",
                             "pattern": f"^{FINGERPRINT.pattern}$",
@@ -100,7 +221,15 @@ _UPLOAD_FORM = {
                         },
                     },
                 }
-            }
+            },
+        },
+    }
+}
+_UPLOAD_TAR = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/x-tar": {"schema": {**_BINARY, "description": "a tar of the adapter's folder, or one gzipped"}}
         },
     }
 }

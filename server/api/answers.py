@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from server.adapters.registry import Lease
+from server.adapters.registry import Lease, Portion
 from server.api.errors import echo
 from server.api.generation import Generation, submit_all
 from server.api.schemas import GenerationBody
-from server.api.selection import adapter_spec, lease_all
+from server.api.selection import chosen_parts, lease_all
 from server.api.services import Services
 from server.engine.sequence import Delta, SamplingParams
 from server.ground.errors import BadRequest
@@ -23,7 +23,7 @@ class Envelope:
     id: str
     created: int  # seconds since the epoch
     model: str  # as the client named it
-    adapter: Mapping[str, str] | None  # name, version, and perhaps a warning; None: the bare base
+    adapter: Mapping[str, Any] | list[dict[str, Any]] | None  # what is used; a list for a list; None: the bare base
 
     def around(self, kind: str, choices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """An answer (or chunk) of OpenAI's object type `kind`."""
@@ -112,13 +112,13 @@ def begin(
             f"{services.max_queued} at once: split the request.",
             param="n" if body.n > 1 else "prompt",
         )
-    spec = adapter_spec(services, body.model, body.adapter)
-    leases = lease_all(services, spec, num_sequences, is_model=body.adapter is None)
+    parts = chosen_parts(services, body.model, body.adapters)
+    leases = lease_all(services, parts, num_sequences, is_model=body.adapter is None)
     request_id = f"{id_prefix}-{uuid.uuid4().hex}"
     repeated = [prompt for prompt in prompts for _ in range(body.n)]
     choices = [_nth_choice(one, j) for one in params for j in range(body.n)]
     model = body.model or services.base.served_names[0]
-    envelope = Envelope(request_id, int(time.time()), model, _shown_adapter(leases[0]))
+    envelope = Envelope(request_id, int(time.time()), model, _shown_adapter(leases[0], body))
     generation = submit_all(services, request_id, repeated, choices, leases, body.cache_salt)
     return Begun(envelope, generation, Usage(sum(len(prompt) for prompt in prompts), body.n))
 
@@ -156,9 +156,18 @@ def _nth_choice(params: SamplingParams, choice: int) -> SamplingParams:
     return replace(params, seed=(params.seed + choice + 2**63) % 2**64 - 2**63)
 
 
-def _shown_adapter(lease: Lease | None) -> dict[str, str] | None:
-    """What answered; where it seems to be of another base, with a word for that: streams say it in every chunk."""
+def _shown_adapter(lease: Lease | None, body: GenerationBody) -> dict[str, Any] | list[dict[str, Any]] | None:
+    """What answered, in the form in which it was asked for: streams say it in every chunk."""
     if lease is None:
         return None
-    shown = {"name": lease.version.name, "version": lease.version.digest}
-    return shown | {"warning": "base_mismatch"} if lease.has_doubts else shown
+    if isinstance(body.adapter, list):
+        return [_shown_portion(portion) | {"weight": portion.weight} for portion in lease.portions]
+    (portion,) = lease.portions
+    weight = {} if portion.weight == 1 else {"weight": portion.weight}
+    return _shown_portion(portion) | weight
+
+
+def _shown_portion(portion: Portion) -> dict[str, Any]:
+    """An adapter; where it seems to be of another base, with a word for that."""
+    shown = {"name": portion.version.name, "version": portion.version.digest}
+    return shown | {"warning": "base_mismatch"} if portion.has_doubts else shown

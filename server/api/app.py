@@ -4,28 +4,41 @@ From the outside in: request id, metrics and last resort (`traffic`), API key (`
 that asks (`origin`), size of bodies (`body`), routes.
 """
 
+import re
 from collections.abc import Mapping
 
 from fastapi import FastAPI
 
-from server.api import adapters, chat, completions, custody, errors, health, lora_verbs, models, versions
+from server.api import (
+    adapters,
+    chat,
+    completions,
+    custody,
+    errors,
+    fetches,
+    health,
+    lora_verbs,
+    merging,
+    models,
+    versions,
+)
 from server.api.auth import KeyCheck
 from server.api.body import BodyLimit
 from server.api.origin import OriginCheck
 from server.api.services import Services
 from server.api.traffic import Traffic
 
-_READS_ITS_OWN_BODY = frozenset({("POST", "/v1/adapters")})
+_UPLOAD = re.compile(r"POST /v1/adapters|PUT /v1/adapters/[^/]+")
 
 
 def create_app(services: Services) -> FastAPI:
     """The ASGI application over these services, complete when returned."""
     app = FastAPI(title="Graftserve", version=services.version, docs_url=None, redoc_url=None, redirect_slashes=False)
     errors.install(app)
-    for part in (completions, chat, models, adapters, custody, versions, lora_verbs, health):
+    for part in (completions, chat, models, adapters, fetches, custody, versions, merging, lora_verbs, health):
         app.include_router(part.router(services))
     # The last one added is the outermost.
-    app.add_middleware(BodyLimit, max_bytes=services.max_body_bytes, exempt=_READS_ITS_OWN_BODY)
+    app.add_middleware(BodyLimit, max_bytes=services.max_body_bytes, exempt=_reads_its_own_body)
     if services.api_key is not None:
         app.add_middleware(KeyCheck, key=services.api_key)
     else:
@@ -33,6 +46,10 @@ def create_app(services: Services) -> FastAPI:
     app.add_middleware(Traffic, metrics=services.metrics)
     services.metrics.watch(lambda: _state(services))
     return app
+
+
+def _reads_its_own_body(method: str, path: str) -> bool:
+    return _UPLOAD.fullmatch(f"{method} {path}") is not None
 
 
 def _state(services: Services) -> Mapping[str, float]:
@@ -45,6 +62,7 @@ def _state(services: Services) -> Mapping[str, float]:
         "graft_kv_blocks": engine.num_blocks,
         "graft_kv_usage_ratio": engine.num_used_blocks / max(engine.num_blocks, 1),
         "graft_preemptions_total": engine.num_preemptions,
+        "graft_adapter_rotations_total": engine.num_rotations,
         "graft_prefix_cache_queries_total": engine.num_queried_tokens,
         "graft_prefix_cache_hits_total": engine.num_hit_tokens,
         "graft_steps_total": engine.num_steps,
@@ -53,10 +71,14 @@ def _state(services: Services) -> Mapping[str, float]:
         "graft_adapters_resident": adapters.num_resident,
         "graft_adapters_loading": adapters.num_loading,
         "graft_adapters_pinned": adapters.num_pinned,
+        "graft_store_bytes": adapters.store_bytes,
+        "graft_store_quota_bytes": services.store_quota_bytes or 0,
         "graft_adapter_host_bytes": adapters.host_used_bytes,
         "graft_adapter_device_bytes": adapters.device_used_bytes,
         "graft_adapter_device_capacity_bytes": adapters.device_capacity_bytes,
         "graft_adapter_leases": adapters.num_leases,
+        "graft_adapter_fetches_running": services.fetches.num_running,
+        "graft_adapter_fetches_waiting": services.fetches.num_waiting,
         "graft_adapter_loads_total": adapters.loads_total,
         "graft_adapter_load_failures_total": adapters.load_failures_total,
         "graft_adapter_promotions_total": adapters.promotions_total,

@@ -1,6 +1,6 @@
 """Request bodies: read whole under a limit before any route sees them, but for the uploads, which read their own."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,15 +13,15 @@ _MAX_DISCARDED_BYTES = 4 * 1024**2
 
 
 class BodyLimit:
-    """ASGI middleware: 413 for a body above `max_bytes`; requests to `exempt` (method, path) pass unread."""
+    """ASGI middleware: 413 for a body above `max_bytes`; requests that are `exempt` by method and path pass unread."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, exempt: frozenset[tuple[str, str]]) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, exempt: Callable[[str, str], bool]) -> None:
         self._app = app
         self._max_bytes = max_bytes
-        self._exempt = exempt
+        self._is_exempt = exempt
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (scope["method"], scope["path"]) in self._exempt:
+        if scope["type"] != "http" or self._is_exempt(scope["method"], scope["path"]):
             return await self._app(scope, receive, send)
         try:
             body = await self._read(scope, receive)

@@ -11,6 +11,7 @@ from server.api import logprobs
 from server.api.answers import Begun, Chunks, begin, check_token_ids, sampling
 from server.api.disconnect import until_gone
 from server.api.schemas import ChatBody
+from server.api.selection import chosen_parts, look_elsewhere
 from server.api.services import Services
 from server.api.stream import EventStream
 from server.engine.sequence import Delta, SamplingParams
@@ -29,6 +30,7 @@ def router(services: Services) -> APIRouter:
         prompt = await run_in_threadpool(services.tokenizer.chat, _turns(body))
         check_token_ids(services, prompt, "messages")
         params = _params(body, len(prompt), services.base.max_context)
+        await look_elsewhere(services, (spec for spec, _ in chosen_parts(services, body.model, body.adapters)))
         begun = begin(services, body, [prompt], [params], "chatcmpl")
         choices = _Choices(body, services.tokenizer)
         if body.stream:

@@ -12,6 +12,7 @@ from server.api import logprobs
 from server.api.answers import Begun, Chunks, begin, check_token_ids, sampling
 from server.api.disconnect import until_gone
 from server.api.schemas import CompletionBody
+from server.api.selection import chosen_parts, look_elsewhere
 from server.api.services import Services
 from server.api.stream import EventStream
 from server.engine.sequence import Delta, SamplingParams
@@ -35,6 +36,7 @@ def router(services: Services) -> APIRouter:
     async def complete(request: Request, body: CompletionBody) -> Response:
         prompts = await run_in_threadpool(_encoded, services, body)
         params = [_params(body, prompt, services.base.max_context) for prompt in prompts]
+        await look_elsewhere(services, (spec for spec, _ in chosen_parts(services, body.model, body.adapters)))
         begun = begin(services, body, [prompt.ids for prompt in prompts], params, "cmpl")
         repeated = [prompt for prompt in prompts for _ in range(body.n)]
         choices = [_Choice(index, prompt, body, services.tokenizer) for index, prompt in enumerate(repeated)]

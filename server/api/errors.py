@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from server.api.disconnect import ClientGone
-from server.ground.errors import BadRequest, Conflict, GraftError, Overloaded, RequestTimedOut
+from server.ground.errors import BadRequest, Conflict, GraftError, Overloaded, RequestTimedOut, StorageFull
 
 MAX_ECHO_CHARS = 200  # of anything that the client sent and an error repeats
 STATUS_CLIENT_GONE = 499  # nobody reads it; it is what metrics show
@@ -57,8 +57,8 @@ def install(app: FastAPI) -> None:
 def _headers(error: GraftError) -> dict[str, str]:
     if isinstance(error, Overloaded):
         return {"retry-after": str(error.retry_after_s)}
-    if isinstance(error, Conflict | RequestTimedOut):
-        # OpenAI's clients send a 409 and a 504 again by themselves; these will not go away by waiting.
+    if isinstance(error, Conflict | RequestTimedOut | StorageFull):
+        # OpenAI's clients send a 409, a 504 and a 507 again by themselves; these will not go away by waiting.
         return {"x-should-retry": "false"}
     return {"www-authenticate": "Bearer"} if error.status == 401 else {}
 

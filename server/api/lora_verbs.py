@@ -10,8 +10,8 @@ from pathlib import Path
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from server.adapters.content import CONFIG_FILE
-from server.adapters.store import content_files
+from server.adapters.format.content import CONFIG_FILE
+from server.adapters.store.folder_store import content_files
 from server.api.errors import echo
 from server.api.schemas import LoadLoraBody, UnloadLoraBody
 from server.api.services import Services

@@ -4,9 +4,19 @@ Owns types, defaults and bounds of single fields; a field that is absent and a f
 Knows nothing about the model: what depends on it (vocabulary, context, adapter names) is checked where it is used.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticKnownError
 
 from server.api.fields import CHAT_NEUTRAL, COMPLETION_NEUTRAL, refuse_unsupported, without_nulls
@@ -20,6 +30,8 @@ MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 4096
 MAX_SALT_CHARS = 256
+MAX_MIXED = 8  # adapters in one mix
+MAX_WEIGHT = 16.0  # of an adapter, by size: many times what any was trained for
 MAX_INT = 2**31 - 1  # of every count that has no smaller limit: more would overflow in the kernels
 
 
@@ -72,6 +84,36 @@ class Body(BaseModel):
         return without_nulls(body)
 
 
+class AdapterPart(Body):
+    """An adapter, and how much of it."""
+
+    name: Text  # "name" or "name@version-prefix"
+    weight: float = Field(default=1.0, ge=-MAX_WEIGHT, le=MAX_WEIGHT)
+
+
+def _adapter_form(value: object) -> str | None:
+    """Which form was meant; no words that could be a field's, so that errors name the fields alone."""
+    if isinstance(value, str):
+        return "a name"
+    return "an object" if isinstance(value, dict | AdapterPart) else None
+
+
+def _adapters_form(value: object) -> str | None:
+    return "a list" if isinstance(value, list) else _adapter_form(value)
+
+
+def _forms(find: Callable[[object], str | None], wanted: str) -> Discriminator:
+    return Discriminator(find, custom_error_type="adapter_form", custom_error_message=f"must be {wanted}")
+
+
+_Name = Annotated[Text, Tag("a name")]
+_Part = Annotated[AdapterPart, Tag("an object")]
+_Listed = Annotated[_Name | _Part, _forms(_adapter_form, "a name or an object with a name and a weight")]
+_Mix = Annotated[list[_Listed], Field(min_length=1, max_length=MAX_MIXED, fail_fast=True), Tag("a list")]
+_WANTED = f"a name, an object with a name and a weight, or a list of 1 to {MAX_MIXED} of these"
+AdapterChoice = Annotated[_Name | _Part | _Mix, _forms(_adapters_form, _WANTED)]
+
+
 class StreamOptions(Body):
     include_usage: bool = False
     continuous_usage_stats: bool = False  # usage in every chunk, not only in the last one
@@ -84,7 +126,7 @@ class GenerationBody(Body):
     model_config = ConfigDict(extra="allow")
 
     model: Text | None = None  # a served name of the base, or an adapter
-    adapter: Text | None = None  # "name" or "name@version-prefix"
+    adapter: AdapterChoice | None = None
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=-1, le=MAX_INT)  # 0 and -1: all
@@ -97,6 +139,14 @@ class GenerationBody(Body):
     cache_salt: Annotated[Text, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+
+    @property
+    def adapters(self) -> list[AdapterPart] | None:
+        """The parts of `adapter`, in whichever form it came; None if it did not."""
+        if self.adapter is None:
+            return None
+        listed = self.adapter if isinstance(self.adapter, list) else [self.adapter]
+        return [AdapterPart(name=part) if isinstance(part, str) else part for part in listed]
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Self:

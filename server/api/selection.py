@@ -1,70 +1,97 @@
-"""Which adapter a request means: its fields `adapter` and `model`, checked against each other, as leases.
+"""Which adapter, or mix of several, a request means: its fields `adapter` and `model`, checked against each other, as
+leases.
 
 Knows nothing about prompts and generation.
 """
 
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+
+from starlette.concurrency import run_in_threadpool
 
 from server.adapters.registry import Lease
 from server.api.errors import echo
+from server.api.schemas import AdapterPart
 from server.api.services import Services
 from server.ground.errors import AdapterNotFound, BadRequest, NotFound
 
 _MAX_LISTED = 20
 
 
-def adapter_spec(services: Services, model: str | None, adapter: str | None) -> str | None:
-    """The adapter that the two fields mean together ("name" or "name@version-prefix"), or None for the bare base.
+Part = tuple[str, float]  # ("name" or "name@version-prefix", weight)
 
-    Raises BadRequest if they name different adapters. Whether the adapter exists shows when it is leased.
+
+def chosen_parts(services: Services, model: str | None, adapters: Sequence[AdapterPart] | None) -> list[Part]:
+    """The adapters that the two fields mean together; none for the bare base.
+
+    Raises BadRequest if they name different adapters. Whether an adapter exists shows when it is leased.
     """
+    parts = [(adapter.name, adapter.weight) for adapter in adapters or ()]
     if model is None or model in services.base.served_names:
-        return adapter
-    if adapter is None:
-        return model
-    name, _, version = adapter.partition("@")
-    model_name, _, model_version = model.partition("@")
-    if name != model_name or not (version.startswith(model_version) or model_version.startswith(version)):
+        return parts
+    if not parts:
+        return [(model, 1.0)]
+    spec, weight = parts[0]
+    if len(parts) > 1 or not _is_same(spec, model):
+        named = " + ".join(echo(name) for name, _ in parts)
         raise BadRequest(
-            f"'adapter' says '{echo(adapter)}' and 'model' says '{echo(model)}': name one adapter, "
+            f"'adapter' says '{echo(named)}' and 'model' says '{echo(model)}': name one adapter, "
             f"or '{services.base.served_names[0]}' as the model.",
             param="adapter",
         )
-    return max(adapter, model, key=len)
+    return [(max(spec, model, key=len), weight)]
 
 
-def lease_all(services: Services, spec: str | None, count: int, *, is_model: bool) -> list[Lease | None]:
-    """`count` leases on one and the same version; None for each if `spec` is None. Released here if one fails.
+def _is_same(spec: str, other: str) -> bool:
+    """Whether two specs may mean one version."""
+    name, _, version = spec.partition("@")
+    other_name, _, other_version = other.partition("@")
+    return name == other_name and (version.startswith(other_version) or other_version.startswith(version))
+
+
+async def look_elsewhere(services: Services, specs: Iterable[str]) -> None:
+    """Looks for adapters that are unknown here in a store that servers share; of those that are known it costs nothing.
+
+    Raises StoreUnreachable.
+    """
+    for spec in specs:
+        if services.registry.may_be_elsewhere(spec):
+            await run_in_threadpool(services.registry.look_for, spec)
+
+
+def lease_all(services: Services, parts: Sequence[Part], count: int, *, is_model: bool) -> list[Lease | None]:
+    """`count` leases on the same versions; None for each if that is the bare base. Released here if one fails.
 
     Raises NotFound (`is_model`: the client named it in the field `model`), and what a recent load of it raised.
     """
-    if spec is None:
-        return [None] * count
     with ExitStack() as undo:
-        first = _first_lease(services, spec, is_model)
+        first = _first_lease(services, parts, is_model)
+        if first is None:
+            return [None] * count
         undo.callback(first.release)
         leases: list[Lease | None] = [first]
-        exact = f"{first.version.name}@{first.version.digest}"
+        exact = [(f"{p.version.name}@{p.version.digest}", p.weight) for p in first.portions]
         while len(leases) < count:
-            lease = services.registry.lease(exact)
+            lease = services.registry.lease_mix(exact)
+            assert lease is not None
             undo.callback(lease.release)
             leases.append(lease)
         undo.pop_all()
         return leases
 
 
-def _first_lease(services: Services, spec: str, is_model: bool) -> Lease:
+def _first_lease(services: Services, parts: Sequence[Part], is_model: bool) -> Lease | None:
     try:
-        return services.registry.lease(spec)
+        return services.registry.lease_mix(parts)
     except AdapterNotFound as error:
-        if is_model:
-            raise unknown_model(services, spec) from error
+        if is_model and parts:
+            raise unknown_model(services, parts[0][0]) from error
         raise
 
 
 def unknown_model(services: Services, name: str) -> NotFound:
     """What to raise for a `model` that is neither a name of the base nor an adapter: it lists what exists."""
-    known = [*services.base.served_names, *(info.name for info in services.registry.list())]
+    known = [*services.base.served_names, *services.registry.names()]
     more = len(known) - _MAX_LISTED
     listed = ", ".join(known[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
     return NotFound(

@@ -6,8 +6,10 @@ Built once by the roof and handed to `create_app`. Knows nothing about HTTP.
 from dataclasses import dataclass
 from pathlib import Path
 
+from server.adapters.merging.live import Merges
 from server.adapters.registry import Registry
-from server.adapters.store import Store
+from server.adapters.remote.fetches import Fetches
+from server.adapters.store.adapter_store import AdapterStore
 from server.engine.engine import Engine
 from server.ground.metrics import Metrics
 from server.model.tokenizer import Tokenizer
@@ -34,14 +36,17 @@ class BaseInfo:
 class Services:
     engine: Engine
     registry: Registry
-    store: Store
+    store: AdapterStore
+    merges: Merges
+    fetches: Fetches
     tokenizer: Tokenizer
     base: BaseInfo
     metrics: Metrics
     version: str  # of this server
     started_at: float  # seconds since the epoch
     api_key: str | None = None  # None: no key is asked for
-    max_upload_bytes: int = 4 * 1024**3  # of one POST /v1/adapters
+    max_upload_bytes: int = 4 * 1024**3  # of one upload
+    store_quota_bytes: int | None = None  # of all adapters in the store
     max_body_bytes: int = 16 * 1024**2  # of every other request
     adapter_paths: tuple[Path, ...] = ()  # the folders of this machine from which a request may have adapters read
     max_queued: int = 256  # sequences that may wait: a request of more could never be accepted

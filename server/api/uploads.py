@@ -1,10 +1,11 @@
-"""An adapter's upload: a multipart form whose files go to disk, hashed, while they arrive.
+"""An adapter's upload: a multipart form, or a tar, whose files go to disk, hashed, while they arrive.
 
-Owns the form: its fields, their sizes, their order (any). Nothing of a file is kept in memory, and what is written
-belongs to the store's `Incoming`, which its user discards. Knows nothing about what the files say.
+Owns the way of a body to disk, and the form: its fields, their sizes, their order (any). Nothing of a file is kept in
+memory, and what is written belongs to the store's `Incoming`, which its user discards. Knows nothing about what the
+files say.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,19 +16,27 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 
-from server.adapters.content import CONFIG_FILE, WEIGHTS_FILE
+from server.adapters.format.content import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
+from server.adapters.format.manifest import MAX_MANIFEST_BYTES
 from server.adapters.served_base import FINGERPRINT
-from server.adapters.store import Incoming, IncomingFile, check_name
+from server.adapters.store.folder_store import Incoming, IncomingFile, check_name
+from server.api.archive import ArchiveReader, Ignored
 from server.api.body import body_chunks, declared_bytes, discard
 from server.api.errors import echo
-from server.ground.errors import BadRequest, TooLarge
+from server.ground.errors import BadRequest, GraftError, TooLarge
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-FILES: Mapping[str, str] = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE}
+FILES: Mapping[str, str] = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE, "manifest": MANIFEST_FILE}
 _TEXTS = ("name", "base_fingerprint")
-_MAX_FIELD_BYTES: Mapping[str, int] = {"name": 1024, "base_fingerprint": 1024, "config": 1024**2}
+_REQUIRED = ("name", "config", "weights")
+_MAX_FIELD_BYTES: Mapping[str, int] = {
+    "name": 1024,
+    "base_fingerprint": 1024,
+    "config": 1024**2,
+    "manifest": MAX_MANIFEST_BYTES,
+}
 _MAX_FRAME_BYTES = 64 * 1024  # of the form around the files: boundaries, headers, the name
 _WRITE_BYTES = 1024**2  # how much is gathered for one trip to a worker thread
 _MAX_HEADER_BYTES = 4096
@@ -44,29 +53,52 @@ class UploadForm:
 async def receive_upload(request: Request, incoming: Incoming, max_bytes: int) -> UploadForm:
     """Write the form's files to `incoming` and return its other fields.
 
-    Raises BadRequest for a form that is not as documented, TooLarge above `max_bytes` (while it arrives), and
-    ClientGone if the client leaves.
+    Raises BadRequest for a form that is not as documented, TooLarge above `max_bytes` and StorageFull where the store
+    has no room (both while it arrives), and ClientGone if the client leaves.
     """
     chunks = body_chunks(request.receive)
     try:
-        if declared_bytes(request.scope) > max_bytes + _MAX_FRAME_BYTES:
+        declared = declared_bytes(request.scope)
+        if declared > max_bytes + _MAX_FRAME_BYTES:
             raise _too_large(max_bytes)
+        _check_is_plain(request)
         with _Form(_boundary(request), incoming, max_bytes) as form:
-            await _feed(form, chunks)
+            await run_in_threadpool(incoming.expect, max(declared - _MAX_FRAME_BYTES, 0))
+            await _feed(form.write, chunks)
             return form.finish()
-    except TooLarge:
+    except GraftError:
         await discard(chunks)
         raise
 
 
-async def _feed(form: "_Form", chunks: AsyncIterator[bytes]) -> None:
+async def receive_archive(request: Request, incoming: Incoming, max_bytes: int) -> Ignored:
+    """Write the content files of a tar to `incoming`; what else was in it. Raises as `receive_upload` does."""
+    chunks = body_chunks(request.receive)
+    try:
+        with ArchiveReader(incoming, max_bytes) as archive:
+            archive.check_size(declared_bytes(request.scope))
+            await _feed(archive.write, chunks)
+            return archive.finish()
+    except GraftError:
+        await discard(chunks)
+        raise
+
+
+async def _feed(write: Callable[[bytes], None], chunks: AsyncIterator[bytes]) -> None:
     gathered = bytearray()
     async for chunk in chunks:
         gathered += chunk
         if len(gathered) >= _WRITE_BYTES:
-            await run_in_threadpool(form.write, bytes(gathered))
+            await run_in_threadpool(write, bytes(gathered))
             gathered.clear()
-    await run_in_threadpool(form.write, bytes(gathered))
+    await run_in_threadpool(write, bytes(gathered))
+
+
+def _check_is_plain(request: Request) -> None:
+    """A compressed body is not unpacked: what it grows to is known only afterwards."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise BadRequest(f"Send the form as it is: a body with Content-Encoding {echo(encoding)} is not unpacked.")
 
 
 def _boundary(request: Request) -> bytes:
@@ -114,7 +146,7 @@ class _Form:
         """The fields that are no files, once everything is there."""
         if not self._is_complete:
             raise BadRequest("The form ends in the middle; send it again.")
-        for field in ("name", "config", "weights"):
+        for field in _REQUIRED:
             if field not in self._seen:
                 raise BadRequest(f"The form has no field '{field}'.", param=field, code="missing_field")
         return UploadForm(self._text("name"), self._text("base_fingerprint") or None)
@@ -143,12 +175,6 @@ class _Form:
         _, options = parse_options_header(self._disposition)
         self._part = options.get(b"name", b"").decode("utf-8", "replace")
         self._part_bytes = 0
-        if self._part == "manifest":
-            raise BadRequest(
-                "'manifest' is not supported yet: this server would not read it. Send name, config and weights.",
-                param="manifest",
-                code="unsupported",
-            )
         if self._part not in _TEXTS and self._part not in FILES:
             known = ", ".join((*_TEXTS, *FILES))
             raise BadRequest(f"The form has a field '{echo(self._part)}'; known are {known}.", param=echo(self._part))
@@ -172,7 +198,7 @@ class _Form:
         if self._part == "name":
             check_name(self._text("name"))
         if self._part == "base_fingerprint":
-            _check_fingerprint(self._text("base_fingerprint"))
+            check_fingerprint(self._text("base_fingerprint"))
         self._opened.close()
         self._file = None
 
@@ -197,8 +223,8 @@ def _parser(form: _Form, boundary: bytes) -> MultipartParser:
         raise BadRequest(f"The form is not valid multipart/form-data: {echo(error)}.") from error
 
 
-def _check_fingerprint(text: str) -> None:
-    """An empty field counts as none."""
+def check_fingerprint(text: str) -> None:
+    """Raises BadRequest for what is no fingerprint of a base; an empty text counts as none."""
     if text and not FINGERPRINT.fullmatch(text):
         raise BadRequest(
             "'base_fingerprint' must be 64 lower-case hex digits, perhaps with 'packed-' before them: GET /v1/models "

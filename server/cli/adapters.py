@@ -14,16 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server.adapters.inventory import Damaged, Whole, inventory
-from server.adapters.presence import is_somebody_present, nobody_present
-from server.adapters.store import Record, Store, StoredVersion
+from server.adapters.store.adapter_store import AdapterStore
+from server.adapters.store.folder_store import Record, StoredVersion
+from server.adapters.store.inventory import Damaged, Whole, inventory
+from server.adapters.store.open_store import open_store
+from server.adapters.store.presence import is_somebody_present, nobody_present
 from server.cli.command import Command, quiet_registry, say, settings_of
 from server.cli.flags import add_some_settings
 from server.cli.table import columns
 from server.ground.config import Settings
 from server.ground.errors import AdapterNotFound, BadRequest, Conflict, TooLarge
 
-_STORE = ("store", "config")
+_STORE = ("store", "store_cache", "store_cache_bytes", "config")
+_ROOM = ("store_quota", "store_reserve")  # of the store, for what is added
 # All that an upload's answer depends on, and where to look for the base.
 _BASE = (
     "model", "quantize", "dtype", "device", "served_model_name", "strict_base", "adapter_memory", "host_memory",
@@ -63,7 +66,7 @@ def _adapters(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def _list(arguments: argparse.Namespace, settings: Settings) -> int:
-    store = Store(settings.store, create=False)
+    store = open_store(settings, create=False)
     found = inventory(store)
     whole = [entry for entry in found if isinstance(entry, Whole)]
     damaged = [entry for entry in found if isinstance(entry, Damaged)]
@@ -71,7 +74,7 @@ def _list(arguments: argparse.Namespace, settings: Settings) -> int:
         print_json({"object": "list", "data": list(map(_as_json, whole)), "damaged": list(map(_damage, damaged))})
         return 0
     if not found:
-        say(f"the store {store.root} has no adapters")
+        say(f"the store {store.location} has no adapters")
         return 0
     rows = [_row(entry.current) for entry in whole] + [(entry.name, "damaged", "", "", "", "") for entry in damaged]
     sys.stdout.write(columns(("NAME", "VERSION", "METHOD", "RANK", "SIZE", "ADDED"), sorted(rows), right=(3, 4)))
@@ -108,6 +111,8 @@ def recorded(version: StoredVersion) -> dict[str, Any]:
         "base_model": record.base_model,
         "base_fingerprint": record.base_fingerprint or record.checked_fingerprint,
         "created": record.created,
+        "source": record.source,
+        "source_revision": record.source_revision,
     }
 
 
@@ -121,7 +126,7 @@ def _damage(entry: Damaged) -> dict[str, str]:
 def _add(arguments: argparse.Namespace, settings: Settings) -> int:
     from server.cli.rehearsal import Rehearsal
 
-    store = Store(settings.store, create=True)
+    store = open_store(settings, create=True)
     rehearsal = Rehearsal(settings, loads_base="load_base" in arguments)
     replaces = "replace" in arguments
     remedy = (
@@ -187,17 +192,19 @@ def _inspect(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def _subject(subject: str, settings: Settings) -> tuple[Path, StoredVersion | None]:
     """The folder that is meant: of NAME or NAME@VERSION in the store, or a path. A name in the store comes first."""
-    if "/" not in subject and settings.store.is_dir():
-        version = _stored(Store(settings.store, create=False), subject)
+    if "/" not in subject and settings.has_store:
+        store = open_store(settings, create=False)
+        version = _stored(store, subject)
         if version is not None:
-            return version.folder, version
+            with store.reading(version.folder):  # then they are here, as what was read last
+                return version.folder, version
     folder = Path(subject).expanduser()
     if folder.is_dir():
         return folder, None
     raise AdapterNotFound(f"{subject!r} is neither an adapter of the store {settings.store} nor a folder.")
 
 
-def _stored(store: Store, subject: str) -> StoredVersion | None:
+def _stored(store: AdapterStore, subject: str) -> StoredVersion | None:
     name, _, prefix = subject.partition("@")
     entry = next((entry for entry in inventory(store) if entry.name == name), None)
     if isinstance(entry, Damaged):
@@ -215,13 +222,13 @@ def _stored(store: Store, subject: str) -> StoredVersion | None:
 
 
 def _remove(arguments: argparse.Namespace, settings: Settings) -> int:
-    store = Store(settings.store, create=False)
+    store = open_store(settings, create=False)
     name = arguments.name
     remedy = f"ask it to remove the adapter (DELETE /v1/adapters/{name}), or stop it first."
     with nobody_present(store.root, remedy):
         for entry in inventory(store):
             if isinstance(entry, Damaged) and entry.name == name:
-                raise Conflict(f"{entry.reason} Remove its folder by hand: {entry.folder}")
+                raise Conflict(f"{entry.reason} Remove it by hand: {entry.folder}")
         num_versions = len(store.versions(name))
         store.delete(name)
     sys.stdout.write(f"{name} removed ({num_versions} version{'s' if num_versions > 1 else ''})\n")
@@ -289,7 +296,12 @@ def _flags_of_remove(parser: argparse.ArgumentParser) -> None:
 
 WORDS: Mapping[str, Word] = {
     "list": Word("list the adapters of a store", _STORE, _add_json, _list),
-    "add": Word("check an adapter as an upload is checked, and add it to a store", _STORE + _BASE, _flags_of_add, _add),
+    "add": Word(
+        "check an adapter as an upload is checked, and add it to a store",
+        _STORE + _ROOM + _BASE,
+        _flags_of_add,
+        _add,
+    ),
     "inspect": Word("show what an adapter is and what it takes", _STORE + _BASE, _flags_of_inspect, _inspect),
     "verify": Word("say what an upload would be answered", ("config", *_BASE), _flags_of_verify, _verify),
     "remove": Word("remove an adapter with all its versions from a store", _STORE, _flags_of_remove, _remove),

@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from server.adapters.store import folder_digest
+from server.adapters.store.folder_store import folder_digest
 from server.cli.adapters import _subject
 from server.cli.command import Command, say, settings_of
 from server.cli.flags import add_some_settings
 from server.cli.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from server.adapters.fuse import Fused, Rounding
+    from server.adapters.merging.fuse import Fused, Rounding
     from server.model.pretrained import BaseOptions
 
-_SETTINGS = ("store", "dtype", "config")
+_SETTINGS = ("store", "store_cache", "store_cache_bytes", "dtype", "config")
 _ENOUGH_KEPT = 0.9
 _MUCH_NOISE = 1.0
 
@@ -41,7 +41,7 @@ def _fuse(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     given = vars(arguments)
     settings = settings_of(_SETTINGS, arguments)
     # Imported here: it brings torch, and the libraries that were told to be quiet.
-    from server.adapters.fuse import fuse
+    from server.adapters.merging.fuse import fuse
 
     folder, version = _subject(given["adapter"], settings)
     recipe = {

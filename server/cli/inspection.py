@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server.adapters.checkpoint import Checkpoint
-from server.adapters.lora_file import LoraFile
+from server.adapters.format.checkpoint import Checkpoint
+from server.adapters.format.lora_file import LoraFile
 from server.adapters.method import Edit
 from server.adapters.methods import method_for
 from server.adapters.served_base import BaseClaim
-from server.adapters.store import (
+from server.adapters.store.folder_store import (
     FolderDigest,
     StoredVersion,
     base_fingerprint_of,

@@ -13,8 +13,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from server.adapters.merging.recipe import MAJORITY_SIGNS, Ingredient, Strategy
-from server.adapters.presence import is_somebody_present, nobody_present
-from server.adapters.store import Store, check_name, folder_digest
+from server.adapters.store.folder_store import check_name, folder_digest
+from server.adapters.store.open_store import open_store
+from server.adapters.store.presence import is_somebody_present, nobody_present
 from server.cli.adapters import _subject
 from server.cli.command import Command, quiet_registry, say, settings_of
 from server.cli.flags import add_some_settings
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from server.adapters.merging.merge import MergeBase, Merged
 
 _SETTINGS = (
-    "store", "config", "model", "quantize", "dtype", "device", "served_model_name", "strict_base", "adapter_memory",
+    "store", "store_cache", "store_cache_bytes", "store_quota", "store_reserve", "config",
+    "model", "quantize", "dtype", "device", "served_model_name", "strict_base", "adapter_memory",
     "host_memory", "max_upload_bytes", "keep_versions",
 )  # fmt: skip
 _LOSSY = 0.05  # a relative error that is worth a warning
@@ -144,7 +146,7 @@ def _store(settings: Settings, folder: Path, name: str, *, replaces: bool) -> No
     """As `graft adapters add` does, with the same refusals."""
     from server.cli.rehearsal import Rehearsal
 
-    store = Store(settings.store, create=True)
+    store = open_store(settings, create=True)
     remedy = "it would go on with the old version; stop it first, or merge into another name."
     with nobody_present(store.root, remedy) if replaces else nullcontext():
         registered = Rehearsal(settings).register(store, folder, name, replace=replaces)

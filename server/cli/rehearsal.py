@@ -13,14 +13,15 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from server.adapters.checkpoint import Checkpoint
-from server.adapters.device import DeviceTier
+from server.adapters.device.device import DeviceTier
+from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.host import HostTier
 from server.adapters.lowering import lower
 from server.adapters.method import Lowered
 from server.adapters.registry import Registered, Registry
 from server.adapters.served_base import BaseClaim
-from server.adapters.store import Incoming, Store, content_files, folder_digest
+from server.adapters.store.adapter_store import AdapterStore
+from server.adapters.store.folder_store import Incoming, Store, content_files, folder_digest
 from server.assemble import base_options, served_base
 from server.ground.config import Settings
 from server.ground.errors import AdapterRejected, Conflict
@@ -92,7 +93,7 @@ class Rehearsal:
             "vanish; --load-base loads the base and looks."
         )
 
-    def register(self, store: Store, folder: Path, name: str, *, replace: bool) -> Registered:
+    def register(self, store: AdapterStore, folder: Path, name: str, *, replace: bool) -> Registered:
         """Does to `store` what an upload of this folder to a server does. Raises what the upload is answered with."""
         if name in (self._settings.served_model_name or (self.base_name,)):
             raise Conflict(f"'{name}' is a name of the base; choose another for the adapter.", param="name")
@@ -116,7 +117,7 @@ class Rehearsal:
         return self._served.doubts(claim)
 
     @contextmanager
-    def _registry(self, store: Store) -> Iterator[Registry]:
+    def _registry(self, store: AdapterStore) -> Iterator[Registry]:
         registry = Registry(
             store, (), self._host, self._device, self._lower, 1,
             base=self._served, max_versions=self._settings.keep_versions,
@@ -126,8 +127,8 @@ class Rehearsal:
         finally:
             registry.close()
 
-    def _lower(self, folder: Path) -> Lowered:
-        return lower(Checkpoint.open(folder), self._judge.sites)
+    def _lower(self, folder: Path, weight: float = 1.0) -> Lowered:
+        return lower(Checkpoint.open(folder), self._judge.sites, weight)
 
 
 def _outlined(settings: Settings) -> _Judge:

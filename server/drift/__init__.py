@@ -131,7 +131,7 @@ def _request(arguments: argparse.Namespace) -> DriftRequest:
 
 def _adapters(named: list[str], settings: Settings) -> tuple[str, ...]:
     """What to measure beside the base, each once, in the order given; refused early where there is no store."""
-    if any("=" not in item for item in named) and not settings.store.is_dir() and settings.adapters is None:
+    if any("=" not in item for item in named) and not settings.has_store and settings.adapters is None:
         raise StartupRefused(
             f"--adapter: there is no store at {settings.store}; name it with --store, or give NAME=PATH"
         )

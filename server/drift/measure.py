@@ -187,7 +187,7 @@ def _bad_line(file: PromptFile, prompt: Prompt, problem: str) -> StartupRefused:
 def _both_settings(request: DriftRequest, encoded: _Encoded, held: ExitStack) -> tuple[Settings, Settings]:
     """(served, reference): what both are assembled from, with a KV cache for one pass."""
     settings = request.settings
-    if not settings.store.is_dir():  # assembling would create it, and measuring must leave nothing behind
+    if not settings.has_store:  # assembling would create it, and measuring must leave nothing behind
         scratch = held.enter_context(tempfile.TemporaryDirectory(prefix="graft-drift-"))
         settings = settings.model_copy(update={"store": Path(scratch)})
     limits = {

@@ -49,6 +49,7 @@ class EngineStats:
     num_blocks: int
     block_size: int
     num_preemptions: int
+    num_rotations: int  # of adapters off the device, for others
     num_steps: int
     num_kept_blocks: int  # free, with content that can still be found
     num_queried_tokens: int  # looked up in the cache when their sequences first ran
@@ -157,6 +158,7 @@ class Engine:
             num_blocks=self._blocks.num_blocks,
             block_size=self._blocks.block_size,
             num_preemptions=self._scheduler.num_preemptions,
+            num_rotations=self._scheduler.num_rotations,
             num_steps=self._num_steps,
             num_kept_blocks=self._blocks.num_kept,
             num_queried_tokens=self._scheduler.num_queried_tokens,

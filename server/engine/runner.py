@@ -4,17 +4,22 @@ All device work of a step starts here. Owns the KV cache and the packing of a ba
 or how tokens are chosen.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
+from itertools import accumulate, groupby
+from types import ModuleType
 
 import torch
 
-from server.adapters.device import DeviceTier
+from server.adapters.device.device import DeviceTier
+from server.adapters.device.step_edits import StepEdits
 from server.engine.sequence import Batch, ScheduledSequence
 from server.model.attention import KVCache
 from server.model.base import Base
-from server.model.context import AttentionBatch, StepContext
+from server.model.context import AttentionBatch, SiteKernels, StepContext
 from server.ops import DecodeBatch, Lanes, PrefillSpan, Run, TokenLayout
+from server.ops.runs import DecodeLists
 
 _RECOMPUTED_AT_ONCE = 512  # tokens: bounds what a long sequence takes for itself, once in its life
 
@@ -30,10 +35,16 @@ class StepLogits:
 
 
 class Runner:
-    """Runs batches of one base with the adapters of one device tier, on a KV cache of `num_blocks` blocks."""
+    """Runs batches of one base with the adapters of one device tier, on a KV cache of `num_blocks` blocks.
 
-    def __init__(self, base: Base, adapters: DeviceTier, num_blocks: int, block_size: int) -> None:
+    `kernels` is what `server.ops.load_kernels` gave; with them the tier has tables.
+    """
+
+    def __init__(
+        self, base: Base, adapters: DeviceTier, num_blocks: int, block_size: int, kernels: ModuleType | None = None
+    ) -> None:
         self._base = base
+        self._kernels = kernels
         self._adapters = adapters
         self._block_size = block_size
         self.cache = KVCache(base.kv_shapes, num_blocks, block_size, base.kv_dtype, base.device)
@@ -49,8 +60,7 @@ class Runner:
         """One forward pass over the batch (not empty)."""
         for item in batch.sequences:
             self._recompute_if_stale(item)
-        items = _pack_order(batch.sequences)
-        return _split(items, self._forward(items))
+        return self._forward(batch.sequences)
 
     def _recompute_if_stale(self, item: ScheduledSequence) -> None:
         """Computes a sequence's cached tokens again where the token after them changes all their positions' angles."""
@@ -61,40 +71,40 @@ class Runner:
             num_tokens = min(_RECOMPUTED_AT_ONCE, item.start - start)
             self._forward([ScheduledSequence(sequence, start, num_tokens, False, False)])
 
-    def _forward(self, items: Listing[ScheduledSequence]) -> torch.Tensor:
-        """Logits of the kept rows, (k, vocabulary), of items in packing order."""
+    def _forward(self, sequences: Listing[ScheduledSequence]) -> StepLogits:
+        slots = {item.sequence.slot for item in sequences} - {0}
+        edits = self._adapters.batch(slots) if slots and self._kernels is None else None
+        adapter_of = {slot: slot if edits is None else edits.local(slot) for slot in {*slots, 0}}
+        items = _pack_order(sequences, adapter_of)
         num_decodes = sum(_is_decode(item) for item in items)
         starts = _starts([item.num_tokens for item in items])
         ids = [token for item in items for token in item.token_ids]
         positions = [p for item in items for p in range(item.start, item.start + item.num_tokens)]
         keep = [row for item, start in zip(items, starts, strict=False) for row in _kept_rows(item, start)]
-        context = self._context(items, starts, num_decodes, keep)
-        self._base.attention.cache = self.cache
+        adapters = [adapter_of[item.sequence.slot] for item in items for _ in range(item.num_tokens)]
         device = self._base.device
-        return self._base.forward(
+        context = StepContext(
+            attention=self._attention(items, starts, num_decodes),
+            layout=_layout(adapters, num_decodes, edits, device),
+            logits_layout=_layout([adapters[row] for row in keep], len(keep), edits, device),
+            edits=edits,
+            kernels=self._site_kernels(adapters, keep),
+            rope_lengths=self._rope_lengths(items),
+        )
+        self._base.attention.cache = self.cache
+        self._base.attention.kernels = self._kernels
+        logits = self._base.forward(
             torch.tensor(ids, device=device), torch.tensor(positions, device=device),
             torch.tensor(keep, device=device, dtype=torch.long), context,
         )  # fmt: skip
+        return _split(items, logits)
 
-    def _context(
-        self, items: Listing[ScheduledSequence], starts: Listing[int], num_decodes: int, keep: Listing[int]
-    ) -> StepContext:
-        slots = {item.sequence.slot for item in items} - {0}
-        edits = self._adapters.batch(sorted(slots)) if slots else None
-        adapters = [0 if edits is None else edits.local(item.sequence.slot) for item in items]
-        per_token = [a for a, item in zip(adapters, items, strict=True) for _ in range(item.num_tokens)]
-        chunks = list(zip(items, starts, adapters, strict=False))[num_decodes:]
-        runs = tuple(Run(start, start + item.num_tokens, adapter) for item, start, adapter in chunks)
-        device = self._base.device
-        num_adapters = 0 if edits is None else len(edits.numbers)
-        lanes = Lanes.of(per_token, num_adapters, 2, device) or Lanes.of(
-            per_token[:num_decodes], num_adapters, 4, device
-        )
-        layout = _layout(per_token, num_decodes, runs, lanes, device)
-        kept = [per_token[row] for row in keep]
-        logits_layout = _layout(kept, len(kept), (), Lanes.of(kept, num_adapters, 4, device), device)
-        attention = self._attention(items, starts, num_decodes)
-        return StepContext(attention, layout, logits_layout, edits, self._rope_lengths(items))
+    def _site_kernels(self, slots: Listing[int], keep: Listing[int]) -> SiteKernels | None:
+        if self._kernels is None:
+            return None
+        step = self._adapters.tables(slots, [slots[row] for row in keep])
+        kernels: SiteKernels | None = None if step is None else self._kernels.StepKernels(step)
+        return kernels
 
     def _rope_lengths(self, items: Listing[ScheduledSequence]) -> torch.Tensor | None:
         rule = self._base.rope
@@ -117,12 +127,14 @@ class Runner:
             PrefillSpan(start, start + item.num_tokens, item.start, self._covering(item))
             for item, start in zip(items[num_decodes:], starts[num_decodes:], strict=False)
         )
+        decodes = items[:num_decodes]
         return AttentionBatch(
             blocks=torch.tensor(blocks, device=device),
             offsets=torch.tensor(offsets, device=device),
-            decode=_decode_batch(items[:num_decodes], size, device) if num_decodes else None,
+            decode=_decode_batch(decodes, size, device) if decodes and self._kernels is None else None,
             num_decodes=num_decodes,
             prefills=prefills,
+            lists=_decode_lists(decodes, size, device) if decodes and self._kernels is not None else None,
         )
 
     def _covering(self, item: ScheduledSequence) -> torch.Tensor:
@@ -134,19 +146,40 @@ def _is_decode(item: ScheduledSequence) -> bool:
     return item.num_tokens == 1
 
 
-def _pack_order(items: Listing[ScheduledSequence]) -> list[ScheduledSequence]:
-    """Single tokens first, by slot (so that they stand in lanes as they are), the base's last of them; then chunks."""
-    decodes = [item for item in items if _is_decode(item)]
-    chunks = [item for item in items if not _is_decode(item)]
-    return sorted(decodes, key=lambda item: (not item.sequence.slot, item.sequence.slot)) + chunks
+def _pack_order(sequences: Listing[ScheduledSequence], adapter_of: Mapping[int, int]) -> list[ScheduledSequence]:
+    """Single tokens first, in the order of the lanes (so that they stand there as they are), the base's last of them;
+    then chunks, those of one adapter beside one another."""
+
+    def place(item: ScheduledSequence) -> tuple[bool, bool, int]:
+        adapter = adapter_of[item.sequence.slot]
+        return not _is_decode(item), not adapter, adapter
+
+    return sorted(sequences, key=place)
 
 
-def _layout(
-    adapters: Listing[int], num_mixed: int, runs: tuple[Run, ...], lanes: Lanes | None, device: torch.device
-) -> TokenLayout:
-    is_all_in_lanes = lanes is not None and not any(adapters[lanes.num_tokens :])
-    numbers = torch.tensor(adapters, device=device, dtype=torch.long)
-    return TokenLayout(numbers, num_mixed, runs, lanes, is_all_in_lanes)
+def _layout(adapters: Listing[int], num_mixed: int, edits: StepEdits | None, device: torch.device) -> TokenLayout:
+    """The layout of tokens with these batch-local adapters, of which the first `num_mixed` may change from one on."""
+    lanes = None
+    if edits is not None:
+        num = edits.num_lanes
+        lanes = Lanes.of(adapters, num, device) or Lanes.of(adapters[:num_mixed], num, device)
+    return TokenLayout(
+        adapters=torch.tensor(adapters, device=device, dtype=torch.long),
+        num_mixed=num_mixed,
+        runs=_runs(adapters, num_mixed),
+        lanes=lanes,
+        runs_after_lanes=_runs(adapters, lanes.num_tokens if lanes else 0),
+    )
+
+
+def _runs(adapters: Listing[int], start: int) -> tuple[Run, ...]:
+    """The tokens from `start` on that have an adapter, in the longest runs of one."""
+    runs = []
+    for adapter, tokens in groupby(range(start, len(adapters)), key=adapters.__getitem__):
+        first, *others = tokens
+        if adapter:
+            runs.append(Run(first, (others or [first])[-1] + 1, adapter))
+    return tuple(runs)
 
 
 def _starts(lengths: Listing[int]) -> list[int]:
@@ -187,6 +220,15 @@ def _decode_batch(items: Listing[ScheduledSequence], size: int, device: torch.de
         inverse=_inverse(order, device) if is_single else None,
         num_read=min(size, max(item.start + 1 for item in items)),
     )
+
+
+def _decode_lists(items: Listing[ScheduledSequence], size: int, device: torch.device) -> DecodeLists:
+    blocks = [item.sequence.blocks[: -(-(item.start + 1) // size)] for item in items]
+    ends = list(accumulate(map(len, blocks)))
+    numbers = [item.start + 1 for item in items] + [0, *ends[:-1]] + [block for own in blocks for block in own]
+    packed = torch.tensor(numbers, dtype=torch.int32).to(device)
+    lengths, firsts, all_blocks = torch.split(packed, [len(items), len(items), ends[-1]])
+    return DecodeLists(lengths, firsts, all_blocks)
 
 
 def _inverse(order: Listing[int], device: torch.device) -> torch.Tensor | None:

@@ -17,16 +17,23 @@ Full blocks are found again by their keys (see `blocks.block_key`), by whoever b
 same edits: a newcomer, or a preempted sequence that comes back. They become known when the step that filled them is
 committed, and nobody writes to them after that. The newest known token is always computed: its logits are needed.
 
-A waiting sequence whose adapter is still loading, or finds no room on the device, is passed over. So that newer ones
-cannot hold all the room for ever, the oldest such sequence is overtaken by newer ones with an adapter in at most
-MAX_OVERTAKING_STEPS steps. From then on only the base's are admitted behind it, and the residencies drain, until it is
-admitted, fails or is aborted.
+A waiting sequence whose adapter is still loading, or finds no room on the device, is passed over: it holds up nobody.
+But none lacks room for ever. One that has for `max_adapter_wait_s` is overdue, and residencies rotate:
+
+- it comes first, and until it has started no adapter that nothing runs on is admitted to the room that becomes free;
+- adapters that run give way, the least valuable first: their sequences are preempted, and later compute again;
+- an adapter has its turn before it must give way: `max_adapter_wait_s` from the first sequence that it was admitted
+  for, and until that sequence has computed a new token. So every turn is of use, and two adapters cannot drive one
+  another out step by step.
+
+With room for `p` of them at once, the adapter that is k-th in line so starts within (1 + ceil(k / p)) times the limit,
+if computing a prompt takes no longer than that.
 """
 
 import time
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -48,7 +55,6 @@ from server.ground.errors import (
     StartupRefused,
 )
 
-MAX_OVERTAKING_STEPS = 64  # enough for most loads to end, so that a cold adapter seldom holds up the others
 _RETRY_AFTER_S = 5  # a queue in which requests time out is not empty in a second
 
 
@@ -60,13 +66,14 @@ class SchedulerLimits:
     max_context: int  # tokens, prompt and output together
     queue_timeout_s: float | None = None  # from arrival to the first step; None: no limit
     request_timeout_s: float | None = None  # from arrival to the end
+    max_adapter_wait_s: float = 2.0  # without room for its adapter, before others must make some
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "max_batch_tokens", "max_queued", "max_context"):
             value = getattr(self, name)
             if value < 1:
                 raise StartupRefused(f"{name} is {value}; set it to at least 1.", param=name)
-        for name in ("queue_timeout_s", "request_timeout_s"):
+        for name in ("queue_timeout_s", "request_timeout_s", "max_adapter_wait_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise StartupRefused(f"{name} is {value}; set it to more than 0, or leave it out.", param=name)
@@ -90,15 +97,23 @@ class Residency(Protocol):
     def retire(self, version: Any) -> None:
         """Ends one hold."""
 
+    def lacks_room(self, version: Any) -> bool:
+        """Whether `admit` gave None because adapters that are held leave it no room, and not because it is loading."""
+
+    def least_valuable(self, versions: Iterable[Any]) -> Any | None:
+        """Of these, all held, the one to go first where room is needed; None if none of them may leave the device."""
+
 
 @dataclass(slots=True)
 class _Step:
     """A batch in the making."""
 
     num_tokens_left: int
+    now_s: float
     items: dict[str, ScheduledSequence] = field(default_factory=dict)  # by sequence id, in order
     failed: list[FailedSequence] = field(default_factory=list)
     has_preempted: bool = False
+    overdue: Sequence | None = None  # that still waits for its adapter's turn
 
     def put(self, sequence: Sequence, num_tokens: int) -> None:
         start = sequence.num_computed_tokens
@@ -116,6 +131,19 @@ class _Step:
         item = self.items.pop(sequence.sequence_id, None)
         if item is not None:
             self.num_tokens_left += item.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """An adapter's time on the device, from its first hold to the end of its last."""
+
+    first: Sequence  # for which it was admitted
+    begun_s: float
+
+    def is_over(self, now_s: float, length_s: float) -> bool:
+        """Whether it has had its time, and its first sequence a new token out of it (or another end)."""
+        is_computing = self.first.status is SequenceStatus.RUNNING and self.first.is_prefilling
+        return now_s - self.begun_s >= length_s and not is_computing
 
 
 class Scheduler:
@@ -149,8 +177,8 @@ class Scheduler:
         self._num_preemptions = 0
         self._num_queried_tokens = 0
         self._num_hit_tokens = 0
-        self._refused_arrival = -1  # of the oldest sequence that found no residency
-        self._num_overtaking_steps = 0  # in which a newer one with an adapter was admitted before it
+        self._turns: dict[Hashable, _Turn] = {}  # of the versions that are held
+        self._num_rotations = 0
 
     @property
     def num_waiting(self) -> int:
@@ -164,6 +192,11 @@ class Scheduler:
     def num_preemptions(self) -> int:
         """Preemptions since the start."""
         return self._num_preemptions
+
+    @property
+    def num_rotations(self) -> int:
+        """Turns of adapters that ended for another's, since the start."""
+        return self._num_rotations
 
     @property
     def num_queried_tokens(self) -> int:
@@ -235,11 +268,11 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """The next step's work, with its blocks allocated and its residencies held."""
-        step = _Step(num_tokens_left=self._limits.max_batch_tokens)
-        self._fail_overdue(step)
+        step = _Step(self._limits.max_batch_tokens, self._clock())
+        self._fail_timed_out(step)
         self._continue_running(step)
-        if not step.has_preempted:
-            # Else the blocks just taken from a sequence would go to one that has to give them back soon.
+        # Else the blocks just taken from a sequence would go to one that has to give them back soon.
+        if not step.has_preempted and self._admit_overdue(step):
             self._admit_waiting(step)
         return Batch(tuple(step.items.values()), tuple(step.failed))
 
@@ -272,6 +305,7 @@ class Scheduler:
         self._blocks.check_integrity()
         assert len({block for sequence in self._running for block in sequence.blocks}) <= self._blocks.num_used
         assert self._num_holds == Counter(s.version for s in self._running if s.version is not None)
+        assert self._num_holds.keys() == self._turns.keys()
         assert len(self._running) <= self._limits.max_sequences
         assert len(self._running) + len(self._waiting) == len(self._sequences)
         for line in (self._running, self._waiting):
@@ -297,13 +331,12 @@ class Scheduler:
             return FinishReason.LENGTH
         return None
 
-    def _fail_overdue(self, step: _Step) -> None:
+    def _fail_timed_out(self, step: _Step) -> None:
         in_queue, in_all = self._limits.queue_timeout_s, self._limits.request_timeout_s
         if in_queue is None and in_all is None:
             return
-        now_s = self._clock()
         for sequence in (*self._running, *self._waiting):
-            age_s = now_s - sequence.arrived_s
+            age_s = step.now_s - sequence.arrived_s
             if in_all is not None and age_s > in_all:
                 self._fail(sequence, _timed_out(sequence, in_all), step)
             elif in_queue is not None and age_s > in_queue and not sequence.has_started:
@@ -348,40 +381,101 @@ class Scheduler:
             if newest is sequence:
                 return 0
 
-    def _admit_waiting(self, step: _Step) -> None:
-        absent: set[Hashable] = set()  # asked for in this step already
-        is_overtaken = False
-        for sequence in tuple(self._waiting):
-            if not step.num_tokens_left or len(self._running) == self._limits.max_sequences:
-                break
-            is_newer = bool(absent) and sequence.version is not None
-            if sequence.version in absent or (is_newer and self._num_overtaking_steps >= MAX_OVERTAKING_STEPS):
+    def _admit_overdue(self, step: _Step) -> bool:
+        """Starts the sequences that have lacked room for too long, at the cost of others. Whether more may start."""
+        absent: set[Hashable] = set()  # being loaded or copied: nobody gives way for that
+        for sequence in self._overdue(step.now_s):
+            if sequence.short_since_s is None or sequence.version in absent:
                 continue
             try:
-                slot = self._hold(sequence.version)
+                slot = self._hold_at_others_cost(sequence, step)
+            except GraftError as error:
+                self._fail(sequence, error, step)
+                continue
+            if slot is not None:
+                if not self._start(sequence, slot, step):
+                    return False
+            elif self._residency.lacks_room(sequence.version):
+                step.overdue = sequence
+                return True
+            else:
+                absent.add(sequence.version)
+        return True
+
+    def _overdue(self, now_s: float) -> list[Sequence]:
+        """The waiting sequences that have lacked room for `max_adapter_wait_s`, the one that has for longest first."""
+        last_s = now_s - self._limits.max_adapter_wait_s
+        found = [(s.short_since_s, s.arrival, s) for s in self._waiting if s.short_since_s is not None]
+        return [sequence for since_s, _, sequence in sorted(found) if since_s <= last_s]
+
+    def _hold_at_others_cost(self, sequence: Sequence, step: _Step) -> int | None:
+        slot = self._hold(sequence, step)
+        while slot is None and self._residency.lacks_room(sequence.version) and self._end_a_turn(step):
+            slot = self._hold(sequence, step)
+        return slot
+
+    def _end_a_turn(self, step: _Step) -> bool:
+        """Preempts all sequences of the least valuable adapter that has had its turn; False if there is none."""
+        length_s = self._limits.max_adapter_wait_s
+        had = [version for version, turn in self._turns.items() if turn.is_over(step.now_s, length_s)]
+        version = self._residency.least_valuable(had)
+        if version is None:
+            return False
+        for sequence in [sequence for sequence in self._running if sequence.version == version]:
+            self._preempt(sequence, step)
+        self._num_rotations += 1
+        return True
+
+    def _admit_waiting(self, step: _Step) -> None:
+        absent: set[Hashable] = set()  # asked for in this step already
+        short: set[Hashable] = set()  # for lack of room, or lest they take it
+        for sequence in tuple(self._waiting):
+            if not self._has_place(step):
+                break
+            if self._is_held_back(sequence, step):
+                short.add(sequence.version)
+                continue
+            if sequence.version in absent:
+                continue
+            try:
+                slot = self._hold(sequence, step)
             except GraftError as error:
                 self._fail(sequence, error, step)
                 continue
             if slot is None:
-                if not absent:
-                    self._note_refused(sequence)
                 absent.add(sequence.version)
-            elif self._start(sequence, slot, step):
-                is_overtaken |= is_newer
-            else:
+            elif not self._start(sequence, slot, step):
                 break
-        self._num_overtaking_steps += is_overtaken
+        self._note_short(short | set(filter(self._residency.lacks_room, absent)), step)
 
-    def _note_refused(self, oldest: Sequence) -> None:
-        if oldest.arrival != self._refused_arrival:
-            self._refused_arrival = oldest.arrival
-            self._num_overtaking_steps = 0
+    def _has_place(self, step: _Step) -> bool:
+        return step.num_tokens_left > 0 and len(self._running) < self._limits.max_sequences
+
+    def _is_held_back(self, sequence: Sequence, step: _Step) -> bool:
+        """Whether it could take the room that becomes free for one that is overdue."""
+        is_held = sequence.version is None or sequence.version in self._turns
+        return step.overdue is not None and not is_held
+
+    def _note_short(self, short: set[Hashable], step: _Step) -> None:
+        """Begins the wait for room of every sequence of these adapters."""
+        for sequence in self._waiting if short else ():
+            if sequence.version in short and sequence.short_since_s is None:
+                sequence.short_since_s = step.now_s
+
+    def _end_wait_for_room(self, started: Sequence) -> None:
+        """Its adapter has its turn: those that wait for the same one wait for a seat from now on."""
+        for sequence in (started, *self._waiting) if started.short_since_s is not None else ():
+            if sequence.version == started.version:
+                sequence.short_since_s = None
 
     def _start(self, sequence: Sequence, slot: int, step: _Step) -> bool:
-        """Runs a waiting sequence whose residency is held; False when it has to wait for blocks.
+        """Runs a waiting sequence whose residency is held; False when it has to wait for a seat, tokens or blocks.
 
         Then those behind it must not take blocks either, or a long prompt would never find enough of them.
         """
+        if not self._has_place(step):
+            self._unhold(sequence.version)
+            return False
         found = self._find(sequence)
         num_found = len(found) * self._blocks.block_size
         num_tokens = min(sequence.num_tokens - num_found, step.num_tokens_left)
@@ -402,6 +496,7 @@ class Scheduler:
         sequence.slot = slot
         sequence.blocks = found + self._blocks.allocate(num_blocks)
         sequence.num_computed_tokens = num_found
+        self._end_wait_for_room(sequence)
         self._note_start(sequence, num_found)
         step.put(sequence, num_tokens)
         return True
@@ -463,12 +558,14 @@ class Scheduler:
         sequence.slot = 0
         sequence.num_computed_tokens = 0
 
-    def _hold(self, version: Hashable | None) -> int | None:
+    def _hold(self, sequence: Sequence, step: _Step) -> int | None:
+        version = sequence.version
         if version is None:
             return 0
         slot = self._residency.admit(version)
         if slot is not None:
             self._num_holds[version] += 1
+            self._turns.setdefault(version, _Turn(sequence, step.now_s))
         return slot
 
     def _unhold(self, version: Hashable | None) -> None:
@@ -477,7 +574,7 @@ class Scheduler:
         self._residency.retire(version)
         self._num_holds[version] -= 1
         if not self._num_holds[version]:
-            del self._num_holds[version]
+            del self._num_holds[version], self._turns[version]
 
     def _out_of_blocks(self, sequence: Sequence) -> GenerationFailed:
         """For a sequence that runs alone: its blocks and the free ones are all that it can ever get."""

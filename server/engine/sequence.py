@@ -90,6 +90,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     arrival: int = -1  # its place in the order of arrival, given by the scheduler
     arrived_s: float = 0.0  # on the scheduler's clock
+    short_since_s: float | None = None  # while it waits: since when its adapter has lacked room on the device
     has_started: bool = False  # whether it has ever run
     num_cached_tokens: int = 0  # of the prompt: found in the cache when it first ran
     block_keys: list[bytes] = field(default_factory=list)  # of its first full blocks, as many as were asked for

@@ -85,6 +85,13 @@ def _is_folder(path: Path) -> Path:
     return path
 
 
+def _store_place(value: object) -> object:
+    """A folder as a Path; a URL stays text, because a Path would take its slashes for one."""
+    if isinstance(value, str) and "://" not in value:
+        return Path(value).expanduser()
+    return value.expanduser() if isinstance(value, Path) else value
+
+
 def _on_or_off(value: object) -> object:
     """YAML reads a bare on and off as true and false."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
@@ -106,6 +113,8 @@ Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Size = Annotated[ByteSize, Field(gt=0)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+# A folder, or the URL of an object store.
+StorePlace = Annotated[Path | str, BeforeValidator(_store_place)]
 
 
 class Settings(BaseSettings):
@@ -137,9 +146,22 @@ class Settings(BaseSettings):
     ] = ()
 
     store: Annotated[
-        UserPath,
-        Flag("adapters", "DIR", "where uploaded adapters are kept; created at need", default="./adapters_store"),
+        StorePlace,
+        Flag(
+            "adapters",
+            "DIR|URL",
+            "where uploaded adapters are kept: a folder, created at need, or s3://bucket/prefix (gs://, az://)",
+            default="./adapters_store",
+        ),
     ] = Field(default_factory=_default_store)
+    store_cache: Annotated[
+        UserPath | None,
+        Flag("adapters", "DIR", "with a URL: where its adapters lie on this machine", default="the user's cache"),
+    ] = None
+    store_cache_bytes: Annotated[Size, Flag("adapters", "SIZE", "what they may take there")] = ByteSize(16384 * _MIB)
+    store_refresh: Annotated[
+        Seconds, Flag("adapters", "SECONDS", "with a URL: how often to look for what other servers have changed")
+    ] = 10.0
     adapter: Annotated[
         tuple[NamedAdapter, ...],
         NoDecode,
@@ -156,12 +178,24 @@ class Settings(BaseSettings):
         BeforeValidator(_split),
         Flag("adapters", "DIR", "folder from which POST /v1/load_lora_adapter may read adapters; may be repeated"),
     ] = ()
+    allow_source: Annotated[
+        tuple[str, ...],
+        NoDecode,
+        BeforeValidator(_split),
+        Flag("adapters", "PREFIX", "where requests may fetch from (hf://org/, s3://bucket/x/, ...); may be repeated"),
+    ] = ()
     strict_base: Annotated[
         bool, Flag("adapters", "", "refuse adapters that were trained on another base, instead of warning")
     ] = False
     keep_versions: Annotated[
         Count, Flag("adapters", "N", "versions of a replaced adapter that stay in the store, the current one counted")
     ] = 3
+    store_quota: Annotated[
+        Size | None, Flag("adapters", "SIZE", "what the store's adapters may take, all versions; then uploads get 507")
+    ] = None
+    store_reserve: Annotated[
+        ByteSize, Field(ge=0), Flag("adapters", "SIZE", "free bytes that an upload must leave on the store's disk")
+    ] = ByteSize(256 * _MIB)
     adapter_memory: Annotated[
         Size, Flag("adapters", "SIZE", "device memory for adapters; the number resident is bounded by it alone")
     ] = ByteSize(512 * _MIB)
@@ -193,6 +227,10 @@ class Settings(BaseSettings):
     request_timeout: Annotated[
         Seconds | None, Flag("limits", "SECONDS", "longest life of a request, its wait included; then it is failed")
     ] = None
+    max_adapter_wait: Annotated[
+        Seconds,
+        Flag("limits", "SECONDS", "longest wait for device room that other adapters hold; then they take turns"),
+    ] = 2.0
     kv_memory: Annotated[
         Size | None, Flag("limits", "SIZE", "device memory for the KV cache", default="a share of what is free")
     ] = None
@@ -210,6 +248,10 @@ class Settings(BaseSettings):
     ] = "on"
 
     config: Annotated[UserPath | None, Flag("process", "FILE", "YAML file with any of these settings as keys")] = None
+    ops: Annotated[
+        Literal["reference", "triton"],
+        Flag("process", "{reference,triton}", "what computes adapters and attention; triton needs a GPU"),
+    ] = "reference"
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Flag("process", "{debug,info,warning,error}", "how much is written to stderr"),
@@ -296,6 +338,11 @@ class Settings(BaseSettings):
                 "set GRAFT_API_KEY (or --api-key), or keep the default --host 127.0.0.1."
             )
         return self
+
+    @property
+    def has_store(self) -> bool:
+        """Whether there is something to read at `store`; what a URL names is taken to be there."""
+        return isinstance(self.store, str) or self.store.is_dir()
 
     @property
     def is_loopback(self) -> bool:

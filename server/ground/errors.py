@@ -11,10 +11,15 @@ Owns the tree below and the wording rules (name the field, the limit, the remedy
     ├── NotFound             404
     │   └── AdapterNotFound  404
     ├── Conflict             409  the name exists with other content, or is in use
+    │   └── PreconditionFailed 412  the name exists, and the request is for a new one only
     ├── TooLarge             413  a body or a file over its limit
+    ├── StorageFull          507  the store's quota or its disk has no room for an upload
     ├── GenerationFailed     500  the engine failed while the request ran
     │   └── RequestTimedOut  504  the request took longer than --request-timeout
     ├── Overloaded           503  the queue is full or too slow; carries Retry-After
+    │   └── StoreUnreachable 503  the object store that adapters are kept in does not answer, or denies access
+    │   └── AdapterOnItsWay  503  the adapter is being fetched for the first time
+    ├── SourceFailed         502  the place that an adapter is fetched from failed
     └── StartupRefused        -   the server cannot start with these settings
 """
 
@@ -80,10 +85,21 @@ class Conflict(GraftError):
     code = "conflict"
 
 
+class PreconditionFailed(Conflict):
+    status = 412
+    code = "precondition_failed"
+
+
 class TooLarge(GraftError):
     status = 413
     type = "invalid_request_error"
     code = "too_large"
+
+
+class StorageFull(GraftError):
+    status = 507
+    type = "storage_error"
+    code = "storage_full"
 
 
 class GenerationFailed(GraftError):
@@ -108,6 +124,24 @@ class Overloaded(GraftError):
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class AdapterOnItsWay(Overloaded):
+    code = "adapter_on_its_way"
+
+
+class SourceFailed(GraftError):
+    status = 502
+    type = "upstream_error"
+    code = "source_failed"
+
+
+class StoreUnreachable(Overloaded):
+    type = "storage_error"
+    code = "store_unreachable"
+
+    def __init__(self, message: str, *, retry_after_s: int = 5) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
 
 
 class StartupRefused(GraftError):

@@ -28,13 +28,17 @@ GAUGES: Mapping[str, str] = {
     "graft_adapters_resident": "Adapter versions on the device.",
     "graft_adapters_loading": "Adapter versions on their way from the store to host memory.",
     "graft_adapters_pinned": "Adapter versions that may leave neither host memory nor the device.",
+    "graft_store_bytes": "What the adapters in the store take, all versions.",
+    "graft_store_quota_bytes": "What they may take (--store-quota); 0 for no limit.",
     "graft_adapter_host_bytes": "Host memory that adapters take.",
     "graft_adapter_device_bytes": "Device memory that adapters take.",
     "graft_adapter_device_capacity_bytes": "Device memory that adapters may take.",
     "graft_adapter_leases": "Holds of requests on adapter versions.",
+    "graft_adapter_fetches_running": "Adapters being fetched from a source.",
+    "graft_adapter_fetches_waiting": "Adapters that wait to be fetched.",
 }
 TOTALS: Mapping[str, str] = {
-    "graft_preemptions_total": "Sequences set back to waiting because blocks ran out.",
+    "graft_preemptions_total": "Sequences set back to waiting because blocks ran out or another adapter had its turn.",
     "graft_prefix_cache_queries_total": "Tokens of sequences that were looked up in the KV cache when they first ran.",
     "graft_prefix_cache_hits_total": "Tokens of sequences that were found there, and not computed.",
     "graft_steps_total": "Steps that the engine has run.",
@@ -44,6 +48,7 @@ TOTALS: Mapping[str, str] = {
     "graft_adapter_unloads_total": "Adapters taken off the device and out of host memory by request.",
     "graft_adapter_device_evictions_total": "Adapters dropped from the device to make room.",
     "graft_adapter_host_evictions_total": "Adapters dropped from host memory to make room.",
+    "graft_adapter_rotations_total": "Adapters whose sequences were set back because another had waited for room.",
 }
 
 _FIRST_TOKEN_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -91,6 +96,9 @@ class Metrics:
             "graft_step_adapters", "Distinct adapters in one step, the base not counted.", (0, *_STEP_COUNTS)
         )
 
+        self._fetches = self._counter("graft_adapter_fetches", "Fetches from a source that ended.", ("outcome",))
+        self._fetched_bytes = self._counter("graft_adapter_fetched_bytes", "Bytes fetched from sources.")
+
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
 
@@ -116,6 +124,13 @@ class Metrics:
     def count_finished(self, finish_reason: str, num_prompt_tokens: int) -> None:
         self._finished.labels(finish_reason).inc()
         self._prompt_tokens.inc(num_prompt_tokens)
+
+    def count_fetch(self, outcome: str) -> None:
+        """`outcome` is "done", "failed" or "cancelled"."""
+        self._fetches.labels(outcome).inc()
+
+    def count_fetched_bytes(self, num_bytes: int) -> None:
+        self._fetched_bytes.inc(num_bytes)
 
     def step(self, report: Step) -> None:
         """The composition of one step's batch; called by the engine's thread."""

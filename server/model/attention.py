@@ -5,6 +5,7 @@ sequences or adapters; what a step attends to is in the context.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class PagedAttention:
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
         self.cache: KVCache | None = None
+        self.kernels: ModuleType | None = None  # `server.ops.kernels`, where they run
         self.observer: Callable[[int, int, int], None] | None = None  # (layer, kv_heads, head_dim)
 
     def forward(
@@ -81,7 +83,8 @@ class PagedAttention:
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (tokens, heads, head_dim)
         batch = context.attention
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        store_kv(k, v, keys, values, batch.blocks, batch.offsets)
+        store = store_kv if self.kernels is None else self.kernels.store_kv
+        store(k, v, keys, values, batch.blocks, batch.offsets)
         options: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap}
         return self._attend(q, k, v, keys, values, context, options)[None]
 
@@ -99,6 +102,9 @@ class PagedAttention:
         parts = []
         if batch.decode is not None:
             parts.append(decode_attention(q[: batch.num_decodes], keys, values, batch.decode, **options))
+        if batch.lists is not None:
+            assert self.kernels is not None
+            parts.append(self.kernels.decode_attention(q[: batch.num_decodes], keys, values, batch.lists, **options))
         for span in batch.prefills:
             at = slice(span.start, span.end)
             parts.append(prefill_attention(q[at], k[at], v[at], keys, values, span, **options))

@@ -11,7 +11,8 @@ from typing import Protocol
 
 import torch
 
-from server.ops import DecodeBatch, GroupEdits, PrefillSpan, TokenLayout
+from server.ops import DecodeBatch, GroupEdits, PrefillSpan, StackHidden, TokenLayout
+from server.ops.runs import DecodeLists
 
 
 class BatchEdits(Protocol):
@@ -20,11 +21,33 @@ class BatchEdits(Protocol):
     def group(self, index: int) -> GroupEdits | None:
         """The edits at site group `index`; None when no adapter of the step touches it."""
 
-    def dense(self, index: int) -> GroupEdits:
-        """The same with the rank rows of all adapters under one another, which a group of matrices need not have."""
-
     def embedding_rows(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """For an embedding's group: the row store as (all rows, vocabulary), and this step's row numbers (rows,)."""
+
+
+class SiteKernels(Protocol):
+    """The edits of a step's adapters, applied by kernels that read rank rows where they lie."""
+
+    def edits(self, site: int) -> bool:
+        """Whether any token's adapter does anything at this site."""
+
+    def scales_input(self, site: int) -> bool:
+        """Whether any token's adapter has an in_scale at this site."""
+
+    def is_joint(self, group: int) -> bool:
+        """Whether the members of a group are edited, and all from one input: they may be finished at once."""
+
+    def scale(self, x: torch.Tensor, group: int, member: int, *, is_head: bool = False) -> torch.Tensor:
+        """What the base of this member reads: x (tokens, d_in) -> a tensor of its own."""
+
+    def finish(
+        self, y: torch.Tensor, x: torch.Tensor, group: int, member: int | None, *,
+        is_head: bool = False, gain: float = 1.0,
+    ) -> None:  # fmt: skip
+        """What follows the base's product, in place: y (tokens, d_out) of a member, or of all side by side (None).
+
+        x as the site was given it. `gain` multiplies the low-rank part.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +59,7 @@ class AttentionBatch:
     decode: DecodeBatch | None
     num_decodes: int
     prefills: tuple[PrefillSpan, ...]
+    lists: DecodeLists | None = None  # `decode` as kernels want it, one or the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +79,11 @@ class StepContext:
     layout: TokenLayout
     logits_layout: TokenLayout  # the same for the rows that the head computes
     edits: BatchEdits | None
+    kernels: SiteKernels | None = None  # instead of `edits`
     rope_lengths: torch.Tensor | None = None  # (tokens,) see `rope.RopeRule`; None: the base does not ask
     # Per site group: the input, and what was computed from it for all members.
-    lanes: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     shrunk: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    stack_shrunk: dict[int, tuple[torch.Tensor, StackHidden]] = field(default_factory=dict)
     fused: dict[int, FusedOutput] = field(default_factory=dict)
 
 

@@ -14,24 +14,24 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from server.model.context import FusedOutput, Scope, StepContext
+from server.model.context import FusedOutput, Scope, SiteKernels, StepContext
 from server.model.fused import FusedLinear, can_pack
 from server.model.quantize import can_read_weight, dequantized_weight, is_quantized
 from server.model.site import SiteKind
 from server.ops import (
     GroupEdits,
-    Lanes,
     SiteEdits,
     Stack,
+    StackHidden,
     TokenLayout,
     embed_low_rank,
     expand,
-    expand_lanes,
+    expand_stack,
     scale,
     scale_shift,
     shift,
     shrink,
-    shrink_lanes,
+    shrink_stack,
 )
 
 
@@ -51,6 +51,10 @@ class BaseSite:
         self._row_norms_squared: torch.Tensor | None = None
         if is_quantized(module):
             self._row_norms_squared = _row_norms_squared(module, dequantized_weight(module))
+        embed_scale = getattr(module, "embed_scale", None)  # Gemma multiplies its embeddings by sqrt(hidden)
+        # Read once: reading waits for a GPU. A base of shapes alone (`outline`) has no number here, and no forward.
+        has_number = not getattr(embed_scale, "is_meta", False)
+        self._gain = float(embed_scale) if embed_scale is not None and has_number else 1.0
         # Set by SiteTable once groups are known.
         self.group = -1
         self.member = 0
@@ -95,6 +99,8 @@ class BaseSite:
             self.observer(self, x)
         if context is None:
             return self._plain(x)
+        if context.kernels is not None:
+            return self._by_kernels(x, context, context.kernels)
         # A site outside of the groups has the number -1.
         group = None if context.edits is None or self.group < 0 else context.edits.group(self.group)
         layout = context.logits_layout if self.is_head else context.layout
@@ -124,30 +130,22 @@ class BaseSite:
         """Adds this member's low-rank part to y; what depends on the input alone is computed once for the group."""
         edits = group.members[self.member]
         assert edits is not None
-        has_lanes = group.stack is not None and layout.lanes is not None
-        if has_lanes:
-            assert group.stack is not None
-            assert layout.lanes is not None
-            h = self._hidden_in_lanes(x, group.stack, layout.lanes, context)
-            expand_lanes(y, h, group.stack, group.stack.spans[self.member], layout, edits.up_scale)
-            if layout.is_all_in_lanes:
-                return
-        assert context.edits is not None
-        dense = context.edits.dense(self.group)
+        if group.stack is not None:
+            hidden = self._stack_hidden(x, group.stack, layout, context)
+            expand_stack(y, hidden, group.stack, group.stack.spans[self.member], layout, edits.up_scale)
+            return
         known = context.shrunk.get(self.group)
         if known is None or known[0] is not x:
-            known = (x, shrink(x.view(-1, self.d_in), dense, layout, has_mixed=not has_lanes))
+            known = (x, shrink(x.view(-1, self.d_in), group, layout))
             context.shrunk[self.group] = known
-        own = dense.members[self.member]
-        assert own is not None
-        start, end = dense.offsets[self.member], dense.offsets[self.member + 1]
-        expand(y, known[1][:, start:end], own, layout, has_mixed=not has_lanes)
+        start, end = group.offsets[self.member], group.offsets[self.member + 1]
+        expand(y, known[1][:, start:end], edits, layout)
 
-    def _hidden_in_lanes(self, x: torch.Tensor, stack: Stack, lanes: Lanes, context: StepContext) -> torch.Tensor:
-        known = context.lanes.get(self.group)
+    def _stack_hidden(self, x: torch.Tensor, stack: Stack, layout: TokenLayout, context: StepContext) -> StackHidden:
+        known = context.stack_shrunk.get(self.group)
         if known is None or known[0] is not x:
-            known = (x, shrink_lanes(x.view(-1, self.d_in), stack, lanes))
-            context.lanes[self.group] = known
+            known = (x, shrink_stack(x.view(-1, self.d_in), stack, layout))
+            context.stack_shrunk[self.group] = known
         return known[1]
 
     def _product(
@@ -163,16 +161,43 @@ class BaseSite:
         known = context.fused.get(self.group)
         if known is None or known.input is not x:
             output = self.fused(x)
-            is_joint = group is not None and group.is_joint and layout.is_all_in_lanes
+            is_joint = group is not None and group.is_joint
             if is_joint:
                 assert group is not None
                 assert group.stack is not None
-                assert layout.lanes is not None
-                h = self._hidden_in_lanes(x, group.stack, layout.lanes, context)
+                hidden = self._stack_hidden(x, group.stack, layout, context)
                 pieces = (0, len(group.stack.owners))
-                expand_lanes(output.view(-1, output.shape[-1]), h, group.stack, pieces, layout)
+                expand_stack(output.view(-1, output.shape[-1]), hidden, group.stack, pieces, layout)
             known = FusedOutput(x, output, is_joint)
             context.fused[self.group] = known
+        return self.fused.output_of(self.member, known.output), known.has_low_rank
+
+    def _by_kernels(self, x: torch.Tensor, context: StepContext, kernels: SiteKernels) -> torch.Tensor:
+        """The same where kernels read rank rows in their places: all that follows the base's product is one launch."""
+        is_edited = self.group >= 0 and kernels.edits(self.index)
+        if is_edited and kernels.scales_input(self.index):
+            scaled = kernels.scale(x.view(-1, self.d_in), self.group, self.member, is_head=self.is_head)
+            y, is_done = self._plain(scaled.view(x.shape)), False
+        else:
+            y, is_done = self._product_by_kernels(x, context, kernels)
+        if is_edited and not is_done:
+            flat = y.view(-1, self.d_out)
+            kernels.finish(flat, x, self.group, self.member, is_head=self.is_head, gain=self._gain)
+        return y
+
+    def _product_by_kernels(
+        self, x: torch.Tensor, context: StepContext, kernels: SiteKernels
+    ) -> tuple[torch.Tensor, bool]:
+        """As `_product`, the edits of all members included where they can be made at once."""
+        if self.fused is None:
+            return self._base(x), False
+        known = context.fused.get(self.group)
+        if known is None or known.input is not x:
+            output = self.fused(x)
+            is_joint = kernels.is_joint(self.group)
+            if is_joint:
+                kernels.finish(output.view(-1, output.shape[-1]), x, self.group, None, is_head=self.is_head)
+            known = context.fused[self.group] = FusedOutput(x, output, is_joint)
         return self.fused.output_of(self.member, known.output), known.has_low_rank
 
     def _plain(self, x: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+# Padding in lanes costs little beside the matrices that are read anyway, until there is much of it.
+_MAX_PADDING = 2  # places for each token
+_NUM_PADDED_FREE = 512  # places
 _MAX_PIECES = 32  # of a group at once; a narrow member (an expert's gate, 1 wide) cuts the others into thousands
 
 
@@ -37,8 +40,8 @@ class Lanes:
         return self.places.shape[0]
 
     @classmethod
-    def of(cls, adapters: Sequence[int], num: int, max_padding: int, device: torch.device) -> "Lanes | None":
-        """Lanes for tokens of these batch-local adapters; None above `max_padding` places a token.
+    def of(cls, adapters: Sequence[int], num: int, device: torch.device) -> "Lanes | None":
+        """Lanes for tokens of these batch-local adapters; None where nearly all of them would be padding.
 
         Tokens after the last one with an adapter stay outside.
         """
@@ -48,7 +51,7 @@ class Lanes:
             if adapter:
                 lanes[adapter - 1].append(token)
         length = max(map(len, lanes), default=0)
-        if length == 0 or num * length > max_padding * num_tokens:
+        if length == 0 or num * length > max(_MAX_PADDING * num_tokens, _NUM_PADDED_FREE):
             return None
         tokens = [token for lane in lanes for token in (*lane, *[0] * (length - len(lane)))]
         places = [0] * num_tokens
@@ -71,16 +74,17 @@ class TokenLayout:
     """Which adapter each token of a step belongs to.
 
     The first `num_mixed` tokens may change adapter from one to the next (decodes: one token per sequence); the tokens
-    after them lie in `runs` of one adapter each (prefill chunks). The two halves are computed differently: runs as a
-    product each; mixed tokens in lanes, one small product per adapter, or as one dense product over all rank rows in
-    which each token keeps its own.
+    after them lie in `runs` of one adapter each (prefill chunks). A group whose rank rows lie under one another
+    computes mixed tokens as one dense product over all rows, in which each token keeps its own, and runs as a product
+    each. A group with a matrix per adapter computes the tokens in `lanes` as one batched product, and
+    `runs_after_lanes` as a product each.
     """
 
     adapters: torch.Tensor  # (tokens,) int64, batch-local adapter numbers
     num_mixed: int
     runs: tuple[Run, ...]
     lanes: Lanes | None = None
-    is_all_in_lanes: bool = False  # no token outside of the lanes has an adapter
+    runs_after_lanes: tuple[Run, ...] = ()
     # Many sites share one mask (same ranks), so a step gathers it once.
     _gathered: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 

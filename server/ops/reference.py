@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from server.ops.edits import GroupEdits, Lanes, SiteEdits, Stack, TokenLayout
+from server.ops.edits import GroupEdits, Lanes, Run, SiteEdits, Stack, TokenLayout
 
 
-def shrink(x: torch.Tensor, group: GroupEdits, layout: TokenLayout, *, has_mixed: bool = True) -> torch.Tensor:
+def shrink(x: torch.Tensor, group: GroupEdits, layout: TokenLayout) -> torch.Tensor:
     """The hidden activations of a site group: (tokens, d_in) -> (tokens, rows), 0 where a row is not the token's own.
-
-    Without `has_mixed` the rows of mixed tokens are left 0 (they go through lanes).
 
     Semantics:
         for t in tokens:
@@ -24,10 +22,10 @@ def shrink(x: torch.Tensor, group: GroupEdits, layout: TokenLayout, *, has_mixed
     """
     assert group.down is not None
     num_mixed = layout.num_mixed
-    if not layout.runs and has_mixed:
+    if num_mixed == x.shape[0]:
         return _shrink_mixed(x, group, layout)
     h = x.new_zeros(x.shape[0], group.down.shape[0])
-    if num_mixed and has_mixed:
+    if num_mixed:
         h[:num_mixed] = _shrink_mixed(x[:num_mixed], group, layout)
     for run in layout.runs:
         columns = group.columns[run.adapter]
@@ -55,10 +53,8 @@ def _shrink_mixed(x: torch.Tensor, group: GroupEdits, layout: TokenLayout) -> to
     return h
 
 
-def expand(y: torch.Tensor, h: torch.Tensor, edits: SiteEdits, layout: TokenLayout, *, has_mixed: bool = True) -> None:
+def expand(y: torch.Tensor, h: torch.Tensor, edits: SiteEdits, layout: TokenLayout) -> None:
     """Adds the low-rank part to y in place: y (tokens, d_out), h (tokens, rows of this site).
-
-    Without `has_mixed` mixed tokens are passed over (they go through lanes).
 
     Semantics:
         for t in tokens:
@@ -66,7 +62,7 @@ def expand(y: torch.Tensor, h: torch.Tensor, edits: SiteEdits, layout: TokenLayo
     """
     assert edits.up is not None
     num_mixed = layout.num_mixed
-    if num_mixed and has_mixed:
+    if num_mixed:
         if edits.up_scale is None:
             y[:num_mixed].addmm_(h[:num_mixed], edits.up)
         else:
@@ -82,11 +78,21 @@ def expand(y: torch.Tensor, h: torch.Tensor, edits: SiteEdits, layout: TokenLayo
             part.addcmul_(h[run.start : run.end, columns] @ edits.up[columns], edits.up_scale[run.adapter])
 
 
-def shrink_lanes(x: torch.Tensor, stack: Stack, lanes: Lanes) -> torch.Tensor:
-    """The hidden activations of tokens in lanes: (tokens, d_in) -> (lanes, length, members with rows * rank).
+@dataclass(frozen=True, slots=True)
+class StackHidden:
+    """The hidden activations of a step's tokens at a group with a matrix per adapter, all its members side by side."""
 
-    Semantics: as shrink, each token with its adapter's matrix. Padding is computed as well.
-    """
+    lanes: torch.Tensor | None  # (lanes, length, members with rows * rank)
+    runs: tuple[torch.Tensor, ...]  # (tokens of the run, members with rows * rank) of each run after the lanes
+
+
+def shrink_stack(x: torch.Tensor, stack: Stack, layout: TokenLayout) -> StackHidden:
+    """As `shrink`, with a matrix per adapter: x (tokens, d_in), in which the padding of lanes is computed as well."""
+    in_lanes = None if layout.lanes is None else _shrink_lanes(x, stack, layout.lanes)
+    return StackHidden(in_lanes, tuple(_shrink_run(x, stack, run) for run in layout.runs_after_lanes))
+
+
+def _shrink_lanes(x: torch.Tensor, stack: Stack, lanes: Lanes) -> torch.Tensor:
     rows = x[: lanes.num_tokens] if lanes.is_ordered else x.index_select(0, lanes.tokens)
     inputs = rows.to(stack.down.dtype).view(lanes.num, lanes.length, -1)
     h = torch.bmm(inputs, stack.down.transpose(1, 2))
@@ -97,34 +103,53 @@ def shrink_lanes(x: torch.Tensor, stack: Stack, lanes: Lanes) -> torch.Tensor:
     return h
 
 
-def expand_lanes(
+def _shrink_run(x: torch.Tensor, stack: Stack, run: Run) -> torch.Tensor:
+    h = x[run.start : run.end].to(stack.down.dtype) @ stack.down[run.adapter - 1].t()
+    if stack.mid_scale is not None:
+        h *= stack.mid_scale[run.adapter - 1]
+    if stack.mid_shift is not None:
+        h += stack.mid_shift[run.adapter - 1]
+    return h
+
+
+def expand_stack(
     y: torch.Tensor,
-    h: torch.Tensor,
+    hidden: StackHidden,
     stack: Stack,
     pieces: tuple[int, int],
     layout: TokenLayout,
     up_scale: torch.Tensor | None = None,
 ) -> None:
-    """Adds the pieces [first, last) of the low-rank outputs to y (tokens, pieces * width) in place.
+    """As `expand`, with a matrix per adapter: adds the pieces [first, last) to y (tokens, pieces * width) in place.
 
-    h (lanes, length, members with rows * rank) from `shrink_lanes`; up_scale (S, pieces * width).
-
-    Semantics: as expand, for the tokens in lanes and with their adapters' matrices.
+    `hidden` from `shrink_stack`; up_scale (S, pieces * width).
     """
-    lanes = layout.lanes
-    assert lanes is not None
+    is_whole = pieces == (0, len(stack.owners)) and up_scale is None
+    if is_whole and hidden.lanes is not None and hidden.lanes.shape[1] == 1 and layout.lanes is not None:
+        _add_lanes(y, _all_pieces(hidden.lanes, stack), layout.lanes)
+        hidden = StackHidden(None, hidden.runs)
     width = stack.up.shape[3]
-    if pieces == (0, len(stack.owners)) and lanes.length == 1 and up_scale is None:
-        _add_lanes(y, _all_pieces(h, stack), lanes)
-        return
     for first, last in stack.spans:
         if first == last or not pieces[0] <= first < pieces[1]:
             continue
         at = stack.owners[first] * stack.rank
-        up = stack.up[:, first:last].transpose(1, 2).reshape(lanes.num, stack.rank, -1)  # a copy if in several pieces
-        out = torch.bmm(h[:, :, at : at + stack.rank], up).view(-1, up.shape[2])
+        member = slice(at, at + stack.rank)
         columns = slice((first - pieces[0]) * width, (last - pieces[0]) * width)
-        _add_lanes(y[:, columns], out, lanes, None if up_scale is None else (up_scale[:, columns], layout))
+        scales = None if up_scale is None else up_scale[:, columns]
+        if hidden.lanes is not None and layout.lanes is not None:
+            up = _up_of(stack.up[:, first:last])
+            out = torch.bmm(hidden.lanes[:, :, member], up).view(-1, up.shape[2])
+            _add_lanes(y[:, columns], out, layout.lanes, None if scales is None else (scales, layout))
+        for run, h in zip(layout.runs_after_lanes, hidden.runs, strict=True):
+            out = h[:, member] @ _up_of(stack.up[run.adapter - 1, first:last])
+            if scales is not None:
+                out *= scales[run.adapter]
+            y[run.start : run.end, columns] += out.to(y.dtype)
+
+
+def _up_of(pieces: torch.Tensor) -> torch.Tensor:
+    """(..., pieces, rank, width) -> (..., rank, pieces * width); a copy where there is more than one piece."""
+    return pieces.transpose(-3, -2).flatten(-2)
 
 
 def _all_pieces(h: torch.Tensor, stack: Stack) -> torch.Tensor:

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from server.adapters.content import CONFIG_FILE, WEIGHTS_FILE
+from server.adapters.format.content import CONFIG_FILE, WEIGHTS_FILE
 from server.adapters.method import Edit, Lowered
-from server.adapters.store import Incoming, Store
+from server.adapters.store.folder_store import Incoming, Store
 from server.ground.errors import AdapterRejected
 
 WIDTH = 8

@@ -52,8 +52,8 @@ def test_every_field_is_cast_to_the_serving_dtype_and_keeps_its_shape(dtype: tor
     assert adapter.edits["q"].rank == 2
     for name, source in edit.tensors().items():
         # Rank rows are cast; vectors stay as exact as they came.
-        assert torch.equal(kept[name].tensor, source.to(dtype if source.dim() == 2 else torch.float32))
-        assert kept[name].tensor.is_contiguous()
+        assert torch.equal(kept[name][0].tensor, source.to(dtype if source.dim() == 2 else torch.float32))
+        assert kept[name][0].tensor.is_contiguous()
 
 
 def test_absent_fields_stay_absent_and_a_site_may_have_rank_0() -> None:
@@ -68,7 +68,7 @@ def test_a_kept_tensor_is_a_copy_that_no_larger_storage_stands_behind() -> None:
     for tensor in adapter.tensors():
         assert tensor.tensor.untyped_storage().nbytes() == tensor.tensor.nbytes
     table.zero_()
-    assert adapter.edits["q"].tensors()["down"].tensor.abs().min() > 0
+    assert adapter.edits["q"].tensors()["down"][0].tensor.abs().min() > 0
 
 
 def test_equal_tensors_are_stored_once_within_and_across_adapters() -> None:
@@ -78,7 +78,7 @@ def test_equal_tensors_are_stored_once_within_and_across_adapters() -> None:
     assert first.tensor_bytes == host.used_bytes == 4 * ROW_BYTES
     second = host.put("b", lowered({"q": Edit(down=shared.clone(), up=rows(3))}))
     assert host.used_bytes == 6 * ROW_BYTES
-    assert second.edits["q"].down is first.edits["k"].down
+    assert second.edits["q"].down[0] is first.edits["k"].down[0]
     assert host.drop("a") == 2 * ROW_BYTES, "the other half is b's, too"
     assert host.used_bytes == 4 * ROW_BYTES
     assert host.drop("b") == 4 * ROW_BYTES
@@ -107,8 +107,7 @@ def test_views_of_one_table_are_told_apart() -> None:
     edits = {"q": Edit(down=table[:, :4]), "k": Edit(down=table[:, 4:]), "v": Edit(down=table.T), "o": Edit(down=table)}
     adapter = host_for(100).put("a", lowered(edits))
     for path, edit in edits.items():
-        down = adapter.edits[path].down
-        assert down is not None
+        (down,) = adapter.edits[path].down
         assert torch.equal(down.tensor, edit.tensors()["down"])
 
 

@@ -16,14 +16,14 @@ from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from server.adapters.checkpoint import Checkpoint
-from server.adapters.content import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
+from server.adapters.format.checkpoint import Checkpoint
+from server.adapters.format.content import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from server.adapters.lowering import lower
 from server.adapters.merging import combine
 from server.adapters.merging.merge import MAX_RANK, MergeBase, Merged, merge, projected_weight, site_seed
 from server.adapters.merging.recipe import Ingredient, Recipe, Strategy, recipe_for
 from server.adapters.merging.truncate import truncate_dense, truncate_product
-from server.adapters.store import folder_digest
+from server.adapters.store.folder_store import folder_digest
 from server.ground.errors import BadRequest, GraftError
 from server.model.base import Base
 from server.model.dense import DenseBase
@@ -248,7 +248,7 @@ def test_a_row_that_is_scaled_to_nothing_is_refused(
     mixture = [(name, 0.5) for name in folders]
     with pytest.raises(BadRequest, match="scale a row of .* to nothing") as refused:
         merge(ingredients(folders, mixture), recipe("linear"), llama, tmp_path / "out")
-    assert refused.value.param == "weights"
+    assert refused.value.param == "adapters"
 
 
 @pytest.mark.parametrize("mixture", [SUMS["two ranks"][1], FULL_RANK["dora"][1]], ids=["thin", "dense"])
@@ -546,9 +546,9 @@ def test_parameters_have_the_defaults_of_their_strategy() -> None:
     ("mixture", "how", "param"),
     [
         ([], {"strategy": "linear"}, "adapters"),
-        ([("lora", 0.0)], {"strategy": "linear"}, "weights"),
-        ([("lora", float("inf"))], {"strategy": "linear"}, "weights"),
-        ([("lora", float("nan"))], {"strategy": "linear"}, "weights"),
+        ([("lora", 0.0)], {"strategy": "linear"}, "adapters"),
+        ([("lora", float("inf"))], {"strategy": "linear"}, "adapters"),
+        ([("lora", float("nan"))], {"strategy": "linear"}, "adapters"),
         ([("lora", 1.0), ("lora", 0.5)], {"strategy": "ties"}, "adapters"),
         ([("ia3", 1.0)], {"strategy": "linear"}, "rank"),
         ([("dora", 1.0)], {"strategy": "ties"}, "rank"),

@@ -27,7 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from server.adapters.checkpoint import Checkpoint, CheckpointLimits
+from server.adapters.format.checkpoint import Checkpoint, CheckpointLimits
 from server.adapters.lowering import lower
 from server.adapters.method import Lowered
 from server.adapters.methods import discover, method_for

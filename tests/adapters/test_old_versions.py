@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.adapters.content import WEIGHTS_FILE
+from server.adapters.format.content import WEIGHTS_FILE
 from server.adapters.host import HostTier
 from server.adapters.registry import AdapterInfo, Registry
-from server.adapters.store import Store
+from server.adapters.store.folder_store import Store
 from server.ground.errors import AdapterNotFound, GraftError
 from tests.adapters.folders import incoming_from, load_folder, write_folder
 from tests.adapters.test_registry import ROW_BYTES, Table

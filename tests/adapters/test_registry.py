@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,14 +17,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from server.adapters.content import CONFIG_FILE, WEIGHTS_FILE
+from server.adapters.device.rows import NoRoom
+from server.adapters.format.content import CONFIG_FILE, WEIGHTS_FILE
 from server.adapters.host import HostTier
 from server.adapters.host_adapter import HostAdapter
 from server.adapters.method import Lowered
 from server.adapters.registry import FAILURE_MEMORY_S, AdapterInfo, Lease, Registry
-from server.adapters.rows import NoRoom
 from server.adapters.sources import FolderSource, LocalFolder, Source
-from server.adapters.store import Store
+from server.adapters.store.folder_store import Store
 from server.ground.errors import (
     AdapterNotFound,
     AdapterRejected,
@@ -99,9 +99,9 @@ class House:
         self.device = Table(self.num_device_rows)
         self.registry = Registry(self.store, self.sources, self.host, self.device, self._load, clock=lambda: self.now_s)
 
-    def _load(self, folder: Path) -> Lowered:
+    def _load(self, folder: Path, weight: float = 1.0) -> Lowered:
         self.loaded.append(folder)
-        return self.load(folder)
+        return replace(self.load(folder), weight=weight)
 
     def store_adapter(self, name: str, seed: int, *, rank: int = 2) -> None:
         """Puts an adapter on disk before the registry opens, or behind its back."""
@@ -149,7 +149,7 @@ def build(tmp_path: Path) -> Iterator[Build]:
 def is_content(adapter: HostAdapter, seed: int) -> bool:
     """Whether an adapter is the one that was made from `seed`."""
     found = adapter.edits["layers.0.q_proj"].tensors()
-    return all(torch.equal(found[name].tensor, tensor) for name, tensor in tensors_from(seed).items())
+    return all(torch.equal(found[name][0].tensor, tensor) for name, tensor in tensors_from(seed).items())
 
 
 # Leases and what a name means

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.adapters.content import MANIFEST_FILE
+from server.adapters.format.content import MANIFEST_FILE
 from server.adapters.host import HostTier
 from server.adapters.registry import Registered, Registry
 from server.adapters.served_base import ServedBase
 from server.adapters.sources import FolderSource, Source
-from server.adapters.store import Store
+from server.adapters.store.folder_store import Store
 from server.ground.errors import AdapterNotFound, AdapterRejected
 from tests.adapters.folders import incoming_from, load_folder, write_folder
 from tests.adapters.test_registry import ROW_BYTES, Table
@@ -164,6 +164,23 @@ def test_folders_in_place_are_compared_by_name_and_by_their_manifest(opened: Ope
         registry.lease("plain")
     with pytest.raises(AdapterRejected, match=OURS):
         registry.lease("wrong")
+
+
+def test_a_mix_is_as_doubtful_as_each_of_its_parts(opened: Open, tmp_path: Path) -> None:
+    for seed, (name, fingerprint) in enumerate({"plain": None, "right": OTHER}.items()):
+        made = write_folder(tmp_path / "adapters" / name, seed)
+        if fingerprint is not None:
+            (made / MANIFEST_FILE).write_text(json.dumps({"base_fingerprint": fingerprint}), encoding="utf-8")
+    mix = [("right", 1.0), ("plain", 1.0)]
+    lease = opened(FOREIGN, FolderSource(tmp_path / "adapters")).lease_mix(mix)
+    assert lease is not None
+    assert {portion.version.name: portion.has_doubts for portion in lease.portions} == {"right": False, "plain": True}
+    lease.release()
+    registry = opened(strict(FOREIGN), FolderSource(tmp_path / "adapters"))
+    with pytest.raises(AdapterRejected, match="trained on tiny-base"):
+        registry.lease_mix(mix)
+    assert registry.lease_mix([("plain", 0.0)]) is None
+    assert registry.stats().num_leases == 0
 
 
 def test_without_a_base_to_compare_with_nothing_is_said(

@@ -1,8 +1,11 @@
-"""The rescan thread: it looks until it is closed, and survives a disk error."""
+"""The rescan thread: it looks until it is closed, and survives what cannot be read."""
 
 import threading
 
+import pytest
+
 from server.adapters.rescan import Rescan
+from server.ground.errors import StoreUnreachable
 
 
 def test_it_looks_again_until_it_is_closed() -> None:
@@ -16,12 +19,13 @@ def test_it_looks_again_until_it_is_closed() -> None:
     assert not looks.acquire(timeout=0.05)
 
 
-def test_a_disk_error_does_not_end_it() -> None:
+@pytest.mark.parametrize("error", [OSError("the disk is gone"), StoreUnreachable("The store does not answer.")])
+def test_what_cannot_be_looked_at_does_not_end_it(error: Exception) -> None:
     looks = threading.Semaphore(0)
 
     def look() -> None:
         looks.release()
-        raise OSError("the disk is gone")
+        raise error
 
     rescan = Rescan(look, interval_s=0.001)
     assert looks.acquire(timeout=120)

@@ -8,16 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.adapters.checkpoint import Checkpoint
-from server.adapters.device import DeviceTier
+from server.adapters.device.device import DeviceTier
+from server.adapters.device.rows import NoRoom, RowAllocator, stride
+from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.host import HostTier
 from server.adapters.host_adapter import HostAdapter
 from server.adapters.lowering import lower
 from server.adapters.method import Lowered
 from server.adapters.registry import Registry
-from server.adapters.rows import NoRoom, RowAllocator, stride
 from server.adapters.sources import LocalFolder
-from server.adapters.store import Store
+from server.adapters.store.folder_store import Store
 from server.ground.errors import AdapterRejected
 from server.model.base import Base
 from server.model.pretrained import BaseOptions

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from server.adapters import store
-from server.adapters.content import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
+from server.adapters.format.content import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from server.adapters.sources import FolderSource, LocalFolder
-from server.adapters.store import folder_digest
+from server.adapters.store import folder_store as store
+from server.adapters.store.folder_store import folder_digest
 from server.ground.errors import StartupRefused
 from tests.adapters.folders import write_folder
 

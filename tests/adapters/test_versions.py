@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from server.adapters.content import CONFIG_FILE
+from server.adapters.format.content import CONFIG_FILE
 from server.adapters.sources import LocalFolder
 from server.ground.errors import AdapterNotFound, AdapterRejected, BadRequest, Conflict, GraftError
 from tests.adapters.folders import write_folder

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.adapters.content import CONFIG_FILE, WEIGHTS_FILE
+from server.adapters.format.content import CONFIG_FILE, WEIGHTS_FILE
 from server.api.lora_verbs import readable_folder
 from server.ground.config import Settings
 from server.ground.config import load as load_settings

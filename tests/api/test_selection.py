@@ -5,7 +5,7 @@ from typing import Any
 import openai
 import pytest
 
-from server.adapters.store import version_digest
+from server.adapters.store.folder_store import version_digest
 from tests.api.conftest import Live
 
 

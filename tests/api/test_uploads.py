@@ -1,5 +1,6 @@
 """The form of an upload: fields in any order, limits while it arrives, and nothing left of what breaks off."""
 
+import json
 from collections.abc import Iterator
 
 import httpx
@@ -45,12 +46,40 @@ def test_fields_come_in_any_order(strict: Live, files: AdapterFiles) -> None:
         assert post(strict, form(*order)).status_code == 200
 
 
-def test_a_manifest_is_refused_as_long_as_nothing_reads_it(strict: Live, files: AdapterFiles) -> None:
+def test_a_manifest_is_part_of_the_version_and_its_recipe_is_shown(strict: Live, files: AdapterFiles) -> None:
     fields = [("name", b"a"), ("config", files.config), ("weights", files.weights)]
-    refused = post(strict, form(*fields, ("manifest", b"{}")))
+    plain = post(strict, form(*fields)).json()
+    assert strict.http.get("/v1/adapters/a").json()["recipe"] is None
+    recipe = {"strategy": "linear", "inputs": [{"name": "x", "weight": 0.5}]}
+    manifest = json.dumps({"recipe": recipe}).encode()
+    answer = strict.http.post("/v1/adapters?replace=true", content=form(("manifest", manifest), *fields), headers=TYPE)
+    assert answer.status_code == 201
+    assert answer.json()["version"] != plain["version"]
+    assert strict.http.get("/v1/adapters/a").json()["recipe"] == recipe
+
+
+@pytest.mark.parametrize("manifest", [b"[]", b'{"recipe": 5}', b"{", b'{"base_fingerprint": "mine"}'])
+def test_a_manifest_that_is_none_is_refused(strict: Live, files: AdapterFiles, manifest: bytes) -> None:
+    fields = [("name", b"a"), ("config", files.config), ("weights", files.weights), ("manifest", manifest)]
+    refused = post(strict, form(*fields))
     assert refused.status_code == 400
-    assert refused.json()["error"]["param"] == "manifest"
-    assert "not supported yet" in refused.json()["error"]["message"]
+    assert refused.json()["error"]["param"] in ("manifest", "base_fingerprint")
+
+
+def test_a_manifest_over_its_limit_is_refused(strict: Live) -> None:
+    refused = post(strict, form(("name", b"a"), ("manifest", b" " * (256 * 1024 + 1))))
+    assert refused.status_code == 413
+
+
+def test_two_fingerprints_must_be_one(strict: Live, files: AdapterFiles) -> None:
+    one, other = strict.http.get("/v1/models/tiny").json()["fingerprint"], "0" * 64
+    fields = [("name", b"a"), ("config", files.config), ("weights", files.weights)]
+    manifest = ("manifest", json.dumps({"base_fingerprint": one}).encode())
+    refused = post(strict, form(*fields, manifest, ("base_fingerprint", other.encode())))
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "base_fingerprint"
+    assert "make them agree" in refused.json()["error"]["message"]
+    assert post(strict, form(*fields, manifest, ("base_fingerprint", one.encode()))).status_code == 201
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 7, 1000])

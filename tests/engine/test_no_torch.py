@@ -6,7 +6,7 @@ import sys
 import pytest
 
 MODULES = (
-    "server.adapters.rows",
+    "server.adapters.device.rows",
     "server.engine.blocks",
     "server.engine.sequence",
     "server.engine.scheduler",

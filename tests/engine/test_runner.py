@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from server.adapters.device import DeviceTier
+from server.adapters.device.device import DeviceTier
 from server.adapters.host import HostTier
 from server.adapters.method import Edit, Lowered
 from server.engine.runner import Runner, StepLogits
@@ -264,15 +264,16 @@ def test_a_slot_used_again_never_serves_its_former_adapter(llama: Workbench) -> 
         llama.release(slot)
 
 
-def test_edits_made_for_more_adapters_serve_fewer_equally(llama: Workbench) -> None:
+def test_edits_made_for_more_adapters_serve_fewer_and_others_equally(llama: Workbench) -> None:
     play = Play(llama, random.Random(13))
-    one, two = play.add(1, 6), play.add(2, 6)
+    one, two, three = (play.add(slot, 8) for slot in (1, 2, 3))
     play.step({one.sequence_id: 3, two.sequence_id: 3})
     both = llama.device.batch([1, 2])
     play.step({one.sequence_id: 1})
-    assert llama.device.batch([1]) is both
+    play.step({one.sequence_id: 1, three.sequence_id: 4})
+    assert llama.device.batch([1, 3]) is both
     play.step({two.sequence_id: 2})
-    play.step({one.sequence_id: 2})
+    play.step({one.sequence_id: 1, two.sequence_id: 2, three.sequence_id: 1})
 
 
 # Packing

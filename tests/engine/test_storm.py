@@ -8,6 +8,7 @@ fails at once. The device is played by the real row allocator.
 
 import random
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from server.adapters.rows import RowAllocator
+from server.adapters.device.rows import RowAllocator
 from server.engine.blocks import BlockPool
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Batch, FinishReason, SamplingParams, ScheduledSequence, Sequence, SequenceStatus
@@ -94,6 +95,12 @@ class Shelf:
     def retire(self, version: Version) -> None:
         assert self.holds[version] > 0
         self.holds[version] -= 1
+
+    def lacks_room(self, version: Version) -> bool:
+        return version.name not in self.loading
+
+    def least_valuable(self, versions: Iterable[Version]) -> Version | None:
+        return min(versions, key=str, default=None)
 
     def evict_one(self) -> bool:
         victim = next((version for version in self.resident if not self.holds[version]), None)
@@ -452,6 +459,7 @@ def test_two_thousand_steps_of_a_storm(seed: int) -> None:
     assert (
         min(
             scheduler.num_preemptions,
+            scheduler.num_rotations,
             world.shelf.num_evictions,
             scheduler.num_hit_tokens,
             world.num_timed_out,

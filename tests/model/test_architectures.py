@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from server.adapters.checkpoint import Checkpoint
+from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.lowering import lower
 from server.ground.errors import AdapterRejected
 from server.model.architectures import FAMILIES, SERVED

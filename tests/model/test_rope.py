@@ -43,7 +43,8 @@ def model_of(config: PreTrainedConfig) -> PreTrainedModel:
 def step(rope_lengths: list[int]) -> StepContext:
     nothing = torch.zeros(len(rope_lengths), dtype=torch.long)
     layout = TokenLayout(nothing, len(rope_lengths), ())
-    return StepContext(AttentionBatch(nothing, nothing, None, 0, ()), layout, layout, None, torch.tensor(rope_lengths))
+    attention = AttentionBatch(nothing, nothing, None, 0, ())
+    return StepContext(attention, layout, layout, None, rope_lengths=torch.tensor(rope_lengths))
 
 
 # The rule

@@ -22,12 +22,12 @@ from server.ops import (
     decode_attention,
     embed_low_rank,
     expand,
-    expand_lanes,
+    expand_stack,
     prefill_attention,
     scale,
     shift,
     shrink,
-    shrink_lanes,
+    shrink_stack,
     store_kv,
 )
 
@@ -214,52 +214,52 @@ def stacked(case: Case, group: GroupEdits, num_pieces: int) -> Stack:
 
 
 @examples
-@given(cases(), st.booleans(), st.sampled_from([1, 2, D_OUT]))
-def test_lanes_add_what_shrink_and_expand_do(case: Case, holds_all: bool, num_pieces: int) -> None:
-    layout, group = case.layout(), case.group()
-    num_tokens = len(case.adapters) if holds_all else len(case.mixed)
-    lanes = Lanes.of(case.adapters[:num_tokens], case.num_adapters - 1, 100, torch.device("cpu"))
-    if lanes is None:
-        assert not any(case.adapters[:num_tokens])
-        return
-    x = normal(len(case.adapters), D_IN, seed=case.seed)
-    h = shrink(x, group, layout)
-    stack, layout = stacked(case, group, num_pieces), replace(layout, lanes=lanes)
-    in_lanes = shrink_lanes(x, stack, lanes)
+@given(cases(), st.sampled_from(["all", "mixed", "none"]), st.sampled_from([1, 2, D_OUT]))
+def test_a_stack_adds_what_shrink_and_expand_do(case: Case, in_lanes: str, num_pieces: int) -> None:
+    group, x = case.group(), normal(len(case.adapters), D_IN, seed=case.seed)
+    h = shrink(x, group, case.layout())
+    num_in_lanes = {"all": len(case.adapters), "mixed": len(case.mixed), "none": 0}[in_lanes]
+    lanes = Lanes.of(case.adapters[:num_in_lanes], case.num_adapters - 1, torch.device("cpu"))
+    start = lanes.num_tokens if lanes is not None else 0
+    rest = [Run(t, t + 1, adapter) for t, adapter in enumerate(case.adapters) if t >= start and adapter]
+    layout = replace(case.layout(), lanes=lanes, runs_after_lanes=tuple(rest))
+    stack = stacked(case, group, num_pieces)
+    hidden = shrink_stack(x, stack, layout)
     joint, all_expected = [], []
     for member, edits in enumerate(group.members):
         if edits is None:
             continue
         expected = normal(len(x), D_OUT, seed=case.seed + 5)
         y = expected.clone()
-        expand(expected, h[:, case.offsets[member] : case.offsets[member + 1]], edits, layout)
-        expected[num_tokens:] = y[num_tokens:]
         joint.append(y.clone())
+        expand(expected, h[:, case.offsets[member] : case.offsets[member + 1]], edits, layout)
         all_expected.append(expected)
-        expand_lanes(y, in_lanes, stack, stack.spans[member], layout, edits.up_scale)
+        expand_stack(y, hidden, stack, stack.spans[member], layout, edits.up_scale)
         torch.testing.assert_close(y, expected)
     if not case.has_up_scale:
         y = torch.cat(joint, dim=1)
-        expand_lanes(y, in_lanes, stack, (0, len(stack.owners)), layout)
+        expand_stack(y, hidden, stack, (0, len(stack.owners)), layout)
         torch.testing.assert_close(y, torch.cat(all_expected, dim=1))
 
 
 def test_lanes_that_would_be_mostly_padding_are_not_made() -> None:
     device = torch.device("cpu")
-    assert Lanes.of([1] * 9 + [2], 2, 2, device) is not None
-    assert Lanes.of([1] * 9 + [2], 3, 2, device) is None
-    assert Lanes.of([0, 0], 2, 2, device) is None
-    assert Lanes.of([], 2, 2, device) is None
+    few, many = [1] * 9 + [2], [1] * 600 + [2]
+    assert all(Lanes.of(few, num, device) is not None for num in (2, 16))
+    assert Lanes.of(many, 2, device) is not None
+    assert Lanes.of(many, 3, device) is None
+    assert Lanes.of([0, 0], 2, device) is None
+    assert Lanes.of([], 2, device) is None
 
 
 def test_what_overflows_in_one_lane_stays_there() -> None:
-    lanes = Lanes.of([1, 0, 2], 2, 4, torch.device("cpu"))
+    lanes = Lanes.of([1, 0, 2], 2, torch.device("cpu"))
     assert lanes is not None
     down = torch.tensor([[[math.inf] * D_IN], [[1.0] * D_IN]])
     stack = Stack(1, down, torch.ones(2, 1, 1, D_OUT), spans=((0, 1),), owners=(0,))
     layout = TokenLayout(torch.tensor([1, 0, 2]), 3, (), lanes)
     y = torch.zeros(3, D_OUT)
-    expand_lanes(y, shrink_lanes(torch.ones(3, D_IN), stack, lanes), stack, (0, 1), layout)
+    expand_stack(y, shrink_stack(torch.ones(3, D_IN), stack, layout), stack, (0, 1), layout)
     assert y[0].isinf().all()
     assert torch.equal(y[1:], torch.tensor([[0.0] * D_OUT, [float(D_IN)] * D_OUT]))
 

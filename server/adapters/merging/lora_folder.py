@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from server.adapters.content import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
+from server.adapters.format.content import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from server.ground.errors import BadRequest, GraftError
 from server.model.site import Site, SiteKind
 

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from server.adapters.change import Change, change_of
-from server.adapters.checkpoint import Checkpoint, CheckpointLimits
+from server.adapters.format.checkpoint import Checkpoint, CheckpointLimits
 from server.adapters.lowering import lower
+from server.adapters.merging.change import Change, change_of
 from server.adapters.merging.combine import combine
 from server.adapters.merging.lora_folder import Part, new_folder, write_lora
 from server.adapters.merging.recipe import Ingredient, Recipe, Strategy, check_ingredients
 from server.adapters.merging.rescale import can_divide, magnitudes, merged_scale
 from server.adapters.merging.truncate import Factors, exact, truncate_dense, truncate_product
 from server.adapters.served_base import is_same_name
-from server.adapters.store import base_fingerprint_of, base_model_of
+from server.adapters.store.folder_store import base_fingerprint_of, base_model_of
 from server.ground.errors import AdapterRejected, BadRequest, GraftError
 from server.model.fingerprint import can_compare
 from server.model.site import Site, SiteKind
@@ -44,7 +44,7 @@ class MergeBase:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What a merge made."""
+    """What a merge made, and what it lost."""
 
     num_sites: int
     rank: int  # the largest at any site
@@ -55,12 +55,16 @@ class Merged:
 
 
 @dataclass(frozen=True, slots=True)
-class _Input:
+class Input:
+    """An ingredient whose folder has been read: nobody reads it again."""
+
     ingredient: Ingredient
     method: str
     rank: int
     changes: Mapping[str, Change]  # by site path
     config: Mapping[str, Any]
+    base_model: str | None  # that its config says it was trained on
+    foreign_base: str | None  # the base that it says it was made for, if that is another
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +98,21 @@ def merge(
     each with the remedy; then nothing is left behind.
     """
     check_ingredients(ingredients)
+    inputs = [read_input(item, base) for item in ingredients]
+    return merge_inputs(inputs, recipe, base, target, device=device, progress=progress)
+
+
+def merge_inputs(
+    inputs: Sequence[Input],
+    recipe: Recipe,
+    base: MergeBase,
+    target: Path,
+    *,
+    device: torch.device = _CPU,
+    progress: Progress | None = None,
+) -> Merged:
+    """As `merge`, from ingredients that were checked (`check_ingredients`) and read. What `progress` raises ends it."""
     with new_folder(target) as folder:
-        inputs = [_lowered(item, base) for item in ingredients]
         rank = _rank(recipe, inputs)
         scales = rank is None and not all(c.is_low_rank for item in inputs for c in item.changes.values())
         parts: list[Part] = []
@@ -114,7 +131,7 @@ def merge(
             if progress is not None:
                 progress(number, len(paths))
         if not parts:
-            raise BadRequest("weights: the merged change is zero at every site. Change the weights.", param="weights")
+            raise BadRequest("adapters: the merged change is zero at every site. Change the weights.", param="adapters")
         merged = _merged(parts, factors, _warnings(inputs, base))
         _write(folder, parts, inputs, recipe, base, merged)
         lower(Checkpoint.open(folder), base.sites)  # what cannot be served is not handed out
@@ -161,7 +178,8 @@ class _WatchedSite:
         return self._site.project(rows)
 
 
-def _lowered(ingredient: Ingredient, base: MergeBase) -> _Input:
+def read_input(ingredient: Ingredient, base: MergeBase) -> Input:
+    """Reads and lowers one adapter folder. Raises AdapterRejected, naming the adapter, for what cannot be."""
     asked: list[str] = []
     sites: Mapping[str, Site] = base.sites
     if base.weight_of is None:
@@ -171,6 +189,10 @@ def _lowered(ingredient: Ingredient, base: MergeBase) -> _Input:
         lowered = lower(checkpoint, sites)
     except AdapterRejected as error:
         raise AdapterRejected(f"{ingredient.name}: {error.message}", param="adapters") from error
+    except OSError as error:
+        raise AdapterRejected(
+            f"{ingredient.name}: its files cannot be read ({error.strerror or error}).", param="adapters"
+        ) from error
     changes = {path: change_of(edit) for path, edit in lowered.edits.items()}
     needing = asked[:1] or [path for path, change in changes.items() if not change.is_low_rank]
     if base.weight_of is None and needing:
@@ -179,10 +201,18 @@ def _lowered(ingredient: Ingredient, base: MergeBase) -> _Input:
             "numbers, which were not read. Load the base's weights (--load-base), or leave this adapter out.",
             param="adapters",
         )
-    return _Input(ingredient, lowered.method, lowered.rank, changes, checkpoint.config)
+    return Input(
+        ingredient,
+        lowered.method,
+        lowered.rank,
+        changes,
+        checkpoint.config,
+        base_model=base_model_of(ingredient.folder),
+        foreign_base=foreign_base(ingredient.folder, base.name, base.fingerprint),
+    )
 
 
-def _rank(recipe: Recipe, inputs: Sequence[_Input]) -> int | None:
+def _rank(recipe: Recipe, inputs: Sequence[Input]) -> int | None:
     """The rank to truncate to; None for what is exact."""
     if recipe.rank is not None:
         return recipe.rank
@@ -190,10 +220,10 @@ def _rank(recipe: Recipe, inputs: Sequence[_Input]) -> int | None:
     hard = next((item for item in inputs if not all(_is_easy(c, is_kept_whole) for c in item.changes.values())), None)
     if hard is not None:
         what = "columns" if is_kept_whole else "rows or columns"
-        how = f"; {recipe.strategy} takes none, so use linear" if recipe.strategy is Strategy.CAT else ""
+        how = f" ({recipe.strategy} takes none, so use linear)" if recipe.strategy is Strategy.CAT else ""
         raise BadRequest(
             f"rank: {hard.ingredient.name} ({hard.method}) scales {what} of the base's weights, which is a change of "
-            f"full rank. Give the rank to approximate it with (--rank N{how}); the error is reported.",
+            f"full rank. Give the rank to approximate it with{how}; the error is reported.",
             param="rank",
         )
     return None if is_kept_whole else max(1, *(item.rank for item in inputs))
@@ -231,12 +261,12 @@ def _rescaled_site(base: MergeBase, path: str, shares: Sequence[_Share], recipe:
     """The site's part of a DoRA; None where nothing is changed. See `rescale.py`."""
     site = base.sites[path]
     assert base.weight_of is not None
-    scale = merged_scale([share.change for share in shares], [share.weight for share in shares])
+    scale = merged_scale([share.change.out_scale for share in shares], [share.weight for share in shares])
     if scale is not None and not can_divide(scale):
         raise BadRequest(
-            f"weights: together they scale a row of {path} to nothing, which DoRA cannot. Use other weights, or "
-            "give the rank to approximate the change with (--rank N).",
-            param="weights",
+            f"adapters: together they scale a row of {path} to nothing, which DoRA cannot. Use other weights, or "
+            "give the rank to approximate the change with.",
+            param="adapters",
         )
     factors = _sum_of_pairs(site, shares, recipe)
     shift = _shift(site, shares, recipe, torch.Generator())
@@ -244,8 +274,8 @@ def _rescaled_site(base: MergeBase, path: str, shares: Sequence[_Share], recipe:
         return None
     if shift is not None and site.bias is None:
         raise BadRequest(
-            f"rank: the merge is a DoRA, which adds no bias at {path}, where the base has none. Give a rank "
-            "(--rank N), which makes it a LoRA.",
+            f"rank: the merge is a DoRA, which adds no bias at {path}, where the base has none. Give a rank, "
+            "which makes it a LoRA.",
             param="rank",
         )
     factors = factors or Factors(torch.zeros(1, site.d_in), torch.zeros(1, site.d_out), 0.0)
@@ -260,12 +290,12 @@ def _finite(part: Part) -> Part:
     tensors = (part.down, part.up, part.shift, part.magnitude, part.bias)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None):
         raise BadRequest(
-            f"weights: the merged change at {part.site.path} is not finite. Use smaller weights.", param="weights"
+            f"adapters: the merged change at {part.site.path} is not finite. Use smaller weights.", param="adapters"
         )
     return part
 
 
-def _shares(inputs: Sequence[_Input], path: str) -> list[_Share]:
+def _shares(inputs: Sequence[Input], path: str) -> list[_Share]:
     return [
         _Share(item.ingredient.name, item.method, item.ingredient.weight, item.changes[path])
         for item in inputs
@@ -312,7 +342,7 @@ def _sum_of_pairs(
     if max_rank is not None and down.shape[0] > max_rank:
         raise BadRequest(
             f"rank: the ranks at {site.path} add up to {down.shape[0]}; the limit is {max_rank}. Use linear or svd "
-            "with a rank (--rank N).",
+            "with a rank.",
             param="rank",
         )
     return exact(down, up) if bool(up.any()) else None
@@ -408,15 +438,12 @@ def _ratio(squared_error: float, squared_norm: float) -> float:
     return ratio if ratio > 1e-6 else 0.0
 
 
-def _warnings(inputs: Sequence[_Input], base: MergeBase) -> tuple[str, ...]:
-    claims = [
-        (item.ingredient.name, foreign_base(item.ingredient.folder, base.name, base.fingerprint)) for item in inputs
-    ]
+def _warnings(inputs: Sequence[Input], base: MergeBase) -> tuple[str, ...]:
     return tuple(
-        f"{name} was made for another base ({other}) than {base.name}: a merge of adapters of different bases means "
-        "nothing."
-        for name, other in claims
-        if other is not None
+        f"{item.ingredient.name} was made for another base ({item.foreign_base}) than {base.name}: a merge of adapters "
+        "of different bases means nothing."
+        for item in inputs
+        if item.foreign_base is not None
     )
 
 
@@ -431,7 +458,7 @@ def foreign_base(folder: Path, name: str, fingerprint: str | None) -> str | None
 def _write(
     folder: Path,
     parts: Sequence[Part],
-    inputs: Sequence[_Input],
+    inputs: Sequence[Input],
     recipe: Recipe,
     base: MergeBase,
     merged: Merged,
@@ -443,7 +470,7 @@ def _write(
     manifest: dict[str, Any] = {"recipe": told}
     if base.fingerprint is not None and not merged.warnings:
         manifest["base_fingerprint"] = base.fingerprint
-    names = (base_model_of(item.ingredient.folder) for item in inputs)
+    names = (item.base_model for item in inputs)
     write_lora(
         folder,
         parts,

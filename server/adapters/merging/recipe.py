@@ -122,11 +122,12 @@ def check_ingredients(ingredients: Sequence[Ingredient]) -> None:
     for item in ingredients:
         if not math.isfinite(item.weight) or abs(item.weight) > 1e6:
             raise BadRequest(
-                f"weights: {item.weight} of {item.name!r} must be a finite number of at most 1e6.", param="weights"
+                f"adapters: {item.weight} of {item.name!r} must be a finite number of at most 1e6.", param="adapters"
             )
         if item.weight == 0:
             raise BadRequest(
-                f"weights: {item.name!r} has the weight 0, which leaves it out: take it off the list.", param="weights"
+                f"adapters: {item.name!r} has the weight 0, which leaves it out: take it off the list.",
+                param="adapters",
             )
         if item.version in seen:
             raise BadRequest(

@@ -1,6 +1,6 @@
 """Changes that scale a weight's rows, summed without loss: the sum is a DoRA.
 
-Owns that algebra. Knows nothing about files or recipes.
+Owns that algebra, for merges and for mixes. Knows nothing about files, recipes or requests.
 
 A weighted sum of changes (o_i - 1) W + up_i^T down_i scales W by o = 1 + sum_i w_i (o_i - 1), row by row, and adds low
 rank. As o (W + (1 / o) sum_i w_i up_i^T down_i) it is what DoRA computes, with the magnitudes o ||W + ...||. Scales of
@@ -11,16 +11,16 @@ from collections.abc import Sequence
 
 import torch
 
-from server.adapters.change import Change
-
 _SMALLEST = 1e-3  # a row scaled by less is divided by nearly nothing
 
 
-def merged_scale(changes: Sequence[Change], weights: Sequence[float]) -> torch.Tensor | None:
-    """o (d_out,) float32 of the sum; None where nothing is scaled."""
-    scaled = [(c.out_scale, w) for c, w in zip(changes, weights, strict=True) if c.out_scale is not None]
+def merged_scale(scales: Sequence[torch.Tensor | None], weights: Sequence[float]) -> torch.Tensor | None:
+    """o (n,) float32 of the sum, from each change's own o; None where nothing is scaled."""
+    scaled = [(scale, weight) for scale, weight in zip(scales, weights, strict=True) if scale is not None]
     if not scaled:
         return None
+    if len(scaled) == 1 and scaled[0][1] == 1:
+        return scaled[0][0]
     total = torch.ones_like(scaled[0][0], dtype=torch.float64)
     for scale, weight in scaled:
         total += weight * (scale.double() - 1)

@@ -30,8 +30,13 @@ def method_for(config: Mapping[str, Any]) -> Method:
     claiming = [method for method in discover() if method.claims(config)]
     if not claiming:
         names = ", ".join(method.name for method in discover())
+        given = config.get("peft_type")
+        if isinstance(given, str) and given != given.upper():
+            raise AdapterRejected(
+                f"peft_type = {given!r:.60} in adapter_config.json is not served: PEFT writes it in capitals."
+            )
         raise AdapterRejected(
-            f"peft_type = {config.get('peft_type')!r:.60} in adapter_config.json is not served; the methods are "
+            f"peft_type = {given!r:.60} in adapter_config.json is not served; the methods are "
             f"{names}. Train with one of them, or merge the adapter into the base."
         )
     if len(claiming) > 1:

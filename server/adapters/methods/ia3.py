@@ -6,11 +6,11 @@ Owns the reading of PEFT's IA3 files. Liu et al. 2022, arXiv:2205.05638.
 from collections.abc import Mapping
 from typing import Any
 
-from server.adapters import fields
-from server.adapters.checkpoint import Checkpoint
-from server.adapters.contradictions import contradictions, feedforward_contradictions
+from server.adapters.format import fields
+from server.adapters.format.checkpoint import Checkpoint
+from server.adapters.format.contradictions import contradictions, feedforward_contradictions
+from server.adapters.format.module_paths import SiteFinder
 from server.adapters.method import Edit, Lowered
-from server.adapters.module_paths import SiteFinder
 from server.ground.errors import AdapterRejected
 from server.model.site import Site, SiteKind
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from server.adapters.checkpoint import Checkpoint
-from server.adapters.lora_file import LoraFile, Pair, Part
+from server.adapters.format.checkpoint import Checkpoint
+from server.adapters.format.lora_file import LoraFile, Pair, Part
 from server.adapters.method import Edit, Lowered
 from server.model.site import Site
 

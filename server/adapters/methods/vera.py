@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from server.adapters import fields
-from server.adapters.checkpoint import Checkpoint
-from server.adapters.contradictions import contradictions
+from server.adapters.format import fields
+from server.adapters.format.checkpoint import Checkpoint
+from server.adapters.format.contradictions import contradictions
+from server.adapters.format.module_paths import SiteFinder
 from server.adapters.method import Edit, Lowered
-from server.adapters.module_paths import SiteFinder
 from server.ground.errors import AdapterRejected
 from server.model.site import Site, SiteKind
 

@@ -1,0 +1,235 @@
+"""The device tier: the adapters whose rank rows lie in the device's one flat buffer.
+
+Owns the buffer, the slots, the sharing of equal tensors, and the step edits kept for the next step. Knows nothing
+about names, versions, leases or who decides what is resident; and nothing of methods: a slot is rows and vectors.
+"""
+
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+
+import torch
+
+from server.adapters.device.rows import NoRoom, RowAllocator, stride
+from server.adapters.device.slot_tables import SlotTables
+from server.adapters.device.step_edits import VECTORS, Rows, Slot, SlotEdit, StepEdits
+from server.adapters.host_adapter import HostAdapter, HostEdit, HostTensor
+from server.model.site import SiteKind
+from server.model.sites import SiteGroup, SiteTable
+from server.ops.sheets import StepTables
+
+
+class DeviceTier:
+    """The resident adapters of one base.
+
+    `admit` and `release` may be called from any thread, one at a time; `batch` from the engine's thread only, and
+    meanwhile.
+    """
+
+    def __init__(
+        self, sites: SiteTable, max_bytes: int, dtype: torch.dtype, device: torch.device, *, has_tables: bool = False
+    ) -> None:
+        """With `has_tables`, `tables` says what kernels need that read rows where they lie; `batch` copies them."""
+        self.device = device
+        self.dtype = dtype
+        self._sites = sites
+        num_elements = max_bytes // dtype.itemsize
+        self._buffer = torch.zeros(num_elements, dtype=dtype, device=device)
+        self._allocator = RowAllocator(num_elements, _slab_elements(num_elements, sites))
+        self._shared: dict[bytes, Rows] = {}
+        self._slots: dict[int, Slot] = {}
+        self._slot_of: dict[str, int] = {}
+        self._step_edits: StepEdits | None = None
+        self._tables = SlotTables(sites, self._buffer) if has_tables else None
+        self._lock = threading.RLock()
+        self._copies: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._allocator.num_elements * self.dtype.itemsize
+
+    @property
+    def used_bytes(self) -> int:
+        return self._allocator.used_elements * self.dtype.itemsize
+
+    @property
+    def free_bytes(self) -> int:
+        return self._allocator.free_elements * self.dtype.itemsize
+
+    @property
+    def waste_bytes(self) -> int:
+        return self._allocator.waste_elements * self.dtype.itemsize
+
+    @property
+    def num_slots(self) -> int:
+        return len(self._slots)
+
+    def resident_bytes(self, adapter: HostAdapter) -> int:
+        """Bytes that the adapter's rows take when it shares none with other adapters."""
+        return sum(stride(width) * num for width, num in self._requests(adapter)) * self.dtype.itemsize
+
+    def needed_bytes(self, adapter: HostAdapter) -> int:
+        """Bytes of the smallest device, cut into slabs as this one, that holds the adapter and nothing else.
+
+        More than its rows: what is lost at the edges of slabs counts. It fits when everything else has made room if,
+        and only if, this is at most `capacity_bytes`.
+        """
+        return self._allocator.elements_alone(self._requests(adapter)) * self.dtype.itemsize
+
+    def _requests(self, adapter: HostAdapter) -> list[tuple[int, int]]:
+        """(width, rows) of the adapter's distinct tensors, as they are allocated."""
+        distinct = {t.content_hash: self._as_rows(t.tensor) for t in _buffered(adapter)}
+        return list(_num_rows(distinct.values()).items())
+
+    def admit(self, digest: str, adapter: HostAdapter) -> int:
+        """Copies the adapter's rows to the device and returns its slot number; the number it has, if it is there.
+
+        Raises NoRoom, with nothing changed, when the rows do not fit beside what is resident.
+        """
+        known = self._slot_of.get(digest)
+        if known is not None:
+            return known
+        new = {t.content_hash: t.tensor for t in _buffered(adapter) if t.content_hash not in self._shared}
+        self._store(new)  # without the lock: no step reads these rows yet, and none has to wait for the copy
+        with self._lock:
+            slot = self._make_slot(digest, adapter)
+            if self._tables is not None:
+                self._tables.put(slot)
+            for content_hash in slot.hashes:
+                self._shared[content_hash].num_users += 1
+            self._slots[slot.number] = slot
+            self._slot_of[digest] = slot.number
+            return slot.number
+
+    def release(self, digest: str) -> int:
+        """Frees the adapter's slot and the rows that nobody else uses; returns the bytes freed."""
+        with self._lock:
+            slot = self._slots.pop(self._slot_of.pop(digest))
+            before = self._allocator.used_elements
+            freed: dict[int, list[int]] = {}
+            for content_hash in slot.hashes:
+                rows = self._shared[content_hash]
+                rows.num_users -= 1
+                if rows.num_users == 0:
+                    del self._shared[content_hash]
+                    freed.setdefault(rows.width, []).extend(rows.numbers.tolist())
+            for width, numbers in freed.items():
+                self._allocator.free(width, numbers)
+            if self._step_edits is not None:
+                self._step_edits.vacate(slot.number)
+            if self._tables is not None:
+                self._tables.drop(slot.number)
+            return (before - self._allocator.used_elements) * self.dtype.itemsize
+
+    def batch(self, slots: Collection[int]) -> StepEdits:
+        """The edits of a step whose tokens use these slots (not empty, no zeros); valid until the next call.
+
+        They are those of the last step, in which who comes takes the lane of one who went: making them anew costs
+        copies of all their rows.
+        """
+        with self._lock:
+            wanted = [self._slots[number] for number in sorted(slots)]
+            if self._step_edits is None or not self._step_edits.seat(wanted):
+                self._step_edits = None  # first, so that there are never two
+                self._step_edits = StepEdits(self, wanted)
+            return self._step_edits
+
+    def tables(self, slots: Sequence[int], kept: Sequence[int]) -> StepTables | None:
+        """What kernels need for a step: the slot of each token, and of each row that the head computes, 0 for the base.
+
+        None when the step is the bare base's alone.
+        """
+        assert self._tables is not None, "this tier was made without tables"
+        with self._lock:
+            return self._tables.step(slots, kept)
+
+    def group(self, index: int) -> SiteGroup:
+        return self._sites.groups[index]
+
+    def row_view(self, width: int) -> torch.Tensor:
+        """The whole buffer as rows of `width` elements: (all rows, width)."""
+        step = stride(width)
+        num = self._buffer.numel() // step
+        return self._buffer[: num * step].view(num, step)[:, :width]
+
+    def _as_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(rows, width) of the buffer's dtype. A vector is one row that holds its float32 bits, whatever that dtype."""
+        return tensor if tensor.dim() == 2 else tensor.view(self.dtype)[None]
+
+    def _store(self, tensors: Mapping[bytes, torch.Tensor]) -> None:
+        """Allocates rows for tensors that are not in the buffer, all or none, and copies them."""
+        matrices = {content_hash: self._as_rows(tensor) for content_hash, tensor in tensors.items()}
+        allocated: dict[int, list[int]] = {}
+        try:
+            for width, num_rows in _num_rows(matrices.values()).items():
+                allocated[width] = self._allocator.allocate(width, num_rows)
+        except NoRoom:
+            for width, numbers in allocated.items():
+                self._allocator.free(width, numbers)
+            raise
+        left = {width: iter(numbers) for width, numbers in allocated.items()}
+        placed = {h: list(islice(left[matrix.shape[1]], matrix.shape[0])) for h, matrix in matrices.items()}
+        done = {
+            content_hash: Rows(matrices[content_hash].shape[1], torch.tensor(at, dtype=torch.int64, device=self.device))
+            for content_hash, at in placed.items()
+        }
+        views = {width: self.row_view(width) for width in {rows.width for rows in done.values()}}
+        with self._copying():
+            for content_hash, rows in done.items():
+                at = placed[content_hash]
+                # A slice where it can be one: an index costs several times the copy of a small tensor.
+                is_run = bool(at) and at[-1] - at[0] == len(at) - 1
+                target = slice(at[0], at[-1] + 1) if is_run else rows.numbers
+                views[rows.width][target] = matrices[content_hash].to(self.device, non_blocking=True)
+        self._shared.update(done)
+
+    @contextmanager
+    def _copying(self) -> Iterator[None]:
+        """On a GPU the copies run on a stream of their own, beside a step, and have ended when this ends."""
+        if self._copies is None:
+            yield
+            return
+        self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._copies):
+            yield
+        self._copies.synchronize()
+
+    def _make_slot(self, digest: str, adapter: HostAdapter) -> Slot:
+        number = next(n for n in range(1, len(self._slots) + 2) if n not in self._slots)
+        edits = {self._sites.by_path[path].index: self._slot_edit(edit) for path, edit in adapter.edits.items()}
+        hashes = tuple(tensor.content_hash for tensor in _buffered(adapter))
+        return Slot(number, digest, edits, {h: self._shared[h] for h in hashes}, hashes)
+
+    def _slot_edit(self, edit: HostEdit) -> SlotEdit:
+        tensors = edit.tensors()
+        return SlotEdit(
+            down=tuple(rows.content_hash for rows in edit.down),
+            up=tuple(rows.content_hash for rows in edit.up),
+            rank=edit.rank,
+            vectors={name: tensors[name][0].content_hash for name in VECTORS if name in tensors},
+            mid_scale=edit.mid_scale.tensor.to(self.device) if edit.mid_scale else None,
+            mid_shift=edit.mid_shift.tensor.to(self.device) if edit.mid_shift else None,
+        )
+
+
+def _buffered(adapter: HostAdapter) -> list[HostTensor]:
+    """The adapter's tensors that live in the buffer: rank rows, and vectors as wide as a site."""
+    named = [pair for edit in adapter.edits.values() for pair in edit.tensors().items()]
+    return [t for name, tensors in named if name not in ("mid_scale", "mid_shift") for t in tensors]
+
+
+def _num_rows(matrices: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Rows by width: those of one width are allocated together, which takes a tenth of the time."""
+    num_rows: dict[int, int] = {}
+    for matrix in matrices:
+        num_rows[matrix.shape[1]] = num_rows.get(matrix.shape[1], 0) + matrix.shape[0]
+    return num_rows
+
+
+def _slab_elements(num_elements: int, sites: SiteTable) -> int:
+    """Slabs hold at least 16 of the widest rows, so that little is lost at their edges, but there are at least 64."""
+    widest = max((max(s.d_in, s.d_out) for s in sites.sites if s.kind is SiteKind.LINEAR), default=1)
+    return max(1, min(max(1 << 16, 16 * widest), num_elements // 64))

@@ -1,0 +1,194 @@
+"""The device tier's tables for kernels that read rank rows where they lie: a sheet for each slot, and a step's view.
+
+Owns the sheets' places, and which slots have the same rows everywhere (their class). A sheet changes when its slot is
+admitted or released, never per step. Knows nothing about where rows come from or what reads them.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+
+import torch
+
+from server.adapters.device.rows import stride
+from server.adapters.device.step_edits import Slot, SlotEdit
+from server.model.site import SiteKind
+from server.model.sites import SiteTable
+from server.ops.runs import TokenRuns
+from server.ops.sheets import (
+    IN_SCALE,
+    OUT_SCALE,
+    OUT_SHIFT,
+    UP_SCALE,
+    GroupTable,
+    Sheets,
+    SiteRows,
+    StepTables,
+    make_sheet,
+)
+
+_VECTORS = {"in_scale": IN_SCALE, "up_scale": UP_SCALE, "out_scale": OUT_SCALE, "out_shift": OUT_SHIFT}
+_FIRST_NUM_SLOTS = 64
+# Ranks are rounded up to this where they set the width of a tensor, so that its rows are aligned and few shapes occur.
+_RANK_STEP = 16
+
+# The tensors that the rows of each site come from. Empty for adapters of vectors alone: these share a class.
+_Key = tuple[tuple[int, tuple[bytes, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What is kept of a slot: its sheet, and bit sets over the indices of sites."""
+
+    sheet: torch.Tensor  # on the device; kept alive for its address
+    keys: tuple[_Key, _Key]  # of `down` and of `up`
+    edited: int
+    scaled: int  # sites with an in_scale
+    with_rows: int
+
+
+class SlotTables:
+    """The sheets of the slots of one device tier. Its owner's lock guards `put`, `drop` and `step`."""
+
+    def __init__(self, sites: SiteTable, buffer: torch.Tensor) -> None:
+        self._sites = sites
+        self._buffer = buffer
+        self._num_sites = len(sites.sites)
+        self._head = _bits(site.index for site in sites.sites if site.is_head)
+        self._blank = make_sheet(self._num_sites, {}).to(buffer.device)
+        self._addresses = torch.full((_FIRST_NUM_SLOTS,), self._blank.data_ptr(), device=buffer.device)
+        self._classes = torch.zeros(2, _FIRST_NUM_SLOTS, dtype=torch.int64)  # on the CPU; 0 for no edits
+        self._class_of: tuple[dict[_Key, int], dict[_Key, int]] = ({}, {})
+        self._entries: dict[int, _Entry] = {}
+        self._groups: dict[int, GroupTable] = {}
+        # These only ever grow: a kernel, and a graph that holds it, is made for the largest there has been.
+        self._max_rank = _RANK_STEP
+        self._has_middle = False
+        self._has_vectors = False
+
+    def put(self, slot: Slot) -> None:
+        """Makes the sheet of a slot whose number no other slot has. The rows it names are in the buffer."""
+        rows = _site_rows(slot)
+        entry = _Entry(
+            sheet=make_sheet(self._num_sites, rows).to(self._buffer.device),
+            keys=(_key(slot.edits, "down"), _key(slot.edits, "up")),
+            edited=_bits(rows),
+            scaled=_bits(site for site, own in rows.items() if IN_SCALE in own.vectors),
+            with_rows=_bits(site for site, own in rows.items() if own.down),
+        )
+        while slot.number >= len(self._addresses):
+            self._grow()
+        self._entries[slot.number] = entry
+        self._addresses[slot.number] = entry.sheet.data_ptr()
+        for classes, known, key in zip(self._classes, self._class_of, entry.keys, strict=True):
+            classes[slot.number] = known.setdefault(key, max(known.values(), default=0) + 1)
+        self._max_rank = max(self._max_rank, *(-(-len(own.down) // _RANK_STEP) * _RANK_STEP for own in rows.values()))
+        self._has_middle |= any(own.mid_scale is not None or own.mid_shift is not None for own in rows.values())
+        self._has_vectors |= any(own.vectors.keys() - {IN_SCALE} for own in rows.values())
+
+    def drop(self, number: int) -> None:
+        """Forgets a slot's sheet; its number then stands for the bare base."""
+        entry = self._entries.pop(number)
+        self._addresses[number] = self._blank.data_ptr()
+        self._classes[:, number] = 0
+        for place, (known, key) in enumerate(zip(self._class_of, entry.keys, strict=True)):
+            if not any(other.keys[place] == key for other in self._entries.values()):
+                del known[key]
+
+    def step(self, slots: Sequence[int], kept: Sequence[int]) -> StepTables | None:
+        """What kernels need for a step: the slot of each token, and of each row that the head computes, 0 for the base.
+
+        None when the step is the bare base's alone.
+        """
+        entries = [self._entries[number] for number in {*slots} - {0}]
+        if not entries:
+            return None
+        edited = reduce(or_, (entry.edited for entry in entries))
+        return StepTables(
+            sheets=Sheets(self._buffer, self._addresses, self._max_rank, self._has_middle, self._has_vectors),
+            group=self._group,
+            tokens=self._runs(slots),
+            kept=self._runs(kept) if edited & self._head else None,
+            edited=edited,
+            scaled=reduce(or_, (entry.scaled for entry in entries)),
+            with_rows=reduce(or_, (entry.with_rows for entry in entries)),
+        )
+
+    def _runs(self, slots: Sequence[int]) -> TokenRuns:
+        numbers = torch.tensor(slots, dtype=torch.int64)
+        return TokenRuns.of(numbers, self._classes[0], self._classes[1], self._buffer.device)
+
+    def _grow(self) -> None:
+        """Twice as many slots, in tensors of their own: a step under way keeps those that it was given."""
+        blanks = torch.full_like(self._addresses, self._blank.data_ptr())
+        self._addresses = torch.cat([self._addresses, blanks])
+        self._classes = torch.cat([self._classes, torch.zeros_like(self._classes)], dim=1)
+
+    def _group(self, index: int) -> GroupTable:
+        known = self._groups.get(index)
+        if known is None:
+            known = self._groups[index] = self._make_group(index)
+        return known
+
+    def _make_group(self, index: int) -> GroupTable:
+        sites = self._sites.groups[index].sites
+        d_in, widths = sites[0].d_in, tuple(site.d_out for site in sites)
+        members = [
+            [site.index, site.d_out, sum(widths[:member]), stride(site.d_out), self._vector_stride(site.d_out)]
+            for member, site in enumerate(sites)
+        ]
+        return GroupTable(
+            sites=_bits(site.index for site in sites),
+            is_embedding=sites[0].kind is SiteKind.EMBEDDING,
+            d_in=d_in,
+            widths=widths,
+            down_stride=stride(d_in),
+            in_stride=self._vector_stride(d_in),
+            members=torch.tensor(members, dtype=torch.int32, device=self._buffer.device),
+        )
+
+    def _vector_stride(self, width: int) -> int:
+        """float32 values from one vector to the next: a vector is a row that holds its bits, in the buffer's dtype."""
+        per_float = 4 // self._buffer.element_size()
+        return stride(width * per_float) // per_float
+
+
+def _bits(sites: Iterable[int]) -> int:
+    return reduce(or_, (1 << site for site in sites), 0)
+
+
+def _key(edits: Mapping[int, SlotEdit], name: str) -> _Key:
+    return tuple((site, getattr(edit, name)) for site, edit in sorted(edits.items()) if edit.rank)
+
+
+def _site_rows(slot: Slot) -> dict[int, SiteRows]:
+    """The slot's edits with row numbers in place of hashes."""
+    names = list(slot.rows)
+    numbers = {
+        name: tuple(on_cpu.tolist())
+        for name, on_cpu in zip(names, _on_cpu([slot.rows[name].numbers for name in names]), strict=True)
+    }
+    middles = [(site, name) for site, edit in slot.edits.items() for name in ("mid_scale", "mid_shift")
+               if getattr(edit, name) is not None]  # fmt: skip
+    values = _on_cpu([getattr(slot.edits[site], name) for site, name in middles])
+    middle = dict(zip(middles, values, strict=True))
+
+    def joined(hashes: Sequence[bytes]) -> tuple[int, ...]:
+        return tuple(number for name in hashes for number in numbers[name])
+
+    return {
+        site: SiteRows(
+            down=joined(edit.down),
+            up=joined(edit.up),
+            mid_scale=middle.get((site, "mid_scale")),
+            mid_shift=middle.get((site, "mid_shift")),
+            vectors={_VECTORS[name]: numbers[content_hash][0] for name, content_hash in edit.vectors.items()},
+        )
+        for site, edit in slot.edits.items()
+    }
+
+
+def _on_cpu(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Many small tensors of one dtype, in one transfer: each waits for the device."""
+    return torch.split(torch.cat(list(tensors)).cpu(), [len(t) for t in tensors]) if tensors else ()

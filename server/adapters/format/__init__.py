@@ -1,0 +1,1 @@
+"""What an adapter is as files: its config, its tensors, its manifest; and what is wrong with those of others."""

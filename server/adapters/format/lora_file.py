@@ -1,0 +1,220 @@
+"""A checkpoint written by PEFT's LoRA: its config, its tensors by module, its scaling.
+
+Owns PEFT's LoraConfig and the names and shapes of its tensors, for all methods that are saved in this form. Knows
+nothing about edits: what is computed from A and B is each method's own.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from server.adapters.format import fields
+from server.adapters.format.checkpoint import Checkpoint
+from server.adapters.format.contradictions import contradictions
+from server.adapters.format.module_paths import SiteFinder
+from server.adapters.format.patterns import ModulePatterns
+from server.ground.errors import AdapterRejected
+from server.model.site import Site, SiteKind
+
+# Fields that are read below, and fields that only say how the adapter was trained.
+_KNOWN = {
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias", "use_bdlora",
+    "init_lora_weights", "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "velora_config", "monteclora_config", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config",
+    "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr",  # ms-swift's, for training with LoRA+
+}  # fmt: skip
+_REFUSED = fields.REFUSED | {
+    "alora_invocation_tokens": "activated LoRA, which starts inside the prompt, is not served yet",
+    "arrow_config": "routing between adapters per token is not served",
+    "kasa_config": "it changes the base's weights, so the adapter does not fit the unchanged base",
+    "use_qalora": "QA-LoRA pools its inputs by quantization group and is not served",
+    "ensure_weight_tying": "adapters tied between the embedding and the head are not served yet",
+}
+_NEUTRAL_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+_BIASES = (None, "none", "all", "lora_only")
+
+# How a key ends -> the role of its tensor at a module. A longer ending stands before the one that it ends in.
+_ROLES = {
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora_embedding_A": "embedding_down",
+    "lora_embedding_B": "embedding_up",
+    "lora_B.bias": "up_bias",
+    "lora_magnitude_vector.weight": "magnitude",
+    "lora_magnitude_vector": "magnitude",
+    "base_layer.bias": "bias",
+    "bias": "bias",
+    "base_layer.weight": "base_table",
+}
+_TRAINING_ONLY = (".lora_velora_embed", ".lora_monteclora_sampler")
+
+
+@dataclass(slots=True)
+class Part:
+    """What the file holds for one module: role -> canonical key."""
+
+    module: str  # as in the file
+    site: Site
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A and s B of one site, paired by row."""
+
+    down: torch.Tensor  # (r, d_in)
+    up: torch.Tensor  # (r, d_out), the scaling s folded in
+    scaling: float
+
+
+class LoraFile:
+    """The parts of a checkpoint, by module, in the order of the file; `warnings` is what its owner should be told.
+
+    Raises AdapterRejected, naming the field or the key, for a config or a file that cannot be applied exactly. Keys of
+    unknown meaning stay unused in the checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, sites: Mapping[str, Site]) -> None:
+        config = checkpoint.config
+        _check_config(config)
+        self._checkpoint = checkpoint
+        self._rank = _by_pattern(config, "r", "rank_pattern", fields.count, default=8)
+        self._alpha = _by_pattern(config, "lora_alpha", "alpha_pattern", fields.number, default=8)
+        self._use_rslora = fields.flag(config, "use_rslora")
+        self._num_blocks = fields.count(fields.table(config, "use_bdlora").get("nblocks", 1), "use_bdlora.nblocks")
+        self.parts, warnings = _parts(checkpoint, sites)
+        modules = [part.module for part in self.parts if part.keys.keys() & {"down", "embedding_down"}]
+        has_up_bias = any("up_bias" in part.keys for part in self.parts)
+        self.warnings = warnings + contradictions(config, modules, has_up_bias=has_up_bias)
+
+    def pair(self, part: Part) -> Pair | None:
+        """A and s B; None for a module without them. With half a pair, or a rank other than the config's: rejected."""
+        prefix = "embedding_" if part.site.kind is SiteKind.EMBEDDING else ""
+        down_key, up_key = part.keys.get(prefix + "down"), part.keys.get(prefix + "up")
+        if down_key is None or up_key is None:
+            if key := down_key or up_key:
+                name = self._checkpoint.name(key)
+                raise AdapterRejected(f"{name} has no partner: A and B of a module come together.")
+            return None
+        rank = int(self._rank(part.module))
+        self._check_rank(down_key, rank, part.site)
+        scaling = self._alpha(part.module) / (math.sqrt(rank) if self._use_rslora else rank)
+        down = self._matrix(down_key, rank, part.site.d_in)
+        up = self._matrix(up_key, part.site.d_out, rank)
+        return Pair(down, (up * scaling).T.contiguous(), scaling)
+
+    def vector(self, part: Part, role: str) -> torch.Tensor | None:
+        """A vector of the output width (d_out,): "up_bias" or "magnitude"; None if the file has none."""
+        key = part.keys.get(role)
+        return None if key is None else self._checkpoint.take(key, (part.site.d_out,))
+
+    def bias_change(self, part: Part) -> torch.Tensor | None:
+        """The file's bias, which is the whole new one, less the base's (d_out,); None if the file has none."""
+        trained = self.vector(part, "bias")
+        if trained is None:
+            return None
+        if part.site.bias is None:
+            name = self._checkpoint.name(part.keys["bias"])
+            raise AdapterRejected(f"{name}: {part.site.path} has no bias in this base. Train with bias='none'.")
+        return trained - part.site.bias
+
+    def _check_rank(self, key: str, rank: int, site: Site) -> None:
+        name, limit = self._checkpoint.name(key), self._checkpoint.limits.max_rank
+        shape = self._checkpoint.shape(key)
+        saved = next(iter(shape), 0)
+        if saved != rank and shape == (site.d_in, rank):
+            raise AdapterRejected(
+                f"{name} is transposed: its shape is {list(shape)}, and PEFT saves {[rank, site.d_in]}. "
+                "Turn the A and B of every module, and save them again."
+            )
+        if saved > limit:
+            raise AdapterRejected(f"{name} has rank {saved}; the limit is {limit}. Use a smaller r.")
+        if saved != rank:
+            raise AdapterRejected(
+                f"{name} has rank {saved}, and r or rank_pattern in adapter_config.json says {rank}, so its scaling is "
+                "not known. Save the config that belongs to the weights."
+            )
+
+    def _matrix(self, key: str, num_rows: int, num_columns: int) -> torch.Tensor:
+        """(num_rows, num_columns); the stacked diagonal blocks of block-diagonal LoRA are put in their places."""
+        blocks = self._num_blocks
+        is_stacked = blocks > 1 and self._checkpoint.shape(key) == (num_rows, num_columns // blocks)
+        if not is_stacked:
+            return self._checkpoint.take(key, (num_rows, num_columns))
+        if num_rows % blocks or num_columns % blocks:
+            raise AdapterRejected(f"{self._checkpoint.name(key)} cannot be cut into {blocks} equal blocks.")
+        height, width = num_rows // blocks, num_columns // blocks
+        full = torch.zeros(num_rows, num_columns)
+        for place, block in enumerate(self._checkpoint.take(key).reshape(blocks, height, width)):
+            full[place * height : (place + 1) * height, place * width : (place + 1) * width] = block
+        return full
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    fields.check_known(config, _KNOWN, _REFUSED)
+    fields.flag(config, "use_dora")
+    init, bias = config.get("init_lora_weights"), config.get("bias")
+    if init not in _NEUTRAL_INITS:
+        raise AdapterRejected(
+            f"init_lora_weights = {init!r:.40} in adapter_config.json: this init changed the base's weights, so the "
+            "adapter does not fit the unchanged base. Convert it with PEFT: save_pretrained(folder, "
+            "path_initial_model_for_weight_conversion=...)."
+        )
+    if bias not in _BIASES:
+        raise AdapterRejected(f"bias = {bias!r:.40} in adapter_config.json must be none, all or lora_only.")
+
+
+def _by_pattern(
+    config: Mapping[str, Any], name: str, pattern_name: str, read: Callable[[Any, str], float], default: int
+) -> Callable[[str], float]:
+    """A field's value for a module path: that of the first pattern in the file that matches, else the field's own."""
+    general = read(config.get(name, default), name)
+    special = {pattern: read(value, pattern_name) for pattern, value in fields.table(config, pattern_name).items()}
+    patterns = ModulePatterns(special, pattern_name)
+
+    def value(module: str) -> float:
+        pattern = patterns.first(module)
+        return general if pattern is None else special[pattern]
+
+    return value
+
+
+def _parts(checkpoint: Checkpoint, sites: Mapping[str, Site]) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+    finder = SiteFinder(sites)
+    parts: dict[str, Part] = {}
+    warnings: list[str] = []
+    for key in checkpoint:
+        if any(word in key for word in _TRAINING_ONLY):
+            checkpoint.ignore(key)
+            continue
+        ending = next((ending for ending in _ROLES if key.endswith("." + ending)), None)
+        if ending is None:
+            continue
+        module, role, name = key[: -len(ending) - 1], _ROLES[ending], checkpoint.name(key)
+        part = parts.setdefault((site := finder.find(module, name)).path, Part(module, site))
+        if role in part.keys or part.module != module:
+            twin = checkpoint.name(next(iter(part.keys.values())))
+            raise AdapterRejected(f"{name} and {twin} are for one module, {site.path}. Save one adapter per file.")
+        part.keys[role] = key
+        if role == "base_table":
+            _ignore_base_table(checkpoint, key, site, sites)
+            warnings.append(f"{name} is a copy of the base's own table; it is not used.")
+    return tuple(parts.values()), tuple(warnings)
+
+
+def _ignore_base_table(checkpoint: Checkpoint, key: str, site: Site, sites: Mapping[str, Site]) -> None:
+    """PEFT saves the whole frozen table beside an adapter on the embedding or on the head."""
+    vocabularies = {other.d_in for other in sites.values() if other.kind is SiteKind.EMBEDDING}
+    is_embedding = site.kind is SiteKind.EMBEDDING
+    if not is_embedding and site.d_out not in vocabularies:
+        return  # neither embedding nor head: the key stays unused, and is refused
+    table = (site.d_in, site.d_out) if is_embedding else (site.d_out, site.d_in)
+    if checkpoint.shape(key) != table:
+        raise AdapterRejected(
+            f"{checkpoint.name(key)} has the shape {list(checkpoint.shape(key))}, and the base's table has "
+            f"{list(table)}: the vocabulary was resized, which makes another model than the base."
+        )
+    checkpoint.ignore(key)

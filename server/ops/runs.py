@@ -1,0 +1,97 @@
+"""What kernels know of a step: its tokens in runs of those with the same rank rows, and the blocks that decodes read.
+
+Owns the order of the tokens and the cut, made on the CPU in vectorised code, and the one copy to the device. Knows
+nothing about why two slots have the same rows: it is given a class for each slot.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+# Tokens of a run. At decode a run is one sequence's token, or a few of one adapter's: 16 is the smallest tile of a
+# tensor core. A prefill chunk reads its rows once per run, so there longer runs pay; beyond 64 the accumulators of an
+# expand no longer fit beside its operands in the registers of four warps.
+SHORT_RUN = 16
+LONG_RUN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Run i is the tokens order[starts[i]:starts[i + 1]], at most `max_length`, all with the same rows, or empty.
+
+    Tokens of the bare base are in no run.
+    """
+
+    max_length: int
+    order: torch.Tensor  # (tokens,) int32
+    starts: torch.Tensor  # (num + 1,) int32, ascending
+
+    @property
+    def num(self) -> int:
+        return self.starts.shape[0] - 1
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRuns:
+    """A step's tokens for the kernels: the slot of each, and the runs of equal `down` rows and of equal `up` rows.
+
+    Adapters that share a projection (VeRA both, LoRA-FA `down`) are one run there: one product for all their tokens.
+    """
+
+    slots: torch.Tensor  # (tokens,) int32
+    by_down: Runs
+    by_up: Runs
+
+    @classmethod
+    def of(
+        cls,
+        slots: torch.Tensor,
+        down_classes: torch.Tensor,
+        up_classes: torch.Tensor,
+        device: torch.device,
+        *,
+        is_static: bool = False,
+    ) -> "TokenRuns":
+        """Orders and cuts tokens with these slots, (tokens,) int64; both classes (max_slots,) int64, 0 for no edits.
+
+        All three on the CPU. With `is_static` every shape depends on the number of tokens alone, as a CUDA graph
+        needs: runs are short, and the last of them are empty.
+        """
+        downs, ups = down_classes.index_select(0, slots), up_classes.index_select(0, slots)
+        cuts = [_cut(downs, is_static)]
+        # They are equal where nobody shares one projection without the other. A graph needs tensors for both.
+        if is_static or not torch.equal(downs, ups):
+            cuts.append(_cut(ups, is_static))
+        parts = [slots, *(part for _, *of_cut in cuts for part in of_cut)]
+        packed = torch.cat(parts).to(torch.int32)
+        if device.type == "cuda":
+            packed = packed.pin_memory().to(device, non_blocking=True)
+        on_device, *pieces = torch.split(packed, [len(part) for part in parts])
+        orders = zip(cuts, pieces[::2], pieces[1::2], strict=True)
+        runs = [Runs(length, order, starts) for (length, *_), order, starts in orders]
+        return cls(on_device, runs[0], runs[-1])
+
+
+def _cut(classes: torch.Tensor, is_static: bool) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """The longest run allowed, the order of tokens by class, and where runs of one class start in it."""
+    num_tokens = classes.shape[0]
+    ordered, order = torch.sort(classes, stable=True)
+    place = torch.arange(num_tokens)
+    is_first = torch.ones(num_tokens, dtype=torch.bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    in_class = place - torch.where(is_first, place, 0).cummax(0).values if num_tokens else place
+    has_edits = ordered != 0
+    is_long = not is_static and bool((has_edits & (in_class >= SHORT_RUN)).any())
+    length = LONG_RUN if is_long else SHORT_RUN
+    starts = place[has_edits & (in_class % length == 0)]
+    num_padding = num_tokens - starts.shape[0] if is_static else 0
+    return length, order, torch.cat([starts, starts.new_full((num_padding + 1,), num_tokens)])
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeLists:
+    """The decoding sequences of a step, one query each, and the blocks of each in the order of their tokens."""
+
+    lengths: torch.Tensor  # (sequences,) int32 cached tokens of each sequence, the new one included
+    firsts: torch.Tensor  # (sequences,) int32 where each sequence's blocks begin in `blocks`
+    blocks: torch.Tensor  # (blocks,) int32
