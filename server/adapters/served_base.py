@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server.ground.errors import AdapterRejected
+from server.ground.errors import AdapterRejected, BadRequest
 from server.model.fingerprint import can_compare
 
 FINGERPRINT = re.compile(r"(?:packed-)?[0-9a-f]{64}")
@@ -119,3 +119,23 @@ def _bare(name: str) -> str:
 def _shown(text: str | None) -> str:
     shown = "".join(letter if letter.isprintable() else "?" for letter in text or "")
     return shown if len(shown) <= _MAX_SHOWN_CHARS else f"{shown[:_MAX_SHOWN_CHARS]}..."
+
+
+def agreed_fingerprint(sent: str | None, stated: str | None) -> str | None:
+    """The fingerprint that comes with an upload: what was sent with it, or what its manifest states.
+
+    Raises BadRequest where the manifest's is none, or is another one.
+    """
+    if stated is not None and not FINGERPRINT.fullmatch(stated):
+        raise BadRequest(
+            "manifest.json: 'base_fingerprint' must be 64 lower-case hex digits, perhaps with 'packed-' before them: "
+            "GET /v1/models shows that of the base.",
+            param="base_fingerprint",
+        )
+    if sent is not None and stated not in (None, sent):
+        raise BadRequest(
+            "'base_fingerprint' is one thing in the request and another in manifest.json: send one of them, or make "
+            "them agree.",
+            param="base_fingerprint",
+        )
+    return sent or stated

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from server.adapters.adapter_info import Provenance
 from server.adapters.books import Books
 from server.adapters.catalog import AdapterVersion, Copy, Facts, Sizes
+from server.adapters.format.manifest import check_manifest
 from server.adapters.host_adapter import HostAdapter
 from server.adapters.lease import Leases
 from server.adapters.loader import Loader, log_doubts
-from server.adapters.served_base import BaseClaim
+from server.adapters.served_base import BaseClaim, agreed_fingerprint
 from server.adapters.store.adapter_store import AdapterStore, Discarded
 from server.adapters.store.folder_store import (
     Incoming,
@@ -104,7 +105,9 @@ class Versions:
         """`Registry.register`; the copy that the name means now, and whether that is new."""
         check_name(name)
         digest = incoming.digest()
-        claim = BaseClaim(base_model_of(incoming.folder), base_fingerprint or base_fingerprint_of(incoming.folder))
+        check_manifest(incoming.folder)
+        stated = agreed_fingerprint(base_fingerprint, base_fingerprint_of(incoming.folder))
+        claim = BaseClaim(base_model_of(incoming.folder), stated)
         self._books.check_base(self._books.base.doubts(claim))
         with self._books.lock:
             if self._is_current(name, digest, replace=replace) and not self._is_news(name, claim):

@@ -8,10 +8,10 @@ from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
-from server.adapters.format.manifest import check_manifest, recipe_of
+from server.adapters.format.manifest import recipe_of
 from server.adapters.registry import AdapterInfo, Registered
 from server.adapters.served_base import FINGERPRINT
-from server.adapters.store.folder_store import Incoming, base_fingerprint_of, check_name
+from server.adapters.store.folder_store import Incoming, check_name
 from server.api import fetches
 from server.api.errors import echo
 from server.api.services import Services
@@ -111,15 +111,6 @@ def _register(
 ) -> Registered:
     """Validate against the base and accept. Reads the whole upload: for a worker thread."""
     check_is_no_base(services, name)
-    check_manifest(incoming.folder)
-    stated = base_fingerprint_of(incoming.folder)
-    check_fingerprint(stated or "")
-    if base_fingerprint and stated and stated != base_fingerprint:
-        raise BadRequest(
-            "'base_fingerprint' is one thing in the request and another in manifest.json: send one of them, or make "
-            "them agree.",
-            param="base_fingerprint",
-        )
     return services.registry.register(incoming, name, replace=replace, base_fingerprint=base_fingerprint)
 
 

@@ -20,14 +20,12 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from server.adapters.adapter_info import Provenance, Registered
-from server.adapters.format.manifest import check_manifest
 from server.adapters.registry import Registry
 from server.adapters.remote.address import Address, AllowList
 from server.adapters.remote.places import Place, as_refusal, open_place
 from server.adapters.remote.transfer import Meter, transfer
-from server.adapters.served_base import FINGERPRINT
-from server.adapters.store.folder_store import Incoming, base_fingerprint_of, check_name
-from server.ground.errors import AdapterNotFound, AdapterOnItsWay, BadRequest, Conflict, GraftError, Overloaded
+from server.adapters.store.folder_store import Incoming, check_name
+from server.ground.errors import AdapterNotFound, AdapterOnItsWay, Conflict, GraftError, Overloaded
 
 MAX_RUNNING = 4
 MAX_THREADS = 16  # those of cancelled fetches counted
@@ -296,7 +294,6 @@ class Fetches:
             if known is not None:
                 return known
             transfer(place, order.address, incoming, fetch.meter)
-            _check_manifest(order, incoming)
             with self._lock:
                 if fetch.result.done():
                     raise _Over
@@ -336,17 +333,6 @@ class Fetches:
             if len(self._failures) <= MAX_FAILURES and failed_s >= oldest_s:
                 return
             del self._failures[name]
-
-
-def _check_manifest(order: Order, incoming: Incoming) -> None:
-    """As of an upload: raises BadRequest for a manifest that is none, or that contradicts the order."""
-    check_manifest(incoming.folder)
-    stated = base_fingerprint_of(incoming.folder)
-    if stated is not None and (not FINGERPRINT.fullmatch(stated) or order.base_fingerprint not in (None, stated)):
-        raise BadRequest(
-            "'base_fingerprint' in the source's manifest.json is not one, or not the one of the request.",
-            param="base_fingerprint",
-        )
 
 
 def _on_its_way(fetch: Fetch) -> AdapterOnItsWay:
