@@ -91,7 +91,7 @@ def _measure(scratch: Path, arguments: argparse.Namespace) -> dict[Case, Measure
         return asyncio.run(_rounds(server, cases, arguments))
 
 
-def _flags(scratch: Path, shape: Shape, arguments: argparse.Namespace) -> list[str]:
+def _flags(scratch: Path, shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
     """Room for `fits` adapters and a slab of each width, which is less than one adapter more."""
     adapter_bytes = ITEM_BYTES * arguments.rank * shape.row_elements()
     num_widths = len({width for _, *widths in shape.widths for width in widths})
@@ -104,7 +104,7 @@ def _flags(scratch: Path, shape: Shape, arguments: argparse.Namespace) -> list[s
     }
     flags |= {"max-sequences": arguments.streams, "quantize": arguments.quantize, "device": "cpu"}
     flags |= {"kv-memory": "512MiB", "max-adapter-wait": arguments.max_adapter_wait, "log-level": "warning"}
-    return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    return flags
 
 
 def _name(index: int) -> str:

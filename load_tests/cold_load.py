@@ -72,14 +72,14 @@ def _measure(scratch: Path, arguments: argparse.Namespace) -> dict[str, Measured
         return asyncio.run(_rounds(server, arguments))
 
 
-def _flags(scratch: Path, shape: Shape, large_rank: int, arguments: argparse.Namespace) -> list[str]:
+def _flags(scratch: Path, shape: Shape, large_rank: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Twice the room that all adapters need: this is about loading, not about room."""
     total_rank = arguments.streams * arguments.rank + _NUM_LARGE * large_rank
     memory = max(2 * ITEM_BYTES * total_rank * shape.row_elements(), 16 << 20)
     flags: dict[str, Any] = {"adapters": scratch / "adapters", "adapter-memory": memory, "host-memory": "4GiB"}
     flags |= {"max-sequences": arguments.streams + 1, "quantize": arguments.quantize, "device": "cpu"}
     flags |= {"kv-memory": "512MiB", "dtype": "bfloat16", "log-level": "warning"}
-    return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    return flags
 
 
 async def _rounds(server: OwnServer, arguments: argparse.Namespace) -> dict[str, Measured]:

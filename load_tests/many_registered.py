@@ -131,7 +131,7 @@ def over_http(store: Path, scratch: Path, num_times: int) -> dict[str, Any]:
     flags = {"device": "cpu", "kv-memory": "8MiB", "adapter-memory": "8MiB", "log-level": "error"}
     begun = time.perf_counter()
     (scratch / "store").symlink_to(store)
-    with own_server(BASE, scratch, [text for item in flags.items() for text in (f"--{item[0]}", item[1])]) as server:
+    with own_server(BASE, scratch, flags) as server:
         start_s = time.perf_counter() - begun
         paths = ("/v1/adapters", "/v1/adapters?limit=100", "/v1/models", "/metrics", "/health")
         measured: dict[str, Any] = {"server_start_s": start_s}

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,27 +101,20 @@ class OwnServer:
 
 
 @contextmanager
-def own_server(model: Path, scratch: Path, flags: Sequence[str]) -> Iterator[OwnServer]:
-    """Serves `model` on a free port until the block ends; its log is scratch/server.log. Raises NoServer."""
+def own_server(model: Path, scratch: Path, flags: Mapping[str, object]) -> Iterator[OwnServer]:
+    """Serves `model` with `flags` (name without dashes -> value) on a free port until the block ends.
+
+    Its log is scratch/server.log. Raises NoServer.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = scratch / "server.log"
-    command = [
-        sys.executable,
-        "-c",
-        _START,
-        "serve",
-        str(model),
-        "--port",
-        str(port),
-        "--store",
-        str(scratch / "store"),
-    ]
+    own: dict[str, object] = {"port": port, "store": scratch / "store"}
+    told = [text for name, value in (own | dict(flags)).items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, "-c", _START, "serve", str(model), *told]
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, *flags], stdout=output, stderr=output, cwd=Path(__file__).parents[1]
-        )  # fmt: skip
+        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=Path(__file__).parents[1])
     try:
         server = OwnServer(f"http://127.0.0.1:{port}", process.pid)
         _await_start(process, server, log)

@@ -313,7 +313,7 @@ def _soak(arguments: argparse.Namespace, scratch: Path, stack: ExitStack) -> Soa
     folders = scratch / "folders"
     write(iter(contents), folders)
     flags = _TIGHT | {"adapter-paths": str(folders), "allow-source": folders.as_uri(), "dtype": arguments.dtype}
-    started = own_server(BASE, scratch, [text for name, value in flags.items() for text in (f"--{name}", value)])
+    started = own_server(BASE, scratch, flags)
     server = stack.enter_context(started)
     return Soak(course, World(server.url, "", contents, folders), server.pid, scratch / "store")
 

@@ -63,7 +63,7 @@ def test_an_adapter_is_as_large_as_it_is_wanted(tiny_llama: Path) -> None:
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     with (
         pytest.raises(NoServer, match=r"(?s)did not start: .*--no-such-flag"),
-        own_server(tmp_path, tmp_path, ["--no-such-flag"]),
+        own_server(tmp_path, tmp_path, {"no-such-flag": 1}),
     ):
         pass
 
