@@ -20,6 +20,7 @@ import uvicorn
 from server.cli.command import Command, quieten_libraries, say
 from server.cli.flags import add_settings
 from server.ground import config
+from server.ground.arenas import keep_one_arena
 from server.ground.config import Settings
 from server.ground.errors import StartupRefused
 
@@ -45,6 +46,7 @@ class Served(Protocol):
 
 
 def _serve(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    keep_one_arena()  # before anything starts a thread
     flags = {name: value for name, value in vars(arguments).items() if name != "command"}
     settings = config.load(flags)
     for sentence in config.unknown_variables():

@@ -92,10 +92,11 @@ class DeviceTier:
         known = self._slot_of.get(digest)
         if known is not None:
             return known
-        new = {t.content_hash: t.tensor for t in _buffered(adapter) if t.content_hash not in self._shared}
+        buffered = _buffered(adapter)
+        new = {t.content_hash: t.tensor for t in buffered if t.content_hash not in self._shared}
         self._store(new)  # without the lock: no step reads these rows yet, and none has to wait for the copy
         with self._lock:
-            slot = self._make_slot(digest, adapter)
+            slot = self._make_slot(digest, adapter, tuple(t.content_hash for t in buffered))
             if self._tables is not None:
                 self._tables.put(slot)
             for content_hash in slot.hashes:
@@ -115,7 +116,7 @@ class DeviceTier:
                 rows.num_users -= 1
                 if rows.num_users == 0:
                     del self._shared[content_hash]
-                    freed.setdefault(rows.width, []).extend(rows.numbers.tolist())
+                    freed.setdefault(rows.width, []).extend(rows.numbers)
             for width, numbers in freed.items():
                 self._allocator.free(width, numbers)
             if self._step_edits is not None:
@@ -171,18 +172,17 @@ class DeviceTier:
                 self._allocator.free(width, numbers)
             raise
         left = {width: iter(numbers) for width, numbers in allocated.items()}
-        placed = {h: list(islice(left[matrix.shape[1]], matrix.shape[0])) for h, matrix in matrices.items()}
+        placed = {h: tuple(islice(left[matrix.shape[1]], matrix.shape[0])) for h, matrix in matrices.items()}
         done = {
-            content_hash: Rows(matrices[content_hash].shape[1], torch.tensor(at, dtype=torch.int64, device=self.device))
-            for content_hash, at in placed.items()
+            content_hash: Rows(matrices[content_hash].shape[1], numbers) for content_hash, numbers in placed.items()
         }
         views = {width: self.row_view(width) for width in {rows.width for rows in done.values()}}
         with self._copying():
             for content_hash, rows in done.items():
-                at = placed[content_hash]
                 # A slice where it can be one: an index costs several times the copy of a small tensor.
+                at = rows.numbers
                 is_run = bool(at) and at[-1] - at[0] == len(at) - 1
-                target = slice(at[0], at[-1] + 1) if is_run else rows.numbers
+                target = slice(at[0], at[-1] + 1) if is_run else torch.tensor(at, dtype=torch.int64).to(self.device)
                 views[rows.width][target] = matrices[content_hash].to(self.device, non_blocking=True)
         self._shared.update(done)
 
@@ -197,19 +197,18 @@ class DeviceTier:
             yield
         self._copies.synchronize()
 
-    def _make_slot(self, digest: str, adapter: HostAdapter) -> Slot:
+    def _make_slot(self, digest: str, adapter: HostAdapter, hashes: tuple[bytes, ...]) -> Slot:
         number = next(n for n in range(1, len(self._slots) + 2) if n not in self._slots)
         edits = {self._sites.by_path[path].index: self._slot_edit(edit) for path, edit in adapter.edits.items()}
-        hashes = tuple(tensor.content_hash for tensor in _buffered(adapter))
         return Slot(number, digest, edits, {h: self._shared[h] for h in hashes}, hashes)
 
     def _slot_edit(self, edit: HostEdit) -> SlotEdit:
-        tensors = edit.tensors()
+        vectors = {name: getattr(edit, name) for name in VECTORS}
         return SlotEdit(
             down=tuple(rows.content_hash for rows in edit.down),
             up=tuple(rows.content_hash for rows in edit.up),
             rank=edit.rank,
-            vectors={name: tensors[name][0].content_hash for name in VECTORS if name in tensors},
+            vectors={name: vector.content_hash for name, vector in vectors.items() if vector is not None},
             mid_scale=edit.mid_scale.tensor.to(self.device) if edit.mid_scale else None,
             mid_shift=edit.mid_shift.tensor.to(self.device) if edit.mid_shift else None,
         )

@@ -164,18 +164,13 @@ def _key(edits: Mapping[int, SlotEdit], name: str) -> _Key:
 
 def _site_rows(slot: Slot) -> dict[int, SiteRows]:
     """The slot's edits with row numbers in place of hashes."""
-    names = list(slot.rows)
-    numbers = {
-        name: tuple(on_cpu.tolist())
-        for name, on_cpu in zip(names, _on_cpu([slot.rows[name].numbers for name in names]), strict=True)
-    }
     middles = [(site, name) for site, edit in slot.edits.items() for name in ("mid_scale", "mid_shift")
                if getattr(edit, name) is not None]  # fmt: skip
     values = _on_cpu([getattr(slot.edits[site], name) for site, name in middles])
     middle = dict(zip(middles, values, strict=True))
 
     def joined(hashes: Sequence[bytes]) -> tuple[int, ...]:
-        return tuple(number for name in hashes for number in numbers[name])
+        return tuple(number for name in hashes for number in slot.rows[name].numbers)
 
     return {
         site: SiteRows(
@@ -183,7 +178,7 @@ def _site_rows(slot: Slot) -> dict[int, SiteRows]:
             up=joined(edit.up),
             mid_scale=middle.get((site, "mid_scale")),
             mid_shift=middle.get((site, "mid_shift")),
-            vectors={_VECTORS[name]: numbers[content_hash][0] for name, content_hash in edit.vectors.items()},
+            vectors={_VECTORS[name]: slot.rows[content_hash].numbers[0] for name, content_hash in edit.vectors.items()},
         )
         for site, edit in slot.edits.items()
     }

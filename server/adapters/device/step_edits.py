@@ -6,7 +6,7 @@ methods: a slot is rows and vectors.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ class Rows:
     """A tensor stored once in the buffer, for all slots that have an equal one."""
 
     width: int
-    numbers: torch.Tensor  # (rows,) int64 on the device
+    numbers: tuple[int, ...]  # of its rows; on the host, where they are looked at far more often than on the device
     num_users: int = 0
 
 
@@ -107,8 +107,7 @@ class StepEdits:
         free += [lane for number, lane in self._lane_of.items() if number not in wanted]
         if len(newcomers) > len(free):
             return False
-        for slot, lane in zip(newcomers, free, strict=False):
-            self._give(lane, slot)
+        self._give(dict(zip(free, newcomers, strict=False)))
         return True
 
     def vacate(self, slot: int) -> None:
@@ -118,54 +117,70 @@ class StepEdits:
             self._lanes[lane - 1] = None
 
     @torch.inference_mode()  # in which the forward pass has made what is written to
-    def _give(self, lane: int, slot: Slot) -> None:
-        leaving = self._lanes[lane - 1]
-        if leaving is not None:
-            del self._lane_of[leaving.number]
-        self._lanes[lane - 1] = slot
-        self._lane_of[slot.number] = lane
+    def _give(self, lanes: Mapping[int, Slot]) -> None:
+        """All at once: what a group costs, whoever comes, is then paid once."""
+        if not lanes:
+            return
+        for lane, slot in lanes.items():
+            leaving = self._lanes[lane - 1]
+            if leaving is not None:
+                del self._lane_of[leaving.number]
+            self._lanes[lane - 1] = slot
+            self._lane_of[slot.number] = lane
         self._rows = self._used_rows()
         self._foreign.clear()
         self._groups = {
             index: rewritten
             for index, edits in self._groups.items()
-            if (rewritten := self._rewritten(self._store.group(index), edits, lane, slot)) is not None
+            if (rewritten := self._rewritten(self._store.group(index), edits, lanes)) is not None
         }
 
     def _used_rows(self) -> dict[bytes, Rows]:
         # Kept, not looked up: a slot that this step does not use may be released while its groups are made.
         return {content_hash: rows for slot in self._lanes if slot for content_hash, rows in slot.rows.items()}
 
-    def _rewritten(self, group: SiteGroup, edits: GroupEdits | None, lane: int, slot: Slot) -> GroupEdits | None:
-        """A group that has been made, with a slot's edits written into a lane; None where its form does not allow that,
-        and where it has none and needs none."""
-        of_slot = [slot.edits.get(site.index) for site in group.sites]
-        if edits is None or edits.stack is None or not _has_room(edits.stack, of_slot):
+    def _rewritten(self, group: SiteGroup, edits: GroupEdits | None, lanes: Mapping[int, Slot]) -> GroupEdits | None:
+        """A group that has been made, with slots' edits written into their lanes; None where its form does not allow
+        that, and where it has none and needs none."""
+        if edits is None or edits.stack is None:
             return None
+        for slot in lanes.values():
+            if not _has_room(edits.stack, [slot.edits.get(site.index) for site in group.sites]):
+                return None
         members = self._members(group)
         if not _is_stackable(members, edits.stack.rank):
             return None
-        self._write_stack(group, edits.stack, members, slice(lane - 1, lane))
-        of_sites = zip(edits.members, members, strict=True)
-        return replace(edits, members=tuple(self._with_vectors(known, of_lane, lane) for known, of_lane in of_sites))
+        self._write_stack(group, edits.stack, members, [lane - 1 for lane in lanes])
+        of_sites = list(zip(edits.members, members, strict=True))
+        return replace(edits, members=tuple(self._with_vectors(known, of_lane, lanes) for known, of_lane in of_sites))
 
-    def _with_vectors(self, edits: SiteEdits | None, of_lane: Sequence[SlotEdit | None], lane: int) -> SiteEdits | None:
-        """A site's stacked vectors with those of the slot in a lane; without the fields that no slot has any more."""
-        if edits is None and of_lane[lane - 1] is None:
+    def _with_vectors(
+        self, edits: SiteEdits | None, of_lane: Sequence[SlotEdit | None], lanes: Collection[int]
+    ) -> SiteEdits | None:
+        """A site's stacked vectors with those of these lanes; without the fields that no slot has any more."""
+        if edits is None and not any(of_lane[lane - 1] for lane in lanes):
             return None
-        edits, own = edits or SiteEdits(), of_lane[lane - 1]
-        vectors: dict[str, Any] = {name: getattr(edits, name) for name in VECTORS}
-        for name, stacked in vectors.items():
-            if not any(edit and name in edit.vectors for edit in of_lane):
-                vectors[name] = None
-            elif own is not None and name in own.vectors:
+        edits = edits or SiteEdits()
+        vectors: dict[str, Any] = {
+            name: self._with_vector(name, getattr(edits, name), of_lane, lanes) for name in VECTORS
+        }
+        return replace(edits, **vectors)
+
+    def _with_vector(
+        self, name: str, stacked: torch.Tensor | None, of_lane: Sequence[SlotEdit | None], lanes: Collection[int]
+    ) -> torch.Tensor | None:
+        if not any(edit and name in edit.vectors for edit in of_lane):
+            return None
+        for lane in lanes:
+            own = of_lane[lane - 1]
+            if own is not None and name in own.vectors:
                 vector = self._vector(own.vectors[name])
                 if stacked is None:
-                    vectors[name] = vector.new_full((len(of_lane) + 1, len(vector)), _IDENTITY[name])
-                vectors[name][lane] = vector
-            else:
+                    stacked = vector.new_full((len(of_lane) + 1, len(vector)), _IDENTITY[name])
+                stacked[lane] = vector
+            elif stacked is not None:
                 stacked[lane] = _IDENTITY[name]
-        return replace(edits, **vectors)
+        return stacked
 
     def group(self, index: int) -> GroupEdits | None:
         if index not in self._groups:
@@ -203,12 +218,12 @@ class StepEdits:
         offsets = [0]
         for part in parts:
             offsets.append(offsets[-1] + part.num_rows)
-        numbers = [self._rows[h].numbers for part in parts for h in part.downs]
+        numbers = self._numbers(h for part in parts for h in part.downs)
         down = None
         if group.sites[0].kind is SiteKind.EMBEDDING:
-            self._embedding_rows[group.index] = torch.cat(numbers)
+            self._embedding_rows[group.index] = numbers
         else:
-            down = self._store.row_view(group.sites[0].d_in).index_select(0, torch.cat(numbers))
+            down = self._store.row_view(group.sites[0].d_in).index_select(0, numbers)
         owned = self._owned(parts, offsets)
         return replace(
             edits,
@@ -224,7 +239,7 @@ class StepEdits:
     def _with_rows(self, edits: SiteEdits | None, pairs: "_Pairs") -> SiteEdits | None:
         if edits is None or not pairs.num_rows:
             return edits
-        rows = torch.cat([self._rows[h].numbers for h in pairs.ups])
+        rows = self._numbers(pairs.ups)
         up = self._store.row_view(self._rows[pairs.ups[0]].width).index_select(0, rows)
         # Rows that were admitted are finite. Those that a masked adapter has given away meanwhile may hold the bits of
         # somebody's vectors, and 0 times NaN would reach its neighbours.
@@ -264,34 +279,35 @@ class StepEdits:
             mid_scale=torch.empty(num, 1, num_rows, device=device) if has_mid_scale else None,
             mid_shift=torch.empty(num, 1, num_rows, device=device) if has_mid_shift else None,
         )
-        self._write_stack(group, stack, members, slice(0, num))
+        self._write_stack(group, stack, members, range(num))
         return stack
 
     def _write_stack(
-        self, group: SiteGroup, stack: Stack, members: Sequence[Sequence[SlotEdit | None]], lanes: slice
+        self, group: SiteGroup, stack: Stack, members: Sequence[Sequence[SlotEdit | None]], lanes: Sequence[int]
     ) -> None:
-        """Copies the rank rows of the slots in these lanes into their matrices."""
+        """Copies the rank rows of the slots in these lanes (counted from 0) into their matrices."""
         have_rows = [i for i, (first, last) in enumerate(stack.spans) if last > first]
-        of_lane = list(zip(*(members[i][lanes] for i in have_rows), strict=True))
+        of_lane = [[members[i][lane] for i in have_rows] for lane in lanes]
         downs = [edit.down if edit else () for edits in of_lane for edit in edits]
-        stack.down[lanes] = self._matrices(downs, stack.rank, group.sites[0].d_in).view_as(stack.down[lanes])
-        for i in have_rows:
-            ups = [edit.up if edit else () for edit in members[i][lanes]]
+        matrices = self._matrices(downs, stack.rank, group.sites[0].d_in)
+        for lane, matrix in zip(lanes, matrices.view(len(lanes), *stack.down.shape[1:]), strict=True):
+            stack.down[lane] = matrix  # one by one: an index for all would want one dtype, and so a copy more
+        for place, i in enumerate(have_rows):
+            ups = [edit.up if (edit := edits[place]) else () for edits in of_lane]
             matrices = self._matrices(ups, stack.rank, group.sites[i].d_out)
-            of_member = stack.up[lanes, slice(*stack.spans[i])]
-            of_member.copy_(matrices.view(len(ups), stack.rank, -1, stack.up.shape[3]).transpose(1, 2))
-        for name, stacked in (("mid_scale", stack.mid_scale), ("mid_shift", stack.mid_shift)):
-            if stacked is not None:
-                stacked[lanes] = 1.0 if name == "mid_scale" else 0.0
-                for rows, edits in zip(stacked[lanes], of_lane, strict=True):
-                    for place, edit in enumerate(edits):
-                        vector = getattr(edit, name) if edit is not None else None
-                        if vector is not None:
-                            rows[0, place * stack.rank : place * stack.rank + len(vector)] = vector
+            pieces = matrices.view(len(lanes), stack.rank, -1, stack.up.shape[3]).transpose(1, 2)
+            for lane, of_member in zip(lanes, pieces, strict=True):
+                stack.up[lane, slice(*stack.spans[i])] = of_member
+        _write_middles(stack, of_lane, lanes)
+
+    def _numbers(self, hashes: Iterable[bytes]) -> torch.Tensor:
+        """The row numbers of these tensors, one after the other, on the device: (rows,) int64."""
+        numbers = [number for content_hash in hashes for number in self._rows[content_hash].numbers]
+        return torch.tensor(numbers, dtype=torch.int64, device=self._store.device)
 
     def _matrices(self, stacks: Sequence[tuple[bytes, ...]], rank: int, width: int) -> torch.Tensor:
         """(len(stacks), rank, width): tensors of one width from the store, padded with rows of zeros."""
-        lists = [[number for h in hashes for number in self._rows[h].numbers.tolist()] for hashes in stacks]
+        lists = [[number for h in hashes for number in self._rows[h].numbers] for hashes in stacks]
         padded = torch.tensor([[*numbers, *[0] * (rank - len(numbers))] for numbers in lists])
         rows = self._store.row_view(width).index_select(0, padded.view(-1).to(self._store.device))
         if any(len(numbers) < rank for numbers in lists):
@@ -395,6 +411,19 @@ def _is_stackable(members: Sequence[Sequence[SlotEdit | None]], rank: int) -> bo
     distinct = [{(edit.down, edit.up): edit.rank for edit in edits if edit} for edits in members]
     num_rows = [num for ranks in distinct if (num := sum(ranks.values()))]
     return len(members[0]) * rank * len(num_rows) <= _MAX_STACK_GROWTH * sum(num_rows)
+
+
+def _write_middles(stack: Stack, of_lane: Sequence[Sequence[SlotEdit | None]], lanes: Sequence[int]) -> None:
+    """Writes what scales and shifts the hidden activations of these lanes; `of_lane` has members with rows only."""
+    for name, stacked in (("mid_scale", stack.mid_scale), ("mid_shift", stack.mid_shift)):
+        if stacked is None:
+            continue
+        for lane, edits in zip(lanes, of_lane, strict=True):
+            stacked[lane] = 1.0 if name == "mid_scale" else 0.0
+            for place, edit in enumerate(edits):
+                vector = getattr(edit, name) if edit is not None else None
+                if vector is not None:
+                    stacked[lane, 0, place * stack.rank : place * stack.rank + len(vector)] = vector
 
 
 def _has_room(stack: Stack, of_slot: Sequence[SlotEdit | None]) -> bool:

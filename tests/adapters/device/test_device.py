@@ -295,7 +295,7 @@ def test_rows_given_away_in_mid_step_carry_no_nan_to_neighbours(base: Base) -> N
     lowered = [Lowered("test", r, 1, {site.path: random_edit(site, r, rank=r)}) for r in (1, 2, 40)]
     kept, _, gone = (device.admit(str(one.rank), host.put(str(one.rank), one)) for one in lowered)
     step = StepEdits(device, list(device._slots.values()))
-    numbers = step._rows[device._slots[gone].edits[site.index].up[0]].numbers
+    numbers = list(step._rows[device._slots[gone].edits[site.index].up[0]].numbers)
     device.row_view(site.d_out)[numbers] = torch.nan
     group = step.group(site.group)
     assert group is not None

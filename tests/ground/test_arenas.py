@@ -1,0 +1,65 @@
+"""One heap for all threads, unless the operator decides."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import pytest
+
+# Threads that allocate at once, each block too large for a thread's own cache and too small to be mapped by itself;
+# then malloc_info(3), which lists the heaps.
+_COUNT_HEAPS = """
+import ctypes, sys, threading
+from server.ground.arenas import keep_one_arena
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.fdopen.restype = ctypes.c_void_p
+done = keep_one_arena() if "bounded" in sys.argv else False
+together = threading.Barrier(4)
+
+def allocate():
+    together.wait()
+    for _ in range(200):
+        libc.malloc(ctypes.c_size_t(20_000))
+    together.wait()
+
+threads = [threading.Thread(target=allocate) for _ in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+sys.stdout.write(f"{done}\\n")
+sys.stdout.flush()
+out = ctypes.c_void_p(libc.fdopen(1, b"w"))
+libc.malloc_info(0, out)
+libc.fflush(out)
+"""
+
+
+def _heaps(*arguments: str, environment: Mapping[str, str] = {}) -> tuple[bool, int]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")}
+    told = subprocess.run(
+        [sys.executable, "-c", _COUNT_HEAPS, *arguments],
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return told.startswith("True"), told.count("<heap nr=")
+
+
+pytestmark = pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="needs glibc")
+
+
+def test_without_it_threads_get_heaps_of_their_own() -> None:
+    assert _heaps()[1] > 1
+
+
+def test_with_it_all_threads_share_one() -> None:
+    assert _heaps("bounded") == (True, 1)
+
+
+def test_an_operator_who_has_decided_is_not_overruled() -> None:
+    done, num_heaps = _heaps("bounded", environment={"MALLOC_ARENA_MAX": "3"})
+    assert not done
+    assert 1 < num_heaps <= 3
