@@ -121,7 +121,7 @@ class Custody:
         content = copy.content
 
         def is_idle() -> bool:
-            return not content.is_loading and content.num_residencies == 0
+            return not (content.is_loading or content.is_copying or content.num_residencies)
 
         with self._books.eased:
             self._books.eased.wait_for(lambda: self._workers.is_closed or is_idle(), max_wait_s)

@@ -37,11 +37,12 @@ from server.adapters.workers import Workers
 from server.ground.errors import GraftError
 
 __all__ = [
-    "FAILURE_MEMORY_S", "MAX_WAIT_S", "AdapterInfo", "Device", "Lease", "Loaded", "Portion", "Registered",
-    "Registry",
+    "FAILURE_MEMORY_S", "MAX_WAIT_S", "NUM_COPIERS", "AdapterInfo", "Device", "Lease", "Loaded", "Portion",
+    "Registered", "Registry",
     "RegistryStats", "Unloaded", "claim_of",
 ]  # fmt: skip
 
+NUM_COPIERS = 2  # adapters on their way to the device at once: a small one does not wait for a large one
 MAX_WAIT_S = 300.0  # for running sequences, where nobody says
 _MAX_NAMED = 20  # in one line of the log
 
@@ -81,7 +82,7 @@ class Registry:
         self._loader = loader = Loader(
             books, workers, host, device, lambda *asked: self._load(*asked), clock, store.reading
         )
-        self._copiers = copiers = Workers(books.lock, 1)  # the way to the device is no wider for two
+        self._copiers = copiers = Workers(books.lock, NUM_COPIERS)
         self._residency = Residency(books, workers, copiers, loader, host, device)
         self._leases = Leases(books, workers, loader, self._residency)
         self._custody = Custody(books, workers, host, device, loader, self._residency, self._leases)

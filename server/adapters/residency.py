@@ -47,6 +47,7 @@ class Residency:
         self._device = device
         self._placing = threading.Lock()
         self._resident: dict[str, Content] = {}
+        self._num_copying = 0
         self._uses = itertools.count(1)
         self.promotions_total = self.evictions_total = 0
 
@@ -62,21 +63,35 @@ class Residency:
                 return self._hold(content)
             adapter = self._placeable(content)
         if adapter is None or not self._placing.acquire(blocking=False):
-            return None  # a copy is under way; a step does not wait for it
+            return None  # another thread is changing what is there; a step does not wait for it
         try:
-            if not self._bring(content, adapter):
+            if not self._bring_inline(content, adapter):
                 return None
             with self._books.lock:  # an unload that began meanwhile sees that nothing runs
                 return self._hold(content) if content.num_unloads == 0 else None
         finally:
             self._placing.release()
 
+    def _bring_inline(self, content: Content, adapter: HostAdapter) -> bool:
+        """Under `placing`: puts an adapter on the device between two steps. Whether it is there."""
+        with self._books.lock:  # which another thread may have begun, or done, since it was looked at
+            is_there, is_on_its_way = content.slot is not None, content.is_copying
+        if is_there or is_on_its_way or not self._reserve(content, adapter):
+            return is_there
+        is_copied = False
+        try:
+            self._device.copy(content.digest)
+            is_copied = True
+        finally:
+            is_there = self._end_placement(content, is_copied=is_copied)
+        return is_there
+
     def _placeable(self, content: Content) -> HostAdapter | None:
         """Under the lock: what can be tried to be put on the device between two steps. Else None, and it is seen to."""
         if content.num_unloads == 0 and content.refused_at == self._books.num_easings:
             return None  # nothing has changed that could make room
         content.refused_at = None
-        if content.num_unloads or content.is_promoting:
+        if content.num_unloads or content.is_promoting or content.is_copying:
             return None
         adapter = self._on_host(content)
         if adapter is not None and _is_large(content) and not content.must_place_inline:
@@ -125,15 +140,56 @@ class Residency:
         """Puts on the device, with no hold on it, what is on the host. Whether it is there then.
 
         Idle adapters make room, as for an admission; if it is early, only what no request waits for and is worth less.
-        Raises Conflict where only pinned ones are in the way.
+        Steps, admissions and other copies go on beside the copy. Raises Conflict where only pinned ones are in the way.
         """
-        with self._placing:
+        if not self._begin_copy(content, is_early=is_early):
+            return content.slot is not None
+        is_copied = is_there = False
+        try:
+            self._device.copy(content.digest)
+            is_copied = True
+        finally:
+            with self._placing:
+                is_there = self._end_placement(content, is_copied=is_copied)
             with self._books.lock:
-                is_free = content.num_unloads == 0 and self._books.catalog.contents.get(content.digest) is content
-                adapter = self._host.get(content.digest) if is_free else None
-                if content.slot is not None:
-                    return True
-            return adapter is not None and self._bring(content, adapter, is_early=is_early)
+                content.is_copying = False
+                self._num_copying -= 1
+                self._books.ease()
+            self.purge(content)  # what was deleted meanwhile
+        return is_there
+
+    def _begin_copy(self, content: Content, *, is_early: bool) -> bool:
+        """Takes the room for what is on the host, once another thread's copy of it has ended. Whether there is
+        something to copy."""
+        while True:
+            with self._books.eased:
+                self._books.eased.wait_for(lambda: not content.is_copying)
+            with self._placing:
+                with self._books.lock:
+                    if content.is_copying:
+                        continue
+                    is_free = content.num_unloads == 0 and self._books.catalog.contents.get(content.digest) is content
+                    is_away = is_free and content.slot is None
+                    adapter = self._host.get(content.digest) if is_away else None
+                if adapter is None or not self._reserve(content, adapter, is_early=is_early):
+                    return False
+                with self._books.lock:
+                    content.is_copying = True
+                    self._num_copying += 1
+                return True
+
+    def _end_placement(self, content: Content, *, is_copied: bool) -> bool:
+        """Under `placing`: gives a slot to what was copied, unless nobody wants it any more. Whether it has one."""
+        with self._books.lock:
+            is_known = self._books.catalog.contents.get(content.digest) is content
+            is_wanted = is_copied and is_known and content.num_unloads == 0
+        if not is_wanted:
+            self._device.abandon(content.digest)
+            return False
+        slot = self._device.place(content.digest)
+        with self._books.lock:
+            self._note_slot(content, slot)
+        return True
 
     def bring_within(self, content: Content, max_wait_s: float) -> None:
         """As `bring`, waiting for others to make room. Raises Overloaded if they do not within the time."""
@@ -188,7 +244,7 @@ class Residency:
         with self._placing:
             with self._books.lock:
                 catalog = self._books.catalog
-                is_wanted = not content.is_over or content.num_residencies > 0
+                is_wanted = not content.is_over or content.num_residencies > 0 or content.is_copying
                 if is_wanted or catalog.contents.get(content.digest) is not content:
                     return
                 del catalog.contents[content.digest]
@@ -225,36 +281,30 @@ class Residency:
             self._loader.start_if_cold(content)
         return adapter
 
-    def _bring(self, content: Content, adapter: HostAdapter, *, is_early: bool = False) -> bool:
-        """Under `placing`, of what has no slot or has just been given one."""
-        with self._books.lock:
-            num_seen = self._books.num_easings  # before, so that what eases meanwhile is a reason to try again
-        slot = self._place(content, adapter, is_early=is_early) if content.slot is None else content.slot
-        with self._books.lock:
-            if slot is None:
-                content.refused_at = None if is_early else num_seen
-                return False
-            if content.slot is None:
-                self._note_slot(content, slot)
-        return True
-
-    def _place(self, content: Content, adapter: HostAdapter, *, is_early: bool) -> int | None:
-        """Puts an adapter on the device, evicting idle ones one by one; None if that does not make room.
+    def _reserve(self, content: Content, adapter: HostAdapter, *, is_early: bool = False) -> bool:
+        """Under `placing`: takes room on the device, evicting idle adapters one by one. Whether there was enough.
 
         Raises AdapterRejected or Conflict where waiting would not make room either.
         """
+        with self._books.lock:
+            num_seen = self._books.num_easings  # before, so that what eases meanwhile is a reason to try again
         while True:
             try:
-                return self._device.admit(content.digest, adapter)
+                self._device.reserve(content.digest, adapter)
+                return True
             except NoRoom:
                 if self._evict_one(below=content if is_early else None):
                     continue
                 if not is_early:
                     self._check_room_can_come(adapter)
-                return None
+                with self._books.lock:
+                    content.refused_at = None if is_early else num_seen
+                return False
 
     def _check_room_can_come(self, adapter: HostAdapter) -> None:
         with self._books.lock:
+            if self._num_copying:
+                return  # and may leave again
             residents = tuple(self._resident.values())
             are_pinned = all(content.is_pinned for content in residents)
         if not residents:

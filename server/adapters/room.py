@@ -13,7 +13,8 @@ from server.ground.errors import AdapterRejected, Conflict
 class Device(Protocol):
     """The device tier, as the registry needs it.
 
-    Calls never overlap. They come from any thread; `release` comes only for an adapter that no running sequence uses.
+    Calls never overlap, but those of `copy` with any others. They come from any thread; `release` comes only for an
+    adapter that no running sequence uses.
     """
 
     @property
@@ -24,8 +25,17 @@ class Device(Protocol):
     def used_bytes(self) -> int:
         """Bytes that adapters use now."""
 
-    def admit(self, digest: str, adapter: HostAdapter) -> int:
-        """Puts an adapter on the device; returns its slot. Raises NoRoom, and then nothing has changed."""
+    def reserve(self, digest: str, adapter: HostAdapter) -> None:
+        """Takes the room for an adapter. Raises NoRoom, and then nothing has changed."""
+
+    def copy(self, digest: str) -> None:
+        """Fills the room that was taken, which takes long. Steps and other copies go on meanwhile."""
+
+    def place(self, digest: str) -> int:
+        """Makes what was copied resident; returns its slot."""
+
+    def abandon(self, digest: str) -> None:
+        """Gives the room that was taken back instead."""
 
     def release(self, digest: str) -> int:
         """Takes it off again and frees its slot; returns the bytes that became free."""

@@ -8,9 +8,9 @@ from contextlib import suppress
 
 import pytest
 
-from server.adapters.host_adapter import HostAdapter
 from server.adapters.method import Lowered
 from server.adapters.registry import Lease, Unloaded
+from server.adapters.residency import Freed
 from server.ground.errors import AdapterNotFound, AdapterRejected, Conflict, Overloaded
 from tests.adapters.folders import load_folder
 from tests.adapters.test_registry import (
@@ -175,16 +175,16 @@ def test_an_unload_that_begins_while_it_is_put_on_the_device_frees_it_and_admits
     house.registry.verify("a")
     futures: list[Future[Unloaded]] = []
     with house.registry.lease("a") as lease, ThreadPoolExecutor(1) as pool:
-        place = house.device.admit
+        copy = house.device.copy
 
-        def interrupted(digest: str, adapter: HostAdapter) -> int:
+        def interrupted(digest: str) -> None:
             futures.append(unloading(house, pool, "a"))
-            return place(digest, adapter)
+            copy(digest)
 
         with monkeypatch.context() as patched:
-            patched.setattr(house.device, "admit", interrupted)
+            patched.setattr(house.device, "copy", interrupted)
             assert house.registry.admit(lease.version) is None
-        assert futures[0].result(PATIENCE_S).freed.device_bytes == BYTES
+        assert futures[0].result(PATIENCE_S).freed == Freed(BYTES, 0)  # it never came to be resident
         assert house.device.used_bytes == 0
         assert is_content_on(house, lease, 1)
     assert house.registry.check_integrity() == ()

@@ -1,14 +1,16 @@
 """Residency on the real tiers: scans, turns and copies beside the steps, with a scheduler where turns are concerned."""
 
 import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from server.adapters import residency
-from server.adapters.host_adapter import HostAdapter
 from server.adapters.method import Lowered
-from server.adapters.registry import Lease
+from server.adapters.registry import NUM_COPIERS, Lease
 from server.engine.blocks import BlockPool
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import SamplingParams, Sequence, SequenceStatus
@@ -84,9 +86,9 @@ def test_a_full_device_is_asked_again_only_when_something_has_changed(
         house.admit(a)
         house.registry.verify("b")
         asked: list[str] = []
-        admit = house.device.admit
+        reserve = house.device.reserve
         monkeypatch.setattr(
-            house.device, "admit", lambda digest, adapter: asked.append(digest) or admit(digest, adapter)
+            house.device, "reserve", lambda digest, adapter: asked.append(digest) or reserve(digest, adapter)
         )
         for _ in range(50):
             assert house.registry.admit(b.version) is None
@@ -167,7 +169,7 @@ class Turns:
         raise AssertionError("something never ends")
 
 
-def warm(house: House, names: str) -> None:
+def warm(house: House, names: Iterable[str]) -> None:
     for name in names:
         house.registry.verify(name)
 
@@ -211,20 +213,22 @@ def test_more_adapters_than_fit_asked_for_in_a_cycle_all_get_their_turns(build: 
 
 
 class GatedCopies:
-    """The device's copies wait until the test lets them through."""
+    """The device's copies beside the steps wait until the test lets them through."""
 
-    def __init__(self, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, house: House, monkeypatch: pytest.MonkeyPatch, num_awaited: int = 1) -> None:
         self.gate, self.begun = threading.Event(), threading.Event()
         self.threads: list[str] = []
-        admit = house.device.admit
+        steps, copy = threading.current_thread(), house.device.copy
 
-        def gated(digest: str, adapter: HostAdapter) -> int:
-            self.threads.append(threading.current_thread().name)
-            self.begun.set()
-            assert self.gate.wait(120)
-            return admit(digest, adapter)
+        def gated(digest: str) -> None:
+            if threading.current_thread() is not steps:
+                self.threads.append(threading.current_thread().name)
+                if len(self.threads) == num_awaited:
+                    self.begun.set()
+                assert self.gate.wait(120)
+            copy(digest)
 
-        monkeypatch.setattr(house.device, "admit", gated)
+        monkeypatch.setattr(house.device, "copy", gated)
         monkeypatch.setattr(residency, "COPIED_INLINE_BYTES", BYTES)  # rank 2 is small, rank 3 is large
 
 
@@ -248,7 +252,6 @@ def test_a_large_copy_runs_beside_the_steps_and_begins_with_the_request(
             copies.gate.set()
             assert house.admit(large) == house.admit(other)
             assert len(copies.threads) == 1
-            assert copies.threads[0] != threading.current_thread().name
             house.registry.retire(large.version)
             house.registry.retire(large.version)
         house.registry.retire(small.version)
@@ -256,7 +259,9 @@ def test_a_large_copy_runs_beside_the_steps_and_begins_with_the_request(
     house.registry.close()
 
 
-def test_a_copy_of_another_adapter_makes_no_step_wait(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_adapter_is_admitted_beside_the_copy_of_a_large_one(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     house = build({"small": 1})
     house.store_adapter("large", 2, rank=3)
     house = house.reopened()
@@ -265,13 +270,85 @@ def test_a_copy_of_another_adapter_makes_no_step_wait(build: Build, monkeypatch:
     copies = GatedCopies(house, monkeypatch)
     with house.registry.lease("large") as large, house.registry.lease("small") as small:
         assert copies.begun.wait(120)
-        assert house.registry.admit(small.version) is None, "the next step asks again"
-        assert not house.registry.lacks_room(small.version)
+        assert house.registry.admit(small.version) is not None
         copies.gate.set()
-        house.admit(small)
         house.admit(large)
         house.registry.retire(small.version)
         house.registry.retire(large.version)
+    house.registry.close()
+
+
+def test_large_adapters_are_copied_several_at_a_time(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    house = build({})
+    for name in "abc":
+        house.store_adapter(name, ord(name), rank=3)
+    house = house.reopened()
+    warm(house, "abc")
+    copies = GatedCopies(house, monkeypatch, num_awaited=NUM_COPIERS)
+    with ExitStack() as held:
+        leases = [held.enter_context(house.registry.lease(name)) for name in "abc"]
+        assert copies.begun.wait(120)
+        copies.gate.set()
+        assert len({house.admit(lease) for lease in leases}) == 3
+        for lease in leases:
+            house.registry.retire(lease.version)
+    assert house.registry.check_integrity() == ()
+    house.registry.close()
+
+
+def test_who_finds_the_device_full_of_copies_under_way_waits_for_their_end(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = build({"small": 1}, num_device_rows=6 + 4 - 1)
+    house.store_adapter("large", 2, rank=3)
+    house = house.reopened()
+    warm(house, ["small", "large"])
+    copies = GatedCopies(house, monkeypatch)
+    with house.registry.lease("large") as large, house.registry.lease("small") as small:
+        assert copies.begun.wait(120)
+        assert house.registry.admit(small.version) is None
+        assert house.registry.lacks_room(small.version), "nothing is resident yet, but it may fit later"
+        copies.gate.set()
+        house.admit(large)
+        house.registry.retire(large.version)
+        house.admit(small)
+        house.registry.retire(small.version)
+    assert house.registry.check_integrity() == ()
+    house.registry.close()
+
+
+def test_a_copy_by_hand_and_one_for_a_request_are_one(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    house = build({})
+    house.store_adapter("large", 2, rank=3)
+    house = house.reopened()
+    warm(house, ["large"])
+    copies = GatedCopies(house, monkeypatch)
+    with house.registry.lease("large") as large, ThreadPoolExecutor(2) as pool:
+        assert copies.begun.wait(120)
+        loads = [pool.submit(house.registry.load, "large") for _ in range(2)]
+        copies.gate.set()
+        for load in loads:
+            load.result(120)
+        house.admit(large)
+        house.registry.retire(large.version)
+    assert len(copies.threads) == 1
+    house.registry.close()
+
+
+def test_an_unload_during_a_copy_ends_it_and_frees_all(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    house = build({})
+    house.store_adapter("large", 2, rank=3)
+    house = house.reopened()
+    warm(house, ["large"])
+    copies = GatedCopies(house, monkeypatch)
+    with house.registry.lease("large"), ThreadPoolExecutor(1) as pool:
+        assert copies.begun.wait(120)
+        unloading = pool.submit(house.registry.unload, "large", 120.0)
+        eventually(lambda: next(iter(house.registry._books.catalog.contents.values())).num_unloads > 0)
+        copies.gate.set()
+        assert unloading.result(120).freed.host_bytes > 0
+    assert house.device.used_bytes == house.host.used_bytes == 0
+    assert house.registry.check_integrity() == ()
     house.registry.close()
 
 

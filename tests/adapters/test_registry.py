@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,17 +41,18 @@ PATIENCE_S = 120  # for a registry that hangs, not for a machine that is slow
 
 
 class Table:
-    """A device of `num_rows` rows: what is resident, by slot. Checks that its calls never overlap."""
+    """A device of `num_rows` rows: what is resident, by slot. Checks that its calls never overlap, but for copies."""
 
     def __init__(self, num_rows: int) -> None:
         self.capacity_bytes = num_rows * ROW_BYTES
         self.slots: dict[str, int] = {}
         self.adapters: dict[str, HostAdapter] = {}
+        self.coming: dict[str, HostAdapter] = {}
         self._busy = threading.Lock()
 
     @property
     def used_bytes(self) -> int:
-        return sum(map(self.resident_bytes, tuple(self.adapters.values())))
+        return sum(map(self.resident_bytes, (*self.adapters.values(), *self.coming.values())))
 
     def resident_bytes(self, adapter: HostAdapter) -> int:
         return adapter.tensor_bytes
@@ -59,26 +60,39 @@ class Table:
     def needed_bytes(self, adapter: HostAdapter) -> int:
         return self.resident_bytes(adapter)
 
-    def admit(self, digest: str, adapter: HostAdapter) -> int:
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
         assert self._busy.acquire(blocking=False), "two calls of the device at once"
         try:
-            assert digest not in self.slots
-            needed, free = self.resident_bytes(adapter), self.capacity_bytes - self.used_bytes
-            if needed > free:
-                raise NoRoom(num_rows=needed // ROW_BYTES, row_stride=WIDTH, free_elements=free // 4)
-            slot = next(n for n in range(1, len(self.slots) + 2) if n not in self.slots.values())
-            self.slots[digest], self.adapters[digest] = slot, adapter
-            return slot
+            yield
         finally:
             self._busy.release()
 
+    def reserve(self, digest: str, adapter: HostAdapter) -> None:
+        with self._alone():
+            assert digest not in {*self.slots, *self.coming}
+            needed, free = self.resident_bytes(adapter), self.capacity_bytes - self.used_bytes
+            if needed > free:
+                raise NoRoom(num_rows=needed // ROW_BYTES, row_stride=WIDTH, free_elements=free // 4)
+            self.coming[digest] = adapter
+
+    def copy(self, digest: str) -> None:
+        assert digest in self.coming
+
+    def place(self, digest: str) -> int:
+        with self._alone():
+            slot = next(n for n in range(1, len(self.slots) + 2) if n not in self.slots.values())
+            self.slots[digest], self.adapters[digest] = slot, self.coming.pop(digest)
+            return slot
+
+    def abandon(self, digest: str) -> None:
+        with self._alone():
+            del self.coming[digest]
+
     def release(self, digest: str) -> int:
-        assert self._busy.acquire(blocking=False), "two calls of the device at once"
-        try:
+        with self._alone():
             del self.slots[digest]
             return self.resident_bytes(self.adapters.pop(digest))
-        finally:
-            self._busy.release()
 
 
 @dataclass

@@ -38,7 +38,7 @@ from server.adapters.device.device import DeviceTier
 from server.adapters.format.content import CONFIG_FILE, WEIGHTS_FILE
 from server.adapters.host import HostTier
 from server.adapters.method import Lowered
-from server.adapters.registry import FAILURE_MEMORY_S, Lease, Registry
+from server.adapters.registry import FAILURE_MEMORY_S, NUM_COPIERS, Lease, Registry
 from server.adapters.store.folder_store import INCOMING_FOLDER, Incoming, Store, folder_digest
 from server.ground.errors import AdapterNotFound, AdapterRejected, BadRequest, Conflict, Overloaded
 from server.model.context import Scope
@@ -157,7 +157,7 @@ class House:
 
     def settle(self) -> None:
         """Waits until the workers have done all that was given to them: each has to come to one barrier."""
-        for workers, num_threads in ((self.registry._workers, NUM_LOADERS), (self.registry._copiers, 1)):
+        for workers, num_threads in ((self.registry._workers, NUM_LOADERS), (self.registry._copiers, NUM_COPIERS)):
             barrier = threading.Barrier(num_threads + 1)
             with self.registry._books.lock:
                 for _ in range(num_threads):

@@ -7,6 +7,7 @@ about names, versions, leases or who decides what is resident; and nothing of me
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -20,11 +21,21 @@ from server.model.sites import SiteGroup, SiteTable
 from server.ops.sheets import StepTables
 
 
+@dataclass(frozen=True, slots=True)
+class _Placement:
+    """An adapter on its way to the device."""
+
+    adapter: HostAdapter
+    hashes: tuple[bytes, ...]  # one per use
+    own: Mapping[bytes, Rows]  # allocated for it; the rest of its rows others had brought
+    matrices: Mapping[bytes, torch.Tensor]  # what is to lie in them
+
+
 class DeviceTier:
     """The resident adapters of one base.
 
-    `admit` and `release` may be called from any thread, one at a time; `batch` from the engine's thread only, and
-    meanwhile.
+    `reserve`, `place`, `abandon`, `admit` and `release` may be called from any thread, one at a time; `copy` from any
+    number of threads, and `batch` from the engine's only, meanwhile.
     """
 
     def __init__(
@@ -40,6 +51,7 @@ class DeviceTier:
         self._shared: dict[bytes, Rows] = {}
         self._slots: dict[int, Slot] = {}
         self._slot_of: dict[str, int] = {}
+        self._placements: dict[str, _Placement] = {}
         self._step_edits: StepEdits | None = None
         self._tables = SlotTables(sites, self._buffer) if has_tables else None
         self._lock = threading.RLock()
@@ -92,33 +104,66 @@ class DeviceTier:
         known = self._slot_of.get(digest)
         if known is not None:
             return known
+        self.reserve(digest, adapter)
+        self.copy(digest)
+        return self.place(digest)
+
+    def reserve(self, digest: str, adapter: HostAdapter) -> None:
+        """Allocates rows for what of the adapter is not here yet, and holds on to what is.
+
+        Raises NoRoom, with nothing changed. What was reserved is copied and placed, or abandoned.
+        """
         buffered = _buffered(adapter)
-        new = {t.content_hash: t.tensor for t in buffered if t.content_hash not in self._shared}
-        self._store(new)  # without the lock: no step reads these rows yet, and none has to wait for the copy
+        missing = {t.content_hash: self._as_rows(t.tensor) for t in buffered if t.content_hash not in self._shared}
+        own = self._allocate(missing)
+        hashes = tuple(t.content_hash for t in buffered)
+        for content_hash in hashes:
+            rows = own[content_hash] if content_hash in own else self._shared[content_hash]
+            rows.num_users += 1
+        self._placements[digest] = _Placement(adapter, hashes, own, missing)
+
+    def copy(self, digest: str) -> None:
+        """Fills the rows that were reserved, from any thread and beside anything else: nobody reads them yet."""
+        placement = self._placements[digest]
+        views = {width: self.row_view(width) for width in {rows.width for rows in placement.own.values()}}
+        with self._copying():
+            for content_hash, rows in placement.own.items():
+                # A slice where it can be one: an index costs several times the copy of a small tensor.
+                at = rows.numbers
+                is_run = bool(at) and at[-1] - at[0] == len(at) - 1
+                target = slice(at[0], at[-1] + 1) if is_run else torch.tensor(at, dtype=torch.int64).to(self.device)
+                views[rows.width][target] = placement.matrices[content_hash].to(self.device, non_blocking=True)
+
+    def place(self, digest: str) -> int:
+        """Gives a slot to what was copied, and returns its number."""
+        placement = self._placements.pop(digest)
+        twice: list[Rows] = []
         with self._lock:
-            slot = self._make_slot(digest, adapter, tuple(t.content_hash for t in buffered))
+            for content_hash, rows in placement.own.items():
+                known = self._shared.setdefault(content_hash, rows)
+                if known is not rows:  # another adapter has brought it meanwhile
+                    known.num_users += rows.num_users
+                    twice.append(rows)
+            slot = self._make_slot(digest, placement.adapter, placement.hashes)
             if self._tables is not None:
                 self._tables.put(slot)
-            for content_hash in slot.hashes:
-                self._shared[content_hash].num_users += 1
             self._slots[slot.number] = slot
             self._slot_of[digest] = slot.number
-            return slot.number
+        self._free(twice)
+        return slot.number
+
+    def abandon(self, digest: str) -> None:
+        """Gives back what was reserved, copied or not."""
+        placement = self._placements.pop(digest)
+        self._free(placement.own.values())
+        self._let_go(content_hash for content_hash in placement.hashes if content_hash not in placement.own)
 
     def release(self, digest: str) -> int:
         """Frees the adapter's slot and the rows that nobody else uses; returns the bytes freed."""
         with self._lock:
             slot = self._slots.pop(self._slot_of.pop(digest))
             before = self._allocator.used_elements
-            freed: dict[int, list[int]] = {}
-            for content_hash in slot.hashes:
-                rows = self._shared[content_hash]
-                rows.num_users -= 1
-                if rows.num_users == 0:
-                    del self._shared[content_hash]
-                    freed.setdefault(rows.width, []).extend(rows.numbers)
-            for width, numbers in freed.items():
-                self._allocator.free(width, numbers)
+            self._let_go(slot.hashes)
             if self._step_edits is not None:
                 self._step_edits.vacate(slot.number)
             if self._tables is not None:
@@ -160,9 +205,8 @@ class DeviceTier:
         """(rows, width) of the buffer's dtype. A vector is one row that holds its float32 bits, whatever that dtype."""
         return tensor if tensor.dim() == 2 else tensor.view(self.dtype)[None]
 
-    def _store(self, tensors: Mapping[bytes, torch.Tensor]) -> None:
-        """Allocates rows for tensors that are not in the buffer, all or none, and copies them."""
-        matrices = {content_hash: self._as_rows(tensor) for content_hash, tensor in tensors.items()}
+    def _allocate(self, matrices: Mapping[bytes, torch.Tensor]) -> dict[bytes, Rows]:
+        """Rows for all of these or, raising NoRoom, for none."""
         allocated: dict[int, list[int]] = {}
         try:
             for width, num_rows in _num_rows(matrices.values()).items():
@@ -172,19 +216,27 @@ class DeviceTier:
                 self._allocator.free(width, numbers)
             raise
         left = {width: iter(numbers) for width, numbers in allocated.items()}
-        placed = {h: tuple(islice(left[matrix.shape[1]], matrix.shape[0])) for h, matrix in matrices.items()}
-        done = {
-            content_hash: Rows(matrices[content_hash].shape[1], numbers) for content_hash, numbers in placed.items()
+        return {
+            content_hash: Rows(matrix.shape[1], tuple(islice(left[matrix.shape[1]], matrix.shape[0])))
+            for content_hash, matrix in matrices.items()
         }
-        views = {width: self.row_view(width) for width in {rows.width for rows in done.values()}}
-        with self._copying():
-            for content_hash, rows in done.items():
-                # A slice where it can be one: an index costs several times the copy of a small tensor.
-                at = rows.numbers
-                is_run = bool(at) and at[-1] - at[0] == len(at) - 1
-                target = slice(at[0], at[-1] + 1) if is_run else torch.tensor(at, dtype=torch.int64).to(self.device)
-                views[rows.width][target] = matrices[content_hash].to(self.device, non_blocking=True)
-        self._shared.update(done)
+
+    def _let_go(self, hashes: Iterable[bytes]) -> None:
+        """Ends one use of each of these; rows without users are free."""
+        unused = []
+        for content_hash in hashes:
+            rows = self._shared[content_hash]
+            rows.num_users -= 1
+            if rows.num_users == 0:
+                unused.append(self._shared.pop(content_hash))
+        self._free(unused)
+
+    def _free(self, unused: Iterable[Rows]) -> None:
+        freed: dict[int, list[int]] = {}
+        for rows in unused:
+            freed.setdefault(rows.width, []).extend(rows.numbers)
+        for width, numbers in freed.items():
+            self._allocator.free(width, numbers)
 
     @contextmanager
     def _copying(self) -> Iterator[None]:

@@ -210,6 +210,66 @@ def test_adapters_with_equal_pairs_share_a_steps_rows_but_not_their_scales(base:
     torch.testing.assert_close(h, torch.tensor([[1.0], [2.0], [3.0]]) * h[0])
 
 
+# Several on their way at once
+
+
+def a_pair_that_shares(host: HostTier, base: Base) -> tuple[HostAdapter, HostAdapter]:
+    """Two adapters with one `down` and an `up` each."""
+    site = base.sites.by_path["model.layers.0.self_attn.q_proj"]
+    one, other = (random_edit(site, seed, rank=4) for seed in (1, 2))
+    edits = {"one": one, "other": dataclasses.replace(other, down=one.down)}
+    one_adapter, other_adapter = (
+        host.put(name, Lowered("test", 4, 1, {site.path: edit})) for name, edit in edits.items()
+    )
+    return one_adapter, other_adapter
+
+
+def test_adapters_that_share_rows_and_come_together_end_with_one_copy(base: Base, host: HostTier) -> None:
+    one, other = a_pair_that_shares(host, base)
+    device, alone = tier(base), tier(base)
+    device.reserve("one", one)
+    device.reserve("other", other)
+    device.copy("other")
+    device.copy("one")
+    slots = [device.place("one"), device.place("other")]
+    for slot, adapter in zip(slots, (one, other), strict=True):
+        step, expected = device.batch(slots), alone.batch([alone.admit(str(slot), adapter)])
+        torch.testing.assert_close(effects(step, slot, base), effects(expected, slot, base))
+    assert device.used_bytes == 3 * 4 * 64 * FLOAT
+    device.release("one")
+    assert device.used_bytes == 2 * 4 * 64 * FLOAT
+    device.release("other")
+    assert device.used_bytes == 0
+    assert_accounted(device)
+
+
+def test_who_is_on_its_way_keeps_the_rows_that_it_counts_on(base: Base, host: HostTier) -> None:
+    one, other = a_pair_that_shares(host, base)
+    device, alone = tier(base), tier(base)
+    device.admit("one", one)
+    device.reserve("other", other)
+    device.release("one")
+    device.copy("other")
+    slot = device.place("other")
+    expected = effects(alone.batch([alone.admit("other", other)]), 1, base)
+    torch.testing.assert_close(effects(device.batch([slot]), slot, base), expected)
+    device.release("other")
+    assert device.used_bytes == 0
+
+
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_what_is_abandoned_leaves_nothing(base: Base, host: HostTier, is_copied: bool) -> None:
+    one, other = a_pair_that_shares(host, base)
+    device = tier(base)
+    slot = device.admit("one", one)
+    before = counts(device), effects(device.batch([slot]), slot, base).tolist()
+    device.reserve("other", other)
+    if is_copied:
+        device.copy("other")
+    device.abandon("other")
+    assert (counts(device), effects(device.batch([slot]), slot, base).tolist()) == before
+
+
 # Slots and batches
 
 
