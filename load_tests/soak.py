@@ -1,10 +1,10 @@
 """`python -m load_tests.soak`: thousands of random operations against a live server, and whether anything is left over.
 
 Several clients at once generate, hang up, upload, replace, delete, move and merge adapters on a server whose memory is
-far too small for them all. After every so many operations they pause, and everything must balance: no lease, no
-sequence, no block of the KV cache in use, on disk exactly the versions that are listed. At the end every adapter is
-deleted, and no byte may be left on any tier. Owns the course of a soak and what counts as a leak; what is done to the
-server is `soak_operations`' business.
+far too small for them all. After every so many operations they pause, the server rests, and everything must balance: no
+lease, no sequence, no block of the KV cache in use, on disk exactly the versions that are listed. At the end every
+adapter is deleted, and no byte may be left on any tier. Owns the course of a soak and what counts as a leak; what is
+done to the server is `soak_operations`' business.
 """
 
 import argparse
@@ -48,6 +48,8 @@ _TIGHT = {
 }
 _OPERATION_TIMEOUT_S = 300.0  # then it hangs
 _QUIET_TIMEOUT_S = 120.0
+_REST_S = 8.0  # a server that has rested for five seconds gives back what is free
+_MIN_RESTED = 4  # samples, for a slope
 _NUM_CONTENTS = 20
 _SAMPLE_EVERY = 25  # operations
 _MAX_TOLD = 20  # failures
@@ -73,13 +75,15 @@ class Sample:
     rss_mib: float
     num_threads: int
     num_descriptors: int
+    is_rested: bool  # nobody had asked for anything for a while: what is resident then is in use
 
     @classmethod
-    def of(cls, pid: int, num_operations: int) -> "Sample":
+    def of(cls, pid: int, num_operations: int, *, is_rested: bool = False) -> "Sample":
         process = Path("/proc") / str(pid)
         pages = int((process / "statm").read_text(encoding="ascii").split()[1])
         num_threads, num_descriptors = (len(os.listdir(process / what)) for what in ("task", "fd"))
-        return cls(num_operations, pages * os.sysconf("SC_PAGE_SIZE") / 2**20, num_threads, num_descriptors)
+        rss_mib = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        return cls(num_operations, rss_mib, num_threads, num_descriptors, is_rested)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +157,8 @@ class Soak:
                 store = self.store
                 await self._become("as listed on disk", lambda state: _on_disk(store) == state.versions)
         if self.pid is not None:
-            self.samples.append(Sample.of(self.pid, self.num_done))
+            await asyncio.sleep(_REST_S)
+            self.samples.append(Sample.of(self.pid, self.num_done, is_rested=True))
 
     async def _end(self) -> None:
         """Deletes every adapter, after which nothing may be anywhere."""
@@ -186,12 +191,14 @@ class Soak:
         return [sample for sample in self.samples if sample.num_operations > first]
 
     def slope_mib(self) -> float:
-        """By which resident memory grows in 1,000 operations after the warm-up: least squares. 0 for a short soak."""
-        settled = self.settled()
-        counts = [sample.num_operations / 1000 for sample in settled]
-        if len(set(counts)) < 2:
+        """By which the resident memory of the rested server grows in 1,000 operations after the warm-up: least squares.
+
+        0 for a soak too short to tell.
+        """
+        rested = [sample for sample in self.settled() if sample.is_rested]
+        if len(rested) < _MIN_RESTED:
             return 0.0
-        return linear_regression(counts, [sample.rss_mib for sample in settled]).slope
+        return linear_regression([s.num_operations / 1000 for s in rested], [s.rss_mib for s in rested]).slope
 
     def _check_flat(self) -> None:
         settled = self.settled()
@@ -215,7 +222,7 @@ class Soak:
             "failures": self.failures,
             "rss_slope_mib_per_1000": round(self.slope_mib(), 4),
             "samples": [
-                [each.num_operations, round(each.rss_mib, 2), each.num_threads, each.num_descriptors]
+                [each.num_operations, round(each.rss_mib, 2), each.num_threads, each.num_descriptors, each.is_rested]
                 for each in self.samples
             ],
         }
@@ -263,7 +270,10 @@ def draw(soak: Soak, path: Path) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     counts = [sample.num_operations for sample in soak.samples]
-    left.plot(counts, [sample.rss_mib for sample in soak.samples], color="#4a7ba6")
+    left.plot(counts, [sample.rss_mib for sample in soak.samples], color="#4a7ba6", label="at work")
+    rested = [sample for sample in soak.samples if sample.is_rested]
+    left.plot([s.num_operations for s in rested], [s.rss_mib for s in rested], "o", color="#c1440e", label="rested")
+    left.legend(fontsize="small")
     first = soak.course.warm_up * soak.course.num_operations
     left.axvline(first, color="grey", linestyle=":")
     left.set(xlabel="operations", ylabel="resident memory, MiB", title=f"{soak.slope_mib():+.2f} MiB in 1,000")
@@ -330,7 +340,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--operations", type=int, default=10_000, metavar="N", help="in all (default: 10,000)")
     parser.add_argument("--seed", type=int, default=0, help="of every draw; the order on the server is still its own")
     parser.add_argument("--clients", type=int, default=8, metavar="N", help="that ask at once")
-    parser.add_argument("--check-every", type=int, default=1000, metavar="N", help="operations between two checks")
+    parser.add_argument("--check-every", type=int, default=500, metavar="N", help="operations between two checks")
     parser.add_argument("--warm-up", type=float, default=0.5, metavar="SHARE", help="of the operations, not judged")
     parser.add_argument("--max-slope", type=float, default=1.0, metavar="MIB", help="growth in 1,000 operations")
     # In 16-bit arithmetic the CPU's library keeps a kernel for each shape that it meets, which would hide a leak.

@@ -20,7 +20,7 @@ import uvicorn
 from server.cli.command import Command, quieten_libraries, say
 from server.cli.flags import add_settings
 from server.ground import config
-from server.ground.arenas import keep_one_arena
+from server.ground.heap import keep_one_arena
 from server.ground.config import Settings
 from server.ground.errors import StartupRefused
 

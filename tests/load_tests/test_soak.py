@@ -23,11 +23,16 @@ def soaked(samples: list[Sample], max_slope_mib: float = 1.0) -> Soak:
 
 
 def course_of(rss_mib: list[float], num_threads: int = 10, num_descriptors: int = 20) -> list[Sample]:
-    """A sample every 1,000 operations."""
-    return [Sample(1000 * (at + 1), rss, num_threads, num_descriptors) for at, rss in enumerate(rss_mib)]
+    """A sample of the rested server every 1,000 operations."""
+    return [
+        Sample(1000 * (at + 1), rss, num_threads, num_descriptors, is_rested=True) for at, rss in enumerate(rss_mib)
+    ]
 
 
-def test_a_short_soak_of_a_real_server_balances(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_soak_of_a_real_server_balances(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soak, "_REST_S", 0.0)
     out, plot = tmp_path / "soak.json", tmp_path / "soak.png"
     flags = ["--operations", str(NUM_OPERATIONS), "--check-every", "40", "--clients", "6", "--max-slope", "inf"]
     code = soak.main([*flags, "--out", str(out), "--plot", str(plot)])
@@ -57,6 +62,13 @@ def test_memory_that_grows_fails_with_the_figure() -> None:
     growing._check_flat()
     [told] = growing.failures
     assert "resident memory grows by 1.50 MiB in 1,000 operations" in told
+
+
+def test_what_a_server_at_work_takes_for_a_moment_is_no_growth() -> None:
+    bursts = [Sample(3500 + 100 * at, 900.0 + at, 10, 20, is_rested=False) for at in range(60)]
+    bursting = soaked(course_of([500.0] * 10) + bursts)
+    bursting._check_flat()
+    assert bursting.failures == []
 
 
 @pytest.mark.parametrize("what", ["num_threads", "num_descriptors"])

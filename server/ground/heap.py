@@ -1,10 +1,10 @@
-"""How many heaps the C library keeps for this process's threads.
+"""What glibc's malloc keeps for itself: how many heaps there are, and memory that is free but not given back.
 
-Owns that one setting of glibc's malloc. Knows nothing about what is allocated.
+Owns those two settings of the process. Knows nothing about what is allocated.
 
 glibc gives each busy thread a heap ("arena") of its own. Adapters come and go on loader threads, request threads and
-the engine's; what one heap has free is of no use to another, so a server that does the same all day grows for hours:
-in a soak by 1.6 to 5 MiB in 1,000 operations while the bytes in use stayed the same, and not at all with one heap.
+the engine's; what one heap has free is of no use to another, so a server that does the same all day grows for hours.
+And what a burst of requests has used stays with the process after it, free and in pieces.
 """
 
 import ctypes
@@ -23,3 +23,12 @@ def keep_one_arena() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and mallopt(_ARENA_MAX, 1) == 1
+
+
+def give_back_free_memory() -> bool:
+    """Gives the pages that hold nothing back to the operating system: some milliseconds per 100 MB.
+
+    Returns whether there were any; False with a C library other than glibc.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return trim is not None and trim(0) == 1

@@ -1,4 +1,4 @@
-"""One heap for all threads, unless the operator decides."""
+"""One heap for all threads, unless the operator decides; and what is free goes back."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 # then malloc_info(3), which lists the heaps.
 _COUNT_HEAPS = """
 import ctypes, sys, threading
-from server.ground.arenas import keep_one_arena
+from server.ground.heap import keep_one_arena
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
@@ -63,3 +63,36 @@ def test_an_operator_who_has_decided_is_not_overruled() -> None:
     done, num_heaps = _heaps("bounded", environment={"MALLOC_ARENA_MAX": "3"})
     assert not done
     assert 1 < num_heaps <= 3
+
+
+# Many blocks with one in use between every two free ones' worth: the heap cannot shrink from its end.
+_GIVE_BACK = """
+import ctypes, os
+from server.ground.heap import give_back_free_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+blocks = [libc.malloc(ctypes.c_size_t(100_000)) for _ in range(500)]
+for block in blocks:
+    libc.memset(block, 1, 100_000)
+full = resident()
+for block in blocks[:-1]:
+    libc.free(block)
+free = resident()
+given = give_back_free_memory()
+print(full, free, resident(), given)
+"""
+
+
+def test_what_is_free_inside_the_heap_goes_back() -> None:
+    told = subprocess.run([sys.executable, "-c", _GIVE_BACK], capture_output=True, text=True, check=True).stdout
+    full, free, given_back, was_given = told.split()
+    assert int(full) - int(free) < 10_000_000, "else there is nothing to show"
+    assert int(full) - int(given_back) > 40_000_000
+    assert was_given == "True"
