@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 INSTALLED_FROM := pyproject.toml constraints.txt
 TESTED := $(BIN)/python -m pytest
+# A process for each core, up to four: each loads PyTorch. A file's tests stay together, with what they share.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-all lint format types check bench load gpu demo clean python-is-new-enough
@@ -22,10 +24,10 @@ serve: $(VENV)/.serve  ## install what serving needs and start the server on the
 	@$(BIN)/graft serve $(ARGS)
 
 test: $(VENV)/.test  ## the tests, without those marked slow or gpu
-	$(TESTED) -m "not slow and not gpu" $(ARGS)
+	$(TESTED) $(SIDE_BY_SIDE) -m "not slow and not gpu" $(ARGS)
 
-test-all: $(VENV)/.test  ## the tests with the slow ones
-	$(TESTED) -m "not gpu" $(ARGS)
+test-all: $(VENV)/.test  ## the tests with the slow ones; installs clients into .clients (docs/clients.md)
+	$(TESTED) $(SIDE_BY_SIDE) -m "not gpu" $(ARGS)
 
 lint: $(VENV)/.test  ## ruff, formatting, and the contract that imports go down the floors
 	$(BIN)/ruff check .
@@ -56,7 +58,7 @@ demo: $(VENV)/.train  ## train the demo base and its adapters again (under 30 mi
 	$(BIN)/python -m demo.build $(ARGS)
 
 clean:  ## remove the environment and what the tools left behind
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .clients dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per set of packages: an environment is rebuilt when what it was installed from changes, and only then.

@@ -35,7 +35,7 @@ from server.adapters.store.object_store import ObjectStore
 from server.adapters.store.open_store import open_store
 from server.adapters.store.presence import Presence
 from server.api.app import create_app
-from server.api.services import BaseInfo, Services
+from server.api.services import BaseInfo, ChatOptions, HttpOptions, Services
 from server.engine.blocks import BlockPool
 from server.engine.engine import Engine
 from server.engine.runner import Runner
@@ -45,6 +45,8 @@ from server.ground.errors import GraftError, StartupRefused
 from server.ground.metrics import Metrics
 from server.model.attention import KVCache
 from server.model.base import Base
+from server.model.chat_template import MAX_TEMPLATE_CHARS
+from server.model.grammar import Grammars
 from server.model.pretrained import BaseOptions
 from server.model.quantize import Quantization
 from server.model.tokenizer import Tokenizer
@@ -66,6 +68,7 @@ class Server:
     settings: Settings
     base: Base
     tokenizer: Tokenizer
+    grammars: Grammars
     adapters: DeviceTier
     store: AdapterStore
     presence: Presence
@@ -92,7 +95,9 @@ class Server:
             rescan.close()
         self.store.close()
         self.engine.close()
+        self.grammars.close()
         self.merges.close()
+        self.tokenizer.close()
         self.fetches.close()
         self.registry.close()
         self.presence.close()
@@ -105,24 +110,19 @@ def assemble(settings: Settings) -> Server:
     base = Base.load(base_options(settings))
     if base.note:
         log.info(base.note)
-    tokenizer = Tokenizer.load(settings.model, base.eos_ids)
+    tokenizer = Tokenizer.load(settings.model, base.eos_ids, _read_template(settings.chat_template))
+    _check_template(settings, tokenizer)
     metrics = Metrics()
-
-    def load(folder: Path, weight: float = 1.0) -> Lowered:
-        return lower(Checkpoint.open(folder), base.sites.by_path, weight)
-
     store = open_store(settings, create=True)
     presence = Presence(store.root)  # before the registry reads the store, so that what it reads stays
     with _fitting("the adapters' buffer", "--adapter-memory"):
         has_tables = kernels is not None
         adapters = DeviceTier(base.sites, settings.adapter_memory, base.dtype, base.device, has_tables=has_tables)
-    host = HostTier(settings.host_memory, base.dtype, pin=base.device.type == "cuda")
-    served, num_kept = served_base(settings, base.name, base.fingerprint), settings.keep_versions
-    registry = Registry(store, _sources(settings), host, adapters, load, base=served, max_versions=num_kept)
-    _verify_named(settings, registry)
+    registry = _registry(settings, base, adapters, store)
     names = tuple(dict.fromkeys(settings.served_model_name or (base.name,)))
     _refuse_shared_names(names, registry)
 
+    grammars = Grammars(lambda: tokenizer.for_grammars(base.vocab_size))
     scheduler, runner, engine = _engine(settings, base, adapters, registry, tokenizer, metrics, kernels)
     merges = Merges(registry, store, _merging_base(base), max_bytes=settings.max_upload_bytes)
     fetches = Fetches(registry, allowed, lambda: store.incoming(max_bytes=settings.max_upload_bytes), metrics)
@@ -133,6 +133,7 @@ def assemble(settings: Settings) -> Server:
         store=store,
         merges=merges,
         tokenizer=tokenizer,
+        grammars=grammars,
         base=BaseInfo(base.name, names, scheduler.max_total_tokens, base.vocab_size, base.fingerprint),
         metrics=metrics,
         version=__version__,
@@ -141,13 +142,16 @@ def assemble(settings: Settings) -> Server:
         max_upload_bytes=settings.max_upload_bytes,
         store_quota_bytes=settings.store_quota,
         adapter_paths=settings.adapter_paths,
+        chat=_chat_options(settings),
         max_queued=settings.max_queued,
+        http=_http_options(settings),
     )
     return Server(
         app=create_app(services),
         settings=settings,
         base=base,
         tokenizer=tokenizer,
+        grammars=grammars,
         adapters=adapters,
         store=store,
         presence=presence,
@@ -158,6 +162,17 @@ def assemble(settings: Settings) -> Server:
         engine=engine,
         runner=runner,
     )
+
+
+def _registry(settings: Settings, base: Base, adapters: DeviceTier, store: AdapterStore) -> Registry:
+    def load(folder: Path, weight: float = 1.0) -> Lowered:
+        return lower(Checkpoint.open(folder), base.sites.by_path, weight)
+
+    host = HostTier(settings.host_memory, base.dtype, pin=base.device.type == "cuda")
+    served, num_kept = served_base(settings, base.name, base.fingerprint), settings.keep_versions
+    registry = Registry(store, _sources(settings), host, adapters, load, base=served, max_versions=num_kept)
+    _verify_named(settings, registry)
+    return registry
 
 
 def _engine(
@@ -177,6 +192,47 @@ def _engine(
     with _fitting("the KV cache", "--kv-memory"):
         runner = Runner(base, adapters, blocks.num_blocks, blocks.block_size, kernels)
     return scheduler, runner, Engine(scheduler, blocks, runner, tokenizer, metrics.step)
+
+
+def _read_template(path: Path | None) -> str | None:
+    """The text of --chat-template. Raises StartupRefused."""
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupRefused(f"--chat-template {path} cannot be read: {error}") from error
+    if len(text) > MAX_TEMPLATE_CHARS:
+        raise StartupRefused(f"--chat-template {path} has more than {MAX_TEMPLATE_CHARS} characters")
+    return text
+
+
+def _check_template(settings: Settings, tokenizer: Tokenizer) -> None:
+    """A template that the operator names is looked at now; a model's own when it is first used."""
+    if settings.chat_template is None or tokenizer.chat_template is None:
+        return
+    try:
+        _ = tokenizer.chat_template.variables
+    except GraftError as error:
+        tokenizer.close()
+        raise StartupRefused(f"--chat-template {settings.chat_template}: {error.message}") from error
+
+
+def _http_options(settings: Settings) -> HttpOptions:
+    return HttpOptions(
+        keep_alive_s=settings.sse_keep_alive_interval,
+        ignores_unknown_fields=settings.unknown_fields == "warn",
+        allowed_origins=settings.allowed_origins,
+    )
+
+
+def _chat_options(settings: Settings) -> ChatOptions:
+    return ChatOptions(
+        tool_call_parser=settings.tool_call_parser,
+        reasoning_parser=settings.reasoning_parser,
+        template_variables=frozenset(settings.chat_template_kwargs),
+        trusts_adapter_templates=settings.trust_adapter_templates,
+    )
 
 
 def _merging_base(base: Base) -> MergeBase:
@@ -285,7 +341,7 @@ def _limits(settings: Settings, max_context: int) -> SchedulerLimits:
 def _reuses_prefixes(settings: Settings, base: Base) -> bool:
     if settings.prefix_reuse == "off":
         return False
-    if getattr(base, "has_length_dependent_rope", False):
+    if base.has_length_dependent_rope:
         log.info("%s: its RoPE depends on a sequence's length, so blocks of one are not reused in another", base.name)
         return False
     return True

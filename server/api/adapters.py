@@ -13,6 +13,7 @@ from server.adapters.registry import AdapterInfo, Registered
 from server.adapters.served_base import FINGERPRINT
 from server.adapters.store.folder_store import Incoming, check_name
 from server.api import fetches
+from server.api.adapter_templates import use_of_template
 from server.api.errors import echo
 from server.api.services import Services
 from server.api.uploads import check_fingerprint, receive_archive, receive_upload
@@ -69,7 +70,7 @@ def router(services: Services) -> APIRouter:
             if fetch is None:
                 raise
             return {"name": name, "version": None, "fetch": fetch}
-        return {**described(services, info), "fetch": fetch}
+        return {**described(services, info), "chat_template": use_of_template(services, info.folder), "fetch": fetch}
 
     @routes.delete("/v1/adapters/{name}")
     def delete(name: str) -> dict[str, Any]:

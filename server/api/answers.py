@@ -2,16 +2,18 @@
 
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from server.adapters.registry import Lease, Portion
 from server.api.errors import echo
 from server.api.generation import Generation, submit_all
-from server.api.schemas import GenerationBody
-from server.api.selection import chosen_parts, lease_all
+from server.api.schemas import ALL_THAT_FITS, GenerationBody
+from server.api.selection import chosen_parts, lease_all, look_elsewhere
 from server.api.services import Services
+from server.api.structured import Asked, asked_of, compiled
 from server.engine.sequence import Delta, SamplingParams
 from server.ground.errors import BadRequest
 
@@ -94,14 +96,17 @@ class Begun:
     usage: Usage
 
 
-def begin(
+async def begin(
     services: Services,
     body: GenerationBody,
     prompts: Sequence[Sequence[int]],
     params: Sequence[SamplingParams],
     id_prefix: str,
+    forced: Asked | None = None,
 ) -> Begun:
     """Lease and submit `body.n` sequences per prompt, prompt by prompt. `params` has one item per prompt.
+
+    `forced`: a grammar for all of them, in the place of what the body asks for.
 
     Raises the errors of selection and submission, with nothing held and nothing running.
     """
@@ -112,14 +117,24 @@ def begin(
             f"{services.max_queued} at once: split the request.",
             param="n" if body.n > 1 else "prompt",
         )
+    _check_model_has(services, body)
     parts = chosen_parts(services, body.model, body.adapters)
+    asked = asked_of(body, forced)
+    if asked is not None and body.allowed_token_ids:
+        raise BadRequest(
+            "'allowed_token_ids' and a grammar (a response format, structured outputs, a forced call) may together "
+            "leave no token; leave one of the two out.",
+            param="allowed_token_ids",
+        )
+    grammar = None if asked is None else await compiled(services.grammars, asked)
+    await look_elsewhere(services, (spec for spec, _ in parts))
     leases = lease_all(services, parts, num_sequences, is_model=body.adapter is None)
     request_id = f"{id_prefix}-{uuid.uuid4().hex}"
     repeated = [prompt for prompt in prompts for _ in range(body.n)]
-    choices = [_nth_choice(one, j) for one in params for j in range(body.n)]
+    choices = [_nth_choice(one, j) for one in _for_this_model(services, body, params) for j in range(body.n)]
     model = body.model or services.base.served_names[0]
     envelope = Envelope(request_id, int(time.time()), model, _shown_adapter(leases[0], body))
-    generation = submit_all(services, request_id, repeated, choices, leases, body.cache_salt)
+    generation = submit_all(services, request_id, repeated, choices, leases, body.cache_salt, grammar)
     return Begun(envelope, generation, Usage(sum(len(prompt) for prompt in prompts), body.n))
 
 
@@ -129,24 +144,73 @@ def check_token_ids(services: Services, ids: Iterable[int], param: str) -> None:
     for token_id in ids:
         if not 0 <= token_id < num_ids:
             raise BadRequest(
-                f"The prompt has the token id {echo(token_id)}; this model's ids are 0 to {num_ids - 1}.", param=param
+                f"'{param}' has the token id {echo(token_id)}; this model's ids are 0 to {num_ids - 1}.", param=param
             )
+
+
+def truncated(body: GenerationBody, prompt: list[int], max_context: int, max_tokens: int) -> list[int]:
+    """The last tokens of a prompt, as many as `truncate_prompt_tokens` keeps; -1 leaves room for `max_tokens`."""
+    kept = body.truncate_prompt_tokens
+    if kept == ALL_THAT_FITS:
+        kept = max(max_context - max_tokens, 1)
+    return prompt if kept is None else prompt[-kept:]
 
 
 def sampling(
     body: GenerationBody, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None
 ) -> SamplingParams:
+    """Raises BadRequest for fewer tokens at most than at least."""
+    if body.min_tokens > max_tokens:
+        raise BadRequest(
+            f"'min_tokens' is {body.min_tokens}, and at most {max_tokens} tokens may come; raise 'max_tokens' or lower "
+            "'min_tokens'.",
+            param="min_tokens",
+        )
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=max(body.top_k, 0),
+        min_p=body.min_p,
         seed=body.seed,
         stop=tuple(body.stop),
+        stop_token_ids=frozenset(body.stop_token_ids),
         ignore_eos=body.ignore_eos,
+        min_tokens=body.min_tokens,
+        logit_bias=tuple(body.logit_bias.items()),
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        repetition_penalty=body.repetition_penalty,
+        includes_stop=body.include_stop_str_in_output,
+        priority=body.priority,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+
+
+def _check_model_has(services: Services, body: GenerationBody) -> None:
+    """Raises BadRequest for tokens that this model does not have, or that leave nothing to say."""
+    allowed, stops = body.allowed_token_ids or (), frozenset(body.stop_token_ids)
+    check_token_ids(services, allowed, "allowed_token_ids")
+    check_token_ids(services, stops, "stop_token_ids")
+    check_token_ids(services, body.logit_bias, "logit_bias")
+    ends = stops if body.ignore_eos else stops | services.tokenizer.eos_ids
+    if body.min_tokens and allowed and ends.issuperset(allowed):
+        raise BadRequest(
+            "'allowed_token_ids' has only tokens that end the answer, and 'min_tokens' forbids them; allow another "
+            "token, or leave one of the two out.",
+            param="allowed_token_ids",
+        )
+
+
+def _for_this_model(
+    services: Services, body: GenerationBody, params: Sequence[SamplingParams]
+) -> Iterator[SamplingParams]:
+    """With the lists that all sequences of a request share, made once: they may have a whole vocabulary."""
+    allowed = array("q", dict.fromkeys(body.allowed_token_ids or ()))
+    for one in params:
+        shown = one.shown_tokens if body.skip_special_tokens else services.tokenizer.all_special_ids
+        yield replace(one, allowed_token_ids=allowed, shown_tokens=shown)
 
 
 def _nth_choice(params: SamplingParams, choice: int) -> SamplingParams:

@@ -1,6 +1,6 @@
 """The API key: who may talk to the server.
 
-Every path asks for the key but the three that probes need. Deny by default: a route that someone adds tomorrow is
+Every path asks for the key but those that probes need. Deny by default: a route that someone adds tomorrow is
 closed until it is named here.
 """
 
@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.api.errors import error_response
 from server.ground.errors import Unauthorized
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
+OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/v2/health/live", "/v2/health/ready", "/version"})
 
 
 class KeyCheck:

@@ -9,10 +9,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
 from server.api import logprobs
-from server.api.answers import Begun, Chunks, begin, check_token_ids, sampling
+from server.api.answers import Begun, Chunks, begin, check_token_ids, sampling, truncated
 from server.api.disconnect import until_gone
+from server.api.json_route import JsonRoute
 from server.api.schemas import CompletionBody
-from server.api.selection import chosen_parts, look_elsewhere
 from server.api.services import Services
 from server.api.stream import EventStream
 from server.engine.sequence import Delta, SamplingParams
@@ -30,18 +30,17 @@ class Prompt:
 
 
 def router(services: Services) -> APIRouter:
-    routes = APIRouter()
+    routes = APIRouter(route_class=JsonRoute)
 
     @routes.post("/v1/completions", tags=["generation"])
     async def complete(request: Request, body: CompletionBody) -> Response:
         prompts = await run_in_threadpool(_encoded, services, body)
         params = [_params(body, prompt, services.base.max_context) for prompt in prompts]
-        await look_elsewhere(services, (spec for spec, _ in chosen_parts(services, body.model, body.adapters)))
-        begun = begin(services, body, [prompt.ids for prompt in prompts], params, "cmpl")
+        begun = await begin(services, body, [prompt.ids for prompt in prompts], params, "cmpl")
         repeated = [prompt for prompt in prompts for _ in range(body.n)]
         choices = [_Choice(index, prompt, body, services.tokenizer) for index, prompt in enumerate(repeated)]
         if body.stream:
-            return EventStream(_chunks(body, begun, choices), begun.generation.abort)
+            return EventStream(_chunks(body, begun, choices), begun.generation.abort, services.http.keep_alive_s)
         try:
             return JSONResponse(await until_gone(request.receive, _whole(begun, choices)))
         finally:
@@ -57,15 +56,26 @@ class _Choice:
         self.index = index
         self._tokenizer = tokenizer
         self._wants_logprobs = body.logprobs is not None
+        self._wants_ids = body.return_token_ids
         self._unsent_prompt = prompt.text if body.echo else ""
-        self._prompt_offsets = logprobs.TextOffsets(tokenizer.decoder(()), 0)
-        self._output_offsets = logprobs.TextOffsets(tokenizer.decoder(prompt.ids), len(self._unsent_prompt))
+        self._unsent_ids = list(prompt.ids)
+        shown = frozenset[int]() if body.skip_special_tokens else tokenizer.all_special_ids
+        self._prompt_offsets = logprobs.TextOffsets(tokenizer.decoder((), shown=shown), 0)
+        offset = len(self._unsent_prompt)
+        self._output_offsets = logprobs.TextOffsets(tokenizer.decoder(prompt.ids, shown=shown), offset)
 
     def part(self, delta: Delta) -> dict[str, Any]:
         text = self._unsent_prompt + delta.text
         self._unsent_prompt = ""
         listed = self._logprobs(delta) if self._wants_logprobs else None
-        return {"index": self.index, "text": text, "logprobs": listed, "finish_reason": delta.finish_reason}
+        part = {"index": self.index, "text": text, "logprobs": listed, "finish_reason": delta.finish_reason}
+        return part | self._ids(delta) if self._wants_ids else part
+
+    def _ids(self, delta: Delta) -> dict[str, list[int]]:
+        """vLLM's fields: the prompt's ids are in the first part only."""
+        of_prompt, self._unsent_ids = self._unsent_ids, []
+        ids = {"token_ids": list(delta.token_ids)}
+        return {"prompt_token_ids": of_prompt, **ids} if of_prompt else ids
 
     def _logprobs(self, delta: Delta) -> dict[str, list[Any]]:
         of_prompt = delta.prompt_logprobs or ()
@@ -85,9 +95,9 @@ async def _chunks(body: CompletionBody, begun: Begun, choices: Sequence[_Choice]
 
 
 def _is_empty(part: dict[str, Any]) -> bool:
-    """A step may add a token whose character is not whole yet: nothing to say, unless its log-probability was asked."""
-    has_logprobs = part["logprobs"] is not None and part["logprobs"]["tokens"]
-    return not part["text"] and not has_logprobs and part["finish_reason"] is None
+    """A step may add a token whose character is not whole yet: nothing to say, unless more than its text was asked."""
+    has_more = part.get("token_ids") or (part["logprobs"] is not None and part["logprobs"]["tokens"])
+    return not part["text"] and not has_more and part["finish_reason"] is None
 
 
 async def _whole(begun: Begun, choices: Sequence[_Choice]) -> dict[str, Any]:
@@ -101,7 +111,9 @@ async def _whole(begun: Begun, choices: Sequence[_Choice]) -> dict[str, Any]:
 
 
 def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    whole = {**parts[-1], "text": "".join(part["text"] for part in parts)}
+    whole = {**parts[0], **parts[-1], "text": "".join(part["text"] for part in parts)}
+    if "token_ids" in whole:
+        whole["token_ids"] = [token for part in parts for token in part["token_ids"]]
     if whole["logprobs"] is not None:
         keys = whole["logprobs"].keys()
         whole["logprobs"] = {key: [item for part in parts for item in part["logprobs"][key]] for key in keys}
@@ -116,14 +128,16 @@ def _params(body: CompletionBody, prompt: Prompt, max_context: int) -> SamplingP
 
 
 def _encoded(services: Services, body: CompletionBody) -> list[Prompt]:
-    return [_encode(services, prompt, body.echo) for prompt in body.prompts]
+    return [_encode(services, prompt, body) for prompt in body.prompts]
 
 
-def _encode(services: Services, prompt: str | list[int], echo: bool) -> Prompt:
+def _encode(services: Services, prompt: str | list[int], body: CompletionBody) -> Prompt:
     ids = services.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     if not ids:
         raise BadRequest("The prompt is empty; send at least one token.", param="prompt")
     check_token_ids(services, ids, "prompt")
-    if isinstance(prompt, str):
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    kept = truncated(body, ids, services.base.max_context, max_tokens)
+    if isinstance(prompt, str) and len(kept) == len(ids):
         return Prompt(tuple(ids), prompt)
-    return Prompt(tuple(ids), services.tokenizer.decode(ids) if echo else "")
+    return Prompt(tuple(kept), services.tokenizer.decode(kept, body.skip_special_tokens) if body.echo else "")

@@ -3,6 +3,7 @@
 Owns the mapping from exceptions to that object, its status and its headers. Knows nothing about what failed.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,14 +11,18 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.routing import Match
 
 from server.api.disconnect import ClientGone
 from server.ground.errors import BadRequest, Conflict, GraftError, Overloaded, RequestTimedOut, StorageFull
 
 MAX_ECHO_CHARS = 200  # of anything that the client sent and an error repeats
+_RESTART_S = 10  # what a client should wait for a server that cannot go on
 STATUS_CLIENT_GONE = 499  # nobody reads it; it is what metrics show
 
+_LOG = logging.getLogger(__name__)
 _HTTP_CODES = {401: "unauthorized", 404: "route_not_found", 405: "method_not_allowed", 413: "too_large"}
+_METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
 
 
 def error_object(error: GraftError) -> dict[str, Any]:
@@ -54,9 +59,18 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ClientGone, _answer_gone)
 
 
+def log_failure(error: GraftError, request_id: object) -> None:
+    """Note an answer that is the server's own failure, under the id that its client has. A full server is none."""
+    if error.status >= 500 and not isinstance(error, Overloaded):
+        said = " ".join(error.message.split())
+        _LOG.warning("request %s was answered with %d %s: %s", request_id, error.status, error.code, said)
+
+
 def _headers(error: GraftError) -> dict[str, str]:
-    if isinstance(error, Overloaded):
-        return {"retry-after": str(error.retry_after_s)}
+    if error.status in (429, 503):
+        wait_s = error.retry_after_s if isinstance(error, Overloaded) else _RESTART_S
+        # OpenAI's clients read the first two before the third, which is all that others know.
+        return {"x-should-retry": "true", "retry-after-ms": str(1000 * wait_s), "retry-after": str(wait_s)}
     if isinstance(error, Conflict | RequestTimedOut | StorageFull):
         # OpenAI's clients send a 409, a 504 and a 507 again by themselves; these will not go away by waiting.
         return {"x-should-retry": "false"}
@@ -65,6 +79,7 @@ def _headers(error: GraftError) -> dict[str, str]:
 
 async def _answer_graft(request: Request, error: Exception) -> Response:
     assert isinstance(error, GraftError)
+    log_failure(error, request.scope.get("request_id"))
     return error_response(error)
 
 
@@ -75,9 +90,23 @@ async def _answer_gone(request: Request, error: Exception) -> Response:
 async def _answer_http(request: Request, error: Exception) -> Response:
     """The framework's own refusals: no such route, wrong method."""
     assert isinstance(error, HTTPException)
+    said, headers = echo(error.detail), error.headers
+    if error.status_code == 404 and _methods_of(request, f"/v1{request.scope['path']}"):
+        said += "; the routes of OpenAI's API begin with /v1"
+    elif error.status_code == 405:
+        headers = {"allow": ", ".join(_methods_of(request, request.scope["path"]))}
+        said += f"; this path takes {headers['allow']}"
     where = f"{request.method} {echo(request.scope['path'])}"
-    shown = BadRequest(f"{where}: {echo(error.detail)}.", code=_HTTP_CODES.get(error.status_code, "http_error"))
-    return JSONResponse(error_object(shown), error.status_code, headers=error.headers)
+    shown = BadRequest(f"{where}: {said}.", code=_HTTP_CODES.get(error.status_code, "http_error"))
+    return JSONResponse(error_object(shown), error.status_code, headers=headers)
+
+
+def _methods_of(request: Request, path: str) -> list[str]:
+    """What may be done with a path. (Of several routes with one path, the framework's own answer names the first's.)"""
+    scopes = {method: {**request.scope, "path": path, "method": method} for method in _METHODS}
+    routes = request.app.routes
+    found = [m for m, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in routes)]
+    return sorted([*found, "HEAD"]) if "GET" in found else found
 
 
 async def _answer_validation(request: Request, error: Exception) -> Response:

@@ -4,7 +4,6 @@ Owns the order that a client sends, its answers, and DELETE of a fetch. Knows no
 """
 
 import asyncio
-import json
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -20,9 +19,10 @@ from server.adapters.remote.fetches import FetchInfo, Order
 from server.adapters.served_base import FINGERPRINT
 from server.api.body import body_chunks, declared_bytes, discard
 from server.api.errors import echo, error_object
-from server.api.schemas import Body, Text
+from server.api.json_body import Body, Text
+from server.api.json_route import read_json
 from server.api.services import Services
-from server.ground.errors import AdapterNotFound, BadRequest, Conflict, NotFound, TooLarge
+from server.ground.errors import AdapterNotFound, Conflict, NotFound, TooLarge
 
 _MAX_BODY_BYTES = 64 * 1024
 
@@ -131,11 +131,9 @@ async def _read(request: Request) -> bytes:
 
 def _parsed(content: bytes) -> OrderBody:
     try:
-        return OrderBody.model_validate(json.loads(content))
+        return OrderBody.model_validate(read_json(content))
     except ValidationError as error:
         raise RequestValidationError([{**item, "loc": ("body", *item["loc"])} for item in error.errors()]) from None
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"The body is not valid JSON: {echo(error)}.") from error
 
 
 def _no_fetch(name: str) -> NotFound:

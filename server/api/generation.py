@@ -14,6 +14,7 @@ from server.engine.flight import DeltaStream, GenerationRequest
 from server.engine.sequence import Delta, FinishReason, SamplingParams
 from server.ground.errors import GenerationFailed, GraftError, Overloaded
 from server.ground.metrics import Metrics
+from server.model.grammar import Grammar
 
 
 class Generation:
@@ -37,11 +38,20 @@ class Generation:
             if delta is None:
                 _require_ended(index, self._unfinished)
                 continue
+            if index not in self._unfinished:
+                continue  # what was under way when it was ended
             self._observe(index, delta)
             if delta.is_terminal:
                 del self._unfinished[index]
                 _raise_if_broken(delta)
             yield index, delta
+
+    def end(self, index: int, last: Delta) -> None:
+        """End a sequence whose reader has all that it wants with the delta `last`; does nothing if it has ended."""
+        stream = self._unfinished.pop(index, None)
+        if stream is not None:
+            stream.abort()
+            self._metrics.count_finished(FinishReason.STOP, last.num_prompt_tokens)
 
     def abort(self) -> None:
         """End what still runs; the engine frees it within one step. Does nothing when all has ended."""
@@ -95,13 +105,14 @@ def submit_all(
     params: Sequence[SamplingParams],
     leases: Sequence[Lease | None],
     cache_salt: str | None = None,
+    grammar: Grammar | None = None,
 ) -> Generation:
-    """One sequence per prompt, params and lease, all or none. The leases are taken over, whatever happens.
+    """One sequence per prompt, params and lease, all or none, all along `grammar`. The leases are taken over.
 
     Raises Overloaded or ContextTooLong, with nothing left running.
     """
     requests = [
-        GenerationRequest(f"{request_id}-{index}", tuple(prompt), sampling, lease, cache_salt)
+        GenerationRequest(f"{request_id}-{index}", tuple(prompt), sampling, lease, cache_salt, grammar)
         for index, (prompt, sampling, lease) in enumerate(zip(prompts, params, leases, strict=True))
     ]
     return Generation(_streams(services.engine, requests), services.metrics)

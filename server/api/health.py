@@ -18,12 +18,16 @@ def router(services: Services) -> APIRouter:
     routes = APIRouter(tags=["operation"])
 
     @routes.get("/health")
+    @routes.get("/ping")  # SageMaker's name for it
+    @routes.post("/ping")
+    @routes.get("/v2/health/live")  # KServe's and Triton's
     async def health() -> dict[str, str]:
         """200 while the engine lives; 503 when the process must be restarted."""
         _require_engine(services)
         return {"status": "ok"}
 
     @routes.get("/ready")
+    @routes.get("/v2/health/ready")
     async def ready() -> dict[str, str]:
         """200 while new requests are welcome: the base is loaded, the engine lives and is not shutting down."""
         _require_engine(services)
@@ -34,6 +38,11 @@ def router(services: Services) -> APIRouter:
     @routes.get("/version")
     async def version() -> dict[str, str]:
         return {"version": services.version}
+
+    @routes.get("/load")
+    async def load() -> dict[str, int]:
+        """How many sequences are in flight, those that wait to start counted, under vLLM's name for it."""
+        return {"server_load": services.engine.stats().num_in_flight}
 
     @routes.get("/metrics")
     async def exposition() -> Response:

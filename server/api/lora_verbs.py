@@ -13,13 +13,14 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from server.adapters.format.content import CONFIG_FILE
 from server.adapters.store.folder_store import content_files
 from server.api.errors import echo
+from server.api.json_route import JsonRoute
 from server.api.schemas import LoadLoraBody, UnloadLoraBody
 from server.api.services import Services
 from server.ground.errors import AdapterNotFound, BadRequest, Conflict, Forbidden, GraftError, NotFound
 
 
 def router(services: Services) -> APIRouter:
-    routes = APIRouter(tags=["adapters"])
+    routes = APIRouter(tags=["adapters"], route_class=JsonRoute)
 
     @routes.post("/v1/load_lora_adapter")
     def load(body: LoadLoraBody) -> Response:

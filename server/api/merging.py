@@ -17,7 +17,8 @@ from server.adapters.merging.recipe import MAX_INPUTS, recipe_for
 from server.adapters.store.folder_store import check_name
 from server.api.adapters import check_is_no_base, described
 from server.api.disconnect import until_gone
-from server.api.schemas import Body, Text
+from server.api.json_body import Body, Text
+from server.api.json_route import JsonRoute
 from server.api.selection import look_elsewhere
 from server.api.services import Services
 
@@ -41,7 +42,7 @@ class MergeBody(Body):
 
 
 def router(services: Services) -> APIRouter:
-    routes = APIRouter(tags=["adapters"])
+    routes = APIRouter(tags=["adapters"], route_class=JsonRoute)
 
     @routes.post("/v1/adapters/merge", status_code=201)
     async def merge(request: Request, body: MergeBody) -> JSONResponse:

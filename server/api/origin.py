@@ -5,6 +5,7 @@ it to: a form with files needs no permission. Browsers say whose page it was, in
 """
 
 import ipaddress
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -25,13 +26,15 @@ class OriginCheck:
     another name it may be a stranger's, who has pointed that name at this machine (DNS rebinding).
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, allowed: Collection[str] = ()) -> None:
+        """`allowed`: the origins that the operator trusts beside the server's own."""
         self._app = app
+        self._allowed = allowed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] not in _SAFE_METHODS:
             page = _foreign_page(Headers(scope=scope))
-            if page is not None:
+            if page is not None and page not in self._allowed:
                 await error_response(_refusal(page))(scope, receive, send)
                 return
         await self._app(scope, receive, send)
@@ -68,5 +71,6 @@ def _is_loopback(hostname: str | None) -> bool:
 def _refusal(page: str) -> Forbidden:
     return Forbidden(
         f"This request comes from a web page of {echo(page)}, and this server has no API key to tell its users by. "
-        f"Start it with GRAFT_API_KEY and send the key, or ask from a program or from a page of the server itself."
+        f"Start it with GRAFT_API_KEY and send the key, or with --allowed-origins and that page's origin, or ask from "
+        f"a program or from a page of the server itself."
     )

@@ -4,22 +4,25 @@ Owns types, defaults and bounds of single fields; a field that is absent and a f
 Knows nothing about the model: what depends on it (vocabulary, context, adapter names) is checked where it is used.
 """
 
+import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
     Tag,
+    WithJsonSchema,
     model_validator,
 )
-from pydantic_core import PydanticKnownError
 
-from server.api.fields import CHAT_NEUTRAL, COMPLETION_NEUTRAL, refuse_unsupported, without_nulls
+from server.api.fields import CHAT_NEUTRAL, COMPLETION_NEUTRAL, refuse_unsupported
+from server.api.json_body import Body, Text, encodable
+from server.api.messages import ConversationBody, Tool, ToolChoice, check_choice, refuse_template
+from server.api.structured import ResponseFormat, StructuredOutputs
 from server.ground.errors import BadRequest
 
 MAX_CHOICES = 128  # n
@@ -28,20 +31,19 @@ MAX_SEQUENCES = 1024  # prompts times n
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
-MAX_MESSAGES = 4096
 MAX_SALT_CHARS = 256
 MAX_MIXED = 8  # adapters in one mix
 MAX_WEIGHT = 16.0  # of an adapter, by size: many times what any was trained for
+MAX_BIAS = 100  # OpenAI's
+MAX_BIASES = 4096  # each is written into the logits of every step
+MAX_ALLOWED_IDS = 2**20  # more than any vocabulary has
+MAX_STOP_IDS = 256
+MIN_REPETITION, MAX_REPETITION = 0.01, 100.0  # beyond them a logit would leave the range of float32
+ALL_THAT_FITS = -1
 MAX_INT = 2**31 - 1  # of every count that has no smaller limit: more would overflow in the kernels
 
 
-def _encodable(text: str) -> str:
-    """Refuse half of a surrogate pair, which JSON can escape but no tokenizer and no answer can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PydanticKnownError("string_unicode") from None
-    return text
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
 
 
 def _as_stops(value: object) -> object:
@@ -51,7 +53,7 @@ def _as_stops(value: object) -> object:
 def _checked_prompt(value: object) -> object:
     """Refuse with one sentence here what the union below would refuse with one per alternative and item."""
     if isinstance(value, str):
-        return _encodable(value)
+        return encodable(value)
     if not isinstance(value, list) or not value:
         raise ValueError("must be a text, a list of texts, a list of token ids or a list of lists of token ids")
     kind = type(value[0])
@@ -61,27 +63,56 @@ def _checked_prompt(value: object) -> object:
         raise ValueError(f"at most {MAX_PROMPTS} prompts in one request; this one has {len(value)}")
     if kind is str:
         for text in value:
-            _encodable(text)
+            encodable(text)
     if kind is list and not all(row and all(type(item) is int for item in row) for row in value):
         raise ValueError("each prompt must be a non-empty list of token ids (integers)")
     return value
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
-Prompt = Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_checked_prompt)]
+def _checked_bias(value: object) -> object:
+    """JSON has texts for keys: {"50256": -100}. One sentence for all that can be wrong with any of them."""
+    if not isinstance(value, dict):
+        raise ValueError('must be an object of biases by token id, such as {"50256": -100}')
+    if len(value) > MAX_BIASES:  # before anything is done with each of them
+        raise ValueError(f"at most {MAX_BIASES} biases are taken; 'allowed_token_ids' takes more tokens")
+    if not all(isinstance(key, str) and _TOKEN_ID.fullmatch(key) for key in value):
+        raise ValueError('each key must be a token id in decimal digits, such as "50256"')
+    if not all(type(bias) in (int, float) and -MAX_BIAS <= bias <= MAX_BIAS for bias in value.values()):
+        raise ValueError(f"each bias must be a number from {-MAX_BIAS} to {MAX_BIAS}")
+    return {int(key): float(bias) for key, bias in value.items()}
+
+
+def _kept_of_prompt(num_tokens: int) -> int:
+    if num_tokens < 1 and num_tokens != ALL_THAT_FITS:
+        raise ValueError("must be a number of tokens, at least 1, or -1 for as many as the context allows")
+    return num_tokens
+
+
+_Ids = Annotated[list[int], Field(min_length=1)]
+_Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+_Rows = Annotated[list[_Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+# Where a value is checked before pydantic reads it, the second type is what the OpenAPI document says of it.
+Prompt = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    BeforeValidator(_checked_prompt, json_schema_input_type=str | _Texts | _Ids | _Rows),
+]
 Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True), BeforeValidator(_as_stops)]
-
-
-class Body(BaseModel):
-    """A JSON object in which null means absent, numbers are numbers, and no number is infinite."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nulls_are_absent(cls, body: Any) -> Any:
-        return without_nulls(body)
+_Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
+Stops = Annotated[_Stops, BeforeValidator(_as_stops, json_schema_input_type=Stop | _Stops)]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+_WRITTEN_BIAS = {
+    "type": "object",
+    "propertyNames": {"pattern": f"^({_TOKEN_ID.pattern})$"},
+    "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
+    "maxProperties": MAX_BIASES,
+}
+LogitBias = Annotated[
+    dict[int, float],
+    Field(max_length=MAX_BIASES),
+    BeforeValidator(_checked_bias),
+    WithJsonSchema(_WRITTEN_BIAS),
+]
 
 
 class AdapterPart(Body):
@@ -130,10 +161,25 @@ class GenerationBody(Body):
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=-1, le=MAX_INT)  # 0 and -1: all
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: float = Field(default=1.0, ge=MIN_REPETITION, le=MAX_REPETITION)
+    logit_bias: LogitBias = {}
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1, max_length=MAX_ALLOWED_IDS)] | None = None
     stop: Stops = []
+    stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_IDS)] = []
+    include_stop_str_in_output: bool = False
+    min_tokens: int = Field(default=0, ge=0, le=MAX_INT)
+    skip_special_tokens: bool = True
+    truncate_prompt_tokens: Annotated[int, Field(le=MAX_INT), AfterValidator(_kept_of_prompt)] | None = None
+    return_token_ids: bool = False
+    priority: int = Field(default=0, ge=-MAX_INT, le=MAX_INT)  # lower is admitted earlier
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     # What of the KV cache may be reused is what requests of the same salt have computed: one salt per tenant keeps a
     # tenant from learning, by the time to the first token, what others have asked.
     cache_salt: Annotated[Text, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
@@ -206,45 +252,31 @@ class UnloadLoraBody(Body):
     lora_int_id: int | None = None  # a number of vLLM's own: the name decides there, too
 
 
-class TextPart(Body):
-    type: Literal["text"]
-    text: Text
+class ChatBody(ConversationBody, GenerationBody):
+    model_config = ConfigDict(extra="allow")
 
-
-class Message(Body):
-    """One turn. What OpenAI's own answers carry beside it may be sent back, as long as it is empty.
-
-    Only an assistant's turn may be without content.
-    """
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empties_are_absent(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        turn = {
-            name: value for name, value in body.items() if value or (name in cls.model_fields and value is not None)
-        }
-        return {"content": "", **turn} if turn.get("role") == "assistant" else turn
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-
-
-class ChatBody(GenerationBody):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    tool_choice: ToolChoice | None = None  # None: "auto" where there are tools
+    parallel_tool_calls: bool = True  # whether an answer may have several calls
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_INT)  # wins over max_tokens
     max_tokens: int | None = Field(default=None, ge=1, le=MAX_INT)  # None: what the context leaves
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
 
+    @property
+    def callable_tools(self) -> tuple[Tool, ...]:
+        """The tools that this answer may call."""
+        return () if self.tool_choice == "none" else tuple(self.tools)
+
+    @property
+    def is_call_forced(self) -> bool:
+        return self.tool_choice not in (None, "none", "auto")
+
     @model_validator(mode="after")
     def _is_supported(self) -> Self:
+        refuse_template(self.model_extra or {})
         refuse_unsupported(self.model_extra or {}, CHAT_NEUTRAL)
+        check_choice(self.tool_choice, self.tools)
         if self.top_logprobs and not self.logprobs:
             raise BadRequest("'top_logprobs' needs 'logprobs': true; send both or neither.", param="top_logprobs")
         return self

@@ -12,6 +12,7 @@ from server.adapters.remote.fetches import Fetches
 from server.adapters.store.adapter_store import AdapterStore
 from server.engine.engine import Engine
 from server.ground.metrics import Metrics
+from server.model.grammar import Grammars
 from server.model.tokenizer import Tokenizer
 
 
@@ -33,6 +34,25 @@ class BaseInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """What the operator says of conversations; see the settings of the same names."""
+
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
+    template_variables: frozenset[str] = frozenset()  # that requests may set
+    trusts_adapter_templates: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HttpOptions:
+    """What the operator says of requests, whatever they are for."""
+
+    keep_alive_s: float = 0.0  # a stream that says nothing for so long says that it lives; 0: never
+    ignores_unknown_fields: bool = False  # and names them in a header of the answer, instead of refusing them
+    allowed_origins: tuple[str, ...] = ()  # web pages that may ask, "*" for all
+
+
+@dataclass(frozen=True, slots=True)
 class Services:
     engine: Engine
     registry: Registry
@@ -40,6 +60,7 @@ class Services:
     merges: Merges
     fetches: Fetches
     tokenizer: Tokenizer
+    grammars: Grammars
     base: BaseInfo
     metrics: Metrics
     version: str  # of this server
@@ -49,4 +70,6 @@ class Services:
     store_quota_bytes: int | None = None  # of all adapters in the store
     max_body_bytes: int = 16 * 1024**2  # of every other request
     adapter_paths: tuple[Path, ...] = ()  # the folders of this machine from which a request may have adapters read
+    chat: ChatOptions = ChatOptions()
     max_queued: int = 256  # sequences that may wait: a request of more could never be accepted
+    http: HttpOptions = HttpOptions()

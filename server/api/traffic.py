@@ -40,12 +40,15 @@ class Traffic:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:
-            _LOG.exception("request %s to %s failed", request_id, scope["path"])
+            _LOG.exception("request %s to %r failed", request_id, scope["path"])
             if status:
                 raise  # the server then breaks the connection off: the client must not take this for a whole answer
             await error_response(internal_error())(scope, receive, send_with_id)
         finally:
-            self._metrics.observe_request(_route(scope), status or 499, time.perf_counter() - started_s)
+            duration_s = time.perf_counter() - started_s
+            self._metrics.observe_request(_route(scope), status or 499, duration_s)
+            shown = (request_id, scope["method"], scope["path"], status or 499, duration_s)
+            _LOG.debug("request %s: %s %r was answered with %d after %.3f s", *shown)
 
 
 def _request_id(scope: Scope) -> str:

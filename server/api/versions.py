@@ -9,12 +9,13 @@ from fastapi import APIRouter
 
 from server.adapters.registry import AdapterInfo
 from server.api.adapters import shown
+from server.api.json_route import JsonRoute
 from server.api.schemas import RollbackBody
 from server.api.services import Services
 
 
 def router(services: Services) -> APIRouter:
-    routes = APIRouter(tags=["adapters"])
+    routes = APIRouter(tags=["adapters"], route_class=JsonRoute)
 
     @routes.get("/v1/adapters/{name}/versions")
     def list_versions(name: str) -> dict[str, Any]:

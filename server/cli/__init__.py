@@ -5,6 +5,7 @@ exit code 2. Knows nothing about what a command does.
 """
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,9 @@ COMMANDS: Mapping[str, Command] = {
     "fuse": FUSE,
     "config": CONFIG,
     "bench": BENCH,
+    "chat": found_in("server.cli.chat", "talk to a server, or to two adapters side by side"),
+    "complete": found_in("server.cli.complete", "have a server go on with a text"),
+    "batch": found_in("server.cli.batch", "answer a file of requests, in OpenAI's batch format"),
     "drift": found_in("server.drift", "measure how far quantization moves the base and its adapters"),
     "version": VERSION,
 }
@@ -51,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("stopped")
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # who reads what is printed has gone (`| head`); nor may Python print the rest at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:

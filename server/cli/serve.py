@@ -20,9 +20,9 @@ import uvicorn
 from server.cli.command import Command, quieten_libraries, say
 from server.cli.flags import add_settings
 from server.ground import config
-from server.ground.heap import keep_one_arena
 from server.ground.config import Settings
 from server.ground.errors import StartupRefused
+from server.ground.heap import keep_one_arena
 
 DRAIN_TIMEOUT_S = 30
 # Longer than clients keep an idle connection (httpx 5 s, proxies 60 s): who closes first must not be the server, or a

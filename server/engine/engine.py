@@ -15,18 +15,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.engine.blocks import BlockPool
+from server.engine.constraint import Constraint
 from server.engine.flight import DeltaStream, Flight, GenerationRequest
+from server.engine.logits import edit_logits
+from server.engine.masks import Masks, StepMasks
 from server.engine.runner import Runner, StepLogits
 from server.engine.sampler import SamplingRow, sample, token_logprobs
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Batch, Delta, FinishReason, ScheduledSequence, Sequence, TokenLogprobs
-from server.ground.errors import GenerationFailed, GraftError, Overloaded
-from server.model.tokenizer import Tokenizer
+from server.engine.token_rules import ending_ids, token_rules
+from server.ground.errors import BadRequest, GenerationFailed, GraftError, Overloaded
+from server.ground.heap import give_back_free_memory
+from server.model.tokenizer import IncrementalDecoder, Tokenizer
 
 log = logging.getLogger(__name__)
 
 _MAX_FAILED_STEPS = 10  # in a row, with a device that still answers; then the engine is taken to be lost
 _GATHERING_S = 0.002  # an idle engine waits so long after it is woken: requests sent together share their first step
+_RESTED_S = 5.0  # without work: the server rests
 _IDLE_POLL_S = 0.005  # while sequences wait for an adapter that is being loaded
 
 
@@ -75,6 +81,7 @@ class Engine:
         self._runner = runner
         self._tokenizer = tokenizer
         self._observe = observe
+        self._masks = Masks()
         self._flights: dict[str, Flight] = {}
         self._lock = threading.Lock()  # the scheduler and the flights; never held while the device works
         self._aborts: deque[str] = deque()
@@ -102,11 +109,14 @@ class Engine:
             # Not the name: what is called differently and has the same content edits alike.
             edit_identity="" if lease is None else lease.version.digest,
             cache_salt=request.cache_salt,
+            constraint=None if request.grammar is None else Constraint(request.grammar),
         )
         stream = DeltaStream(request.sequence_id, self.abort)
-        decoder = self._tokenizer.decoder(request.prompt_ids, request.params.stop)
+        decoder = self._decoder(request)
         loop = asyncio.get_running_loop()
-        flight = Flight(sequence, lease, stream, loop, decoder, _random(request.params.seed))
+        eos_ids = self._tokenizer.eos_ids
+        rules, ends = token_rules(sequence, eos_ids), ending_ids(request.params, eos_ids)
+        flight = Flight(sequence, lease, stream, loop, decoder, _random(request.params.seed), rules, ends)
         with self._lock:
             if self._fault is not None:
                 raise GenerationFailed(f"the engine has stopped: {self._fault}", code="engine_dead")
@@ -116,6 +126,16 @@ class Engine:
             self._flights[sequence.sequence_id] = flight
         self._wake.set()
         return stream
+
+    def _decoder(self, request: GenerationRequest) -> IncrementalDecoder:
+        params = request.params
+        return self._tokenizer.decoder(
+            request.prompt_ids,
+            params.stop,
+            shown=params.shown_tokens,
+            min_tokens=params.min_tokens,
+            includes_stop=params.includes_stop,
+        )
 
     def abort(self, sequence_id: str) -> None:
         """Ends a sequence within one step; does nothing if it has ended. Any thread."""
@@ -139,6 +159,7 @@ class Engine:
         self._is_closing = True
         self._wake.set()
         self._thread.join()
+        self._masks.close()
 
     @property
     def is_alive(self) -> bool:
@@ -188,8 +209,14 @@ class Engine:
             if not batch.sequences and self._scheduler.num_waiting:
                 self._wake.wait(_IDLE_POLL_S)  # for its adapter; all else sets the event
             elif not batch.sequences:
-                self._wake.wait()
-                time.sleep(_GATHERING_S)
+                self._rest()
+
+    def _rest(self) -> None:
+        """Waits for work. Some time without any is the time to tidy up, which would hold up a step."""
+        if not self._wake.wait(_RESTED_S):
+            give_back_free_memory()
+            self._wake.wait()
+        time.sleep(_GATHERING_S)
 
     def _schedule(self) -> Batch:
         with self._lock:
@@ -217,9 +244,11 @@ class Engine:
 
     def _step(self, batch: Batch) -> None:
         started = time.perf_counter()
+        masks = self._masks.begin(batch)  # filled while the device computes
         logits = self._runner.run(batch)
         self._fail_overflown(logits)
-        tokens = self._sample(logits)
+        tokens = self._sample(logits, masks)
+        self._follow_grammars(logits, tokens)
         scores = self._score(logits, tokens)
         with self._lock:
             ended = set(self._scheduler.commit(batch, tokens))
@@ -245,12 +274,13 @@ class Engine:
                 list(flights.values()), "The model's output overflowed: the adapter's weights or scaling are too large."
             )
 
-    def _sample(self, logits: StepLogits) -> dict[str, int]:
+    def _sample(self, logits: StepLogits, masks: StepMasks | None) -> dict[str, int]:
         """The next token of each sequence that samples, by sequence id."""
         if not logits.samplers:
             return {}
         rows = [self._sampling_row(item) for item in logits.samplers]
-        tokens = sample(logits.sampled, rows).tolist()
+        allowed = logits.sampled if masks is None else masks.applied(logits)
+        tokens = sample(edit_logits(allowed, rows), rows).tolist()
         return {item.sequence.sequence_id: token for item, token in zip(logits.samplers, tokens, strict=True)}
 
     def _sampling_row(self, item: ScheduledSequence) -> SamplingRow:
@@ -258,7 +288,21 @@ class Engine:
         # One random number per sampled token of this request, so that a seed does not depend on the batch.
         flight = self._flights.get(item.sequence.sequence_id)  # None: it has just failed
         uniform = flight.random.random() if flight is not None and params.temperature > 0 else 0.0
-        return SamplingRow(params.temperature, params.top_p, params.top_k, uniform)
+        rules = None if flight is None else flight.rules
+        return SamplingRow(params.temperature, params.top_p, params.top_k, uniform, params.min_p, rules)
+
+    def _follow_grammars(self, logits: StepLogits, tokens: dict[str, int]) -> None:
+        """Moves each grammar on by its sequence's new token; ends the sequences whose grammar cannot go on."""
+        for item in logits.samplers:
+            sequence = item.sequence
+            if sequence.constraint is None or sequence.sequence_id not in self._flights:
+                continue
+            sequence.constraint.accept(tokens[sequence.sequence_id])
+            fault = sequence.constraint.fault
+            if fault is not None:
+                with self._lock:
+                    self._scheduler.finish(sequence, FinishReason.ERROR)
+                    self._end(self._flights[sequence.sequence_id], FinishReason.ERROR, _unfollowable(sequence, fault))
 
     def _score(self, logits: StepLogits, tokens: dict[str, int]) -> dict[str, TokenLogprobs]:
         """Log-probabilities of the sampled tokens for which they are wanted; those of prompts go to their flights."""
@@ -287,8 +331,7 @@ class Engine:
         flight = self._flights[sequence.sequence_id]
         token = tokens.get(sequence.sequence_id)
         reason = sequence.finish_reason if has_ended else None
-        is_eos = reason is FinishReason.STOP
-        new = () if token is None or is_eos else (token,)
+        new = () if token is None else (token,)
         score = scores.get(sequence.sequence_id)
         delta = flight.advance(new, () if score is None else (score,), reason)
         if delta is None:
@@ -328,6 +371,14 @@ class Engine:
 def _random(seed: int | None) -> random.Random:
     """A generator per request. Python drops the sign of a seed; 5 and -5 are two seeds here."""
     return random.Random(None if seed is None else seed % 2**64)
+
+
+def _unfollowable(sequence: Sequence, fault: str) -> BadRequest:
+    return BadRequest(
+        f"The grammar could not be followed past {sequence.num_output_tokens} tokens: {fault}. Make it simpler: "
+        "shorter regular expressions, fewer alternatives that begin alike.",
+        code="invalid_grammar",
+    )
 
 
 def _deliver(deltas: list[tuple[DeltaStream, Delta]]) -> None:

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 from server.adapters.registry import Lease
 from server.engine.sequence import Delta, FinishReason, SamplingParams, Sequence, TokenLogprobs
+from server.engine.token_rules import TokenRules
 from server.ground.errors import GraftError
+from server.model.grammar import Grammar
 from server.model.tokenizer import IncrementalDecoder
 
 
@@ -24,6 +26,7 @@ class GenerationRequest:
     params: SamplingParams
     lease: Lease | None = None
     cache_salt: str | None = None  # keys and values are shared only among requests of one salt
+    grammar: Grammar | None = None  # that the output follows
 
 
 class DeltaStream:
@@ -64,6 +67,8 @@ class Flight:
     loop: asyncio.AbstractEventLoop
     decoder: IncrementalDecoder
     random: random.Random
+    rules: TokenRules | None = None  # on the choice of its tokens
+    ends: frozenset[int] = frozenset()  # the tokens that end it
     _prompt_scores: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position
     _is_scored: bool = False
 
@@ -76,10 +81,12 @@ class Flight:
     ) -> Delta | None:
         """What the reader gets after a step of this sequence: new tokens, its prompt's scores, its end.
 
-        An end-of-sequence token is not among `token_ids`, but its score is among `scores`. None when there is nothing
-        to tell yet. A stop string ends the sequence: then the delta's reason is STOP, whatever `reason` was.
+        The token that ends a sequence is among its tokens, but not in its text, unless its request wants it there. None
+        when there is nothing to tell yet. A stop string ends the sequence: then the delta's reason is STOP, whatever
+        `reason` was.
         """
-        text = self.decoder.push(token_ids) if token_ids else ""
+        shown = () if self._is_silent_end(token_ids, reason) else token_ids
+        text = self.decoder.push(shown) if shown else ""
         if reason is not None:
             text += self.decoder.flush()
         if self.decoder.is_stopped:
@@ -92,6 +99,10 @@ class Flight:
     def end(self, reason: FinishReason, error: GraftError | None = None) -> Delta:
         """The terminal delta of a sequence that ends without a token: aborted or failed."""
         return self._delta(reason, error=error)
+
+    def _is_silent_end(self, token_ids: tuple[int, ...], reason: FinishReason | None) -> bool:
+        is_end = reason is FinishReason.STOP and not self.ends.isdisjoint(token_ids)
+        return is_end and not self.sequence.params.includes_stop
 
     def _take_prompt_scores(self) -> tuple[TokenLogprobs, ...] | None:
         """The scores of the whole prompt, once, when they are complete."""

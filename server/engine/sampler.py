@@ -10,16 +10,19 @@ from dataclasses import dataclass
 import torch
 
 from server.engine.sequence import TokenLogprobs
+from server.engine.token_rules import TokenRules
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """How one row is sampled. `uniform` is the row's own random number in [0, 1)."""
+    """How one row is sampled. `uniform` is the row's own random number in [0, 1); `rules` change its logits before."""
 
     temperature: float
     top_p: float
     top_k: int
     uniform: float
+    min_p: float = 0.0
+    rules: TokenRules | None = None
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
@@ -40,8 +43,8 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
 
 
 def _is_cut(row: SamplingRow) -> bool:
-    """Whether top_p or top_k leaves out any token."""
-    return row.top_p < 1 or row.top_k > 0
+    """Whether top_p, top_k or min_p leaves out any token."""
+    return row.top_p < 1 or row.top_k > 0 or row.min_p > 0
 
 
 def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
@@ -64,6 +67,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     probs = probs / probs.sum(dim=-1, keepdim=True)
     before = probs.cumsum(dim=-1) - probs  # mass before each token: the first token always stays
     probs = probs.masked_fill(before >= column([row.top_p for row in rows]), 0)
+    probs = probs.masked_fill(probs < column([row.min_p for row in rows]) * probs[:, :1], 0)
     return order.gather(1, _inverse_cdf(probs, uniform)[:, None])[:, 0]
 
 

@@ -3,15 +3,20 @@
 Owns the waiting and the running sequences, their blocks and their residencies. Knows nothing about tensors, text, how
 an adapter gets to the device, or who reads the tokens.
 
-A step is `schedule`, then the forward pass, then `commit`. In one step, in order of arrival within each:
+A step is `schedule`, then the forward pass, then `commit`. In one step:
 
 1. running sequences with one token to compute get it;
-2. running sequences with more get a chunk of what the token budget leaves;
-3. waiting sequences are admitted, while a seat, tokens and blocks last.
+2. running sequences with more get a chunk of what the token budget leaves, in order of arrival;
+3. waiting sequences are admitted, while a seat, tokens and blocks last: first those that have run before, then by
+   priority (lower comes earlier), then in order of arrival.
 
-A running sequence that needs a block when none is free takes it from the newest arrival (perhaps itself), which goes
-back to its place in the queue and later computes all its known tokens again. So the oldest running sequence advances in
-every step, and everything ends.
+A running sequence that needs a block when none is free takes it from the one of the lowest standing - the largest
+priority, and of these the newest arrival; perhaps itself -, which goes back to the queue and later computes all its
+known tokens again. So the running sequence of the highest standing is never preempted for blocks. And whatever has once
+run ends: it waits ahead of all newcomers, of any priority, and where it lacks blocks, none of them starts.
+
+Priority orders requests and not adapters: who has lacked room for its adapter for too long (below) comes first, as if
+all priorities were equal. It does not bound how long the low ones wait for a seat; `queue_timeout_s` does.
 
 Full blocks are found again by their keys (see `blocks.block_key`), by whoever begins with the same tokens under the
 same edits: a newcomer, or a preempted sequence that comes back. They become known when the step that filled them is
@@ -35,6 +40,7 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 from server.engine.blocks import BlockPool, block_key, root_key
@@ -170,7 +176,7 @@ class Scheduler:
         self._reuses_prefixes = reuses_prefixes
         self._clock = clock
         self._sequences: dict[str, Sequence] = {}
-        self._waiting: list[Sequence] = []  # by arrival
+        self._waiting: list[Sequence] = []  # by `_turn_in_line`
         self._running: list[Sequence] = []  # by arrival
         self._num_holds: Counter[Hashable] = Counter()
         self._num_arrived = 0
@@ -224,7 +230,7 @@ class Scheduler:
             )
 
     def add(self, sequence: Sequence) -> None:
-        """Puts a new sequence at the end of the queue. Raises Overloaded, ContextTooLong; then it is not accepted."""
+        """Puts a new sequence into the queue. Raises Overloaded, ContextTooLong; then it is not accepted."""
         if sequence.sequence_id in self._sequences:
             raise ValueError(f"a sequence {sequence.sequence_id!r} is already in flight")
         self.check_fits(sequence.num_prompt_tokens, sequence.params.max_tokens)
@@ -234,7 +240,7 @@ class Scheduler:
         sequence.arrived_s = self._clock()
         self._num_arrived += 1
         self._sequences[sequence.sequence_id] = sequence
-        self._waiting.append(sequence)
+        insort(self._waiting, sequence, key=_turn_in_line)
 
     def abort(self, sequence_id: str) -> Sequence | None:
         """Ends a sequence that its reader has left; None when it is not in flight (any more).
@@ -255,7 +261,7 @@ class Scheduler:
         if sequence.status is SequenceStatus.RUNNING:
             self._stop(sequence)
         else:
-            _remove(self._waiting, sequence)
+            _remove(self._waiting, sequence, _turn_in_line)
         del self._sequences[sequence.sequence_id]
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
@@ -308,8 +314,8 @@ class Scheduler:
         assert self._num_holds.keys() == self._turns.keys()
         assert len(self._running) <= self._limits.max_sequences
         assert len(self._running) + len(self._waiting) == len(self._sequences)
-        for line in (self._running, self._waiting):
-            assert all(older.arrival < newer.arrival for older, newer in zip(line, line[1:], strict=False))
+        assert all(one.arrival < other.arrival for one, other in pairwise(self._running))
+        assert all(_turn_in_line(one) < _turn_in_line(other) for one, other in pairwise(self._waiting))
         for sequence in self._running:
             assert sequence.status is SequenceStatus.RUNNING
             assert sequence.num_pending > 0
@@ -323,8 +329,10 @@ class Scheduler:
 
     def _end_of(self, sequence: Sequence) -> FinishReason | None:
         """`max_tokens` alone bounds the length: `check_fits` saw to it that it stays within the context."""
-        is_eos = bool(sequence.output_ids) and sequence.output_ids[-1] in self._eos_ids
-        if is_eos and not sequence.params.ignore_eos:
+        params, last = sequence.params, sequence.output_ids[-1] if sequence.output_ids else None
+        is_eos = last in self._eos_ids and not params.ignore_eos
+        is_whole = sequence.constraint is not None and sequence.constraint.is_complete
+        if is_eos or is_whole or last in params.stop_token_ids:
             return FinishReason.STOP
         is_longest = sequence.num_tokens == sequence.max_total_tokens
         if is_longest and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
@@ -368,17 +376,17 @@ class Scheduler:
         return num_blocks * self._blocks.block_size - sequence.num_computed_tokens
 
     def _make_room(self, sequence: Sequence, step: _Step) -> int:
-        """Tokens that fit, at least one, at the cost of newer arrivals; 0 when the sequence itself had to go."""
+        """Tokens that fit, at least one, at the cost of lower standings; 0 when the sequence itself had to go."""
         while True:
             num_room = self._num_room(sequence)
             if num_room:
                 return num_room
-            newest = self._running[-1]
             if len(self._running) == 1:
                 self._fail(sequence, self._out_of_blocks(sequence), step)
                 return 0
-            self._preempt(newest, step)
-            if newest is sequence:
+            lowest = max(self._running, key=_standing)
+            self._preempt(lowest, step)
+            if lowest is sequence:
                 return 0
 
     def _admit_overdue(self, step: _Step) -> bool:
@@ -490,7 +498,7 @@ class Scheduler:
                 return False
             self._fail(sequence, self._out_of_blocks(sequence), step)
             return True
-        _remove(self._waiting, sequence)
+        _remove(self._waiting, sequence, _turn_in_line)
         insort(self._running, sequence, key=_arrival)
         sequence.status = SequenceStatus.RUNNING
         sequence.slot = slot
@@ -543,7 +551,7 @@ class Scheduler:
         self._num_preemptions += 1
         self._stop(sequence)
         sequence.status = SequenceStatus.WAITING
-        insort(self._waiting, sequence, key=_arrival)
+        insort(self._waiting, sequence, key=_turn_in_line)
 
     def _fail(self, sequence: Sequence, error: GraftError, step: _Step) -> None:
         self.finish(sequence, FinishReason.ERROR)
@@ -551,7 +559,7 @@ class Scheduler:
 
     def _stop(self, sequence: Sequence) -> None:
         """Takes a running sequence's seat, blocks and residency."""
-        _remove(self._running, sequence)
+        _remove(self._running, sequence, _arrival)
         self._blocks.free(sequence.blocks)
         self._unhold(sequence.version)
         sequence.blocks = []
@@ -610,5 +618,15 @@ def _arrival(sequence: Sequence) -> int:
     return sequence.arrival
 
 
-def _remove(line: list[Sequence], sequence: Sequence) -> None:
-    del line[bisect_left(line, sequence.arrival, key=_arrival)]
+def _standing(sequence: Sequence) -> tuple[int, int]:
+    """Lower is better."""
+    return sequence.params.priority, sequence.arrival
+
+
+def _turn_in_line(sequence: Sequence) -> tuple[bool, int, int]:
+    return not sequence.has_started, *_standing(sequence)
+
+
+def _remove(line: list[Sequence], sequence: Sequence, key: Callable[[Sequence], Any]) -> None:
+    """`key` orders the line."""
+    del line[bisect_left(line, key(sequence), key=key)]

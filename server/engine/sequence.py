@@ -4,9 +4,11 @@ Owns these shapes and the arithmetic of one sequence's tokens. Knows nothing abo
 """
 
 from collections.abc import Hashable
+from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from server.engine.constraint import Constraint
 from server.ground.errors import BadRequest, GraftError
 
 
@@ -18,9 +20,20 @@ class SamplingParams:
     temperature: float = 1.0  # 0: the most likely token
     top_p: float = 1.0
     top_k: int = 0  # 0: no limit
+    min_p: float = 0.0  # of the most likely token's probability: less likely ones are left out
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    shown_tokens: frozenset[int] = frozenset()  # special tokens whose text the answer keeps
+    stop_token_ids: frozenset[int] = frozenset()  # tokens that end it as the model's own end does
     ignore_eos: bool = False
+    min_tokens: int = 0  # before any end but by length
+    allowed_token_ids: Listing[int] = ()  # none: all; an array is shared by all choices of a request
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    includes_stop: bool = False  # whether the text has the stop string or token that ended it
+    priority: int = 0  # lower is admitted earlier
     logprobs: int | None = None  # alternatives listed beside each generated token; None: no log-probabilities
     prompt_logprobs: int | None = None  # the same for the prompt's tokens
 
@@ -52,7 +65,7 @@ class Delta:
     """What one step adds to one sequence: a plain value that may cross threads and processes."""
 
     sequence_id: str
-    token_ids: tuple[int, ...] = ()
+    token_ids: tuple[int, ...] = ()  # the one that ends the sequence is among them
     text: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()  # one for each of token_ids, when asked for
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # sent once, when the whole prompt is scored
@@ -69,7 +82,7 @@ class Delta:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One generation in flight. The scheduler alone changes the fields below `cache_salt`; others read them.
+    """One generation in flight. The scheduler alone changes the fields below `constraint`; others read them.
 
     Known tokens are the prompt and the output so far; the first `num_computed_tokens` of them have their keys and
     values in `blocks`. A preempted sequence keeps its known tokens and computes again, the output too, what is not
@@ -82,6 +95,7 @@ class Sequence:
     version: Hashable | None = None  # of the adapter; None: the bare base
     edit_identity: str = ""  # tells its adapter's edits from all others, whatever the adapter is called; "": the base
     cache_salt: str | None = None  # keys and values are shared only among sequences of one salt
+    constraint: Constraint | None = None  # the grammar that its output follows; the engine's loop moves it along
     output_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     blocks: list[int] = field(default_factory=list)

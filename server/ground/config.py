@@ -8,6 +8,7 @@ machine is None here, and whoever computes it says what None means.
 import difflib
 import ipaddress
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,22 @@ from server.ground.errors import StartupRefused
 ENV_PREFIX = "GRAFT_"
 _CHECKOUT = Path(__file__).parents[2]
 _MIB = 1 << 20
+# What the server gives to a chat template itself; of the special tokens those whose names all models share.
+_TEMPLATE_OWN = frozenset(
+    {
+        "add_generation_prompt",
+        "bos_token",
+        "continue_final_message",
+        "documents",
+        "eos_token",
+        "messages",
+        "pad_token",
+        "reasoning_effort",
+        "tools",
+        "unk_token",
+    }
+)
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +161,29 @@ class Settings(BaseSettings):
         BeforeValidator(_split),
         Flag("base", "NAME", "name of the base in requests; may be repeated", default="the model's own name"),
     ] = ()
+    chat_template: Annotated[
+        UserPath | None,
+        Flag("base", "FILE", "chat template (Jinja) in the place of the model's", default="the model's own"),
+    ] = None
+    chat_template_kwargs: Annotated[
+        tuple[str, ...],
+        NoDecode,
+        BeforeValidator(_split),
+        Flag(
+            "base",
+            "NAME",
+            "what requests may set in chat_template_kwargs; may be repeated",
+            default="enable_thinking, thinking",
+        ),
+    ] = ("enable_thinking", "thinking")
+    tool_call_parser: Annotated[
+        Literal["auto", "hermes", "llama", "mistral"],
+        Flag("base", "{auto,hermes,llama,mistral}", "how the model writes calls of tools; auto follows its template"),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        Literal["auto", "think", "none"],
+        Flag("base", "{auto,think,none}", "how reasoning is told from the answer; auto follows the template"),
+    ] = "auto"
 
     store: Annotated[
         StorePlace,
@@ -184,6 +224,9 @@ class Settings(BaseSettings):
         BeforeValidator(_split),
         Flag("adapters", "PREFIX", "where requests may fetch from (hf://org/, s3://bucket/x/, ...); may be repeated"),
     ] = ()
+    trust_adapter_templates: Annotated[
+        bool, Flag("adapters", "", "let an adapter's folder bring the chat template for its requests")
+    ] = False
     strict_base: Annotated[
         bool, Flag("adapters", "", "refuse adapters that were trained on another base, instead of warning")
     ] = False
@@ -212,6 +255,21 @@ class Settings(BaseSettings):
         Flag("http", "KEY", "bearer token that requests must carry; the variable keeps it out of the process list"),
     ] = None
     max_upload_bytes: Annotated[Size, Flag("http", "SIZE", "largest adapter upload")] = ByteSize(1024 * _MIB)
+    unknown_fields: Annotated[
+        Literal["refuse", "warn"],
+        Flag("http", "{refuse,warn}", "request fields that no server is known for; warn: named in x-ignored-fields"),
+    ] = "refuse"
+    sse_keep_alive_interval: Annotated[
+        float,
+        Field(ge=0, le=86_400, allow_inf_nan=False),
+        Flag("http", "SECONDS", "a stream that is silent for so long sends a comment; 0: never"),
+    ] = 30.0
+    allowed_origins: Annotated[
+        tuple[str, ...],
+        NoDecode,
+        BeforeValidator(_split),
+        Flag("http", "ORIGIN", "web pages that may ask from a browser, such as https://chat.example; may be repeated"),
+    ] = ()
 
     max_context: Annotated[
         Count | None, Flag("limits", "N", "prompt and answer together, in tokens", default="the model's own limit")
@@ -277,6 +335,21 @@ class Settings(BaseSettings):
             raise ValueError("name the base model, a local folder or a hub id: graft serve MODEL")
         return str(Path(value).expanduser()) if value.startswith("~") else value
 
+    @field_validator("chat_template")
+    @classmethod
+    def _template_exists(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_file():
+            raise ValueError("no such file; correct the path")
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _names_are_free(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not name.isidentifier() or name.startswith("_") or name in _TEMPLATE_OWN:
+                raise ValueError(f"{name!r} cannot be left to requests; name a variable of the template's own")
+        return value
+
     @field_validator("adapters")
     @classmethod
     def _adapters_exist(cls, value: Path | None) -> Path | None:
@@ -311,6 +384,17 @@ class Settings(BaseSettings):
             )
         return value
 
+    @field_validator("allowed_origins")
+    @classmethod
+    def _origins_are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin: write scheme, host and port as browsers do, such as "
+                    "https://chat.example or http://localhost:3000, in small letters and without a path; * for all"
+                )
+        return value
+
     @field_validator("api_key")
     @classmethod
     def _key_fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
@@ -336,6 +420,15 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"host {self.host!r} can be reached from other machines, so an API key is required: "
                 "set GRAFT_API_KEY (or --api-key), or keep the default --host 127.0.0.1."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _any_page_needs_a_key(self) -> Self:
+        if "*" in self.allowed_origins and self.api_key is None:
+            raise ValueError(
+                "allowed_origins * lets every web page that a browser on this machine opens use the server: name the "
+                "origins, or set GRAFT_API_KEY (or --api-key)."
             )
         return self
 

@@ -13,6 +13,7 @@ Owns the tree below and the wording rules (name the field, the limit, the remedy
     ├── Conflict             409  the name exists with other content, or is in use
     │   └── PreconditionFailed 412  the name exists, and the request is for a new one only
     ├── TooLarge             413  a body or a file over its limit
+    ├── UnsupportedMediaType 415  a body that is not declared as what the route reads
     ├── StorageFull          507  the store's quota or its disk has no room for an upload
     ├── GenerationFailed     500  the engine failed while the request ran
     │   └── RequestTimedOut  504  the request took longer than --request-timeout
@@ -94,6 +95,12 @@ class TooLarge(GraftError):
     status = 413
     type = "invalid_request_error"
     code = "too_large"
+
+
+class UnsupportedMediaType(GraftError):
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_media_type"
 
 
 class StorageFull(GraftError):

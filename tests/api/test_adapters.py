@@ -103,7 +103,7 @@ def test_the_list_has_every_adapter(live: Live, name: str) -> None:
     live.upload(name, lora_files(20))
     listed = {adapter["name"]: adapter for adapter in live.http.get("/v1/adapters").json()["data"]}
     assert {"first", "second", name} <= listed.keys()
-    assert listed[name] | {"recipe": None} == live.http.get(f"/v1/adapters/{name}").json()
+    assert listed[name] | {"recipe": None, "chat_template": None} == live.http.get(f"/v1/adapters/{name}").json()
 
 
 def test_an_upload_survives_a_restart(settings: Callable[..., Settings]) -> None:

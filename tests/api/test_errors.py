@@ -42,7 +42,7 @@ def test_a_body_that_is_no_json_object(live: Live, body: bytes) -> None:
 def test_a_body_without_its_content_type_is_told_the_remedy(live: Live) -> None:
     for headers in ({}, {"content-type": "application/x-www-form-urlencoded"}, {"content-type": "text/plain"}):
         answer = live.http.post("/v1/completions", content=b'{"prompt": "Hi"}', headers=headers)
-        assert answer.status_code == 400
+        assert answer.status_code == 415
         assert "Content-Type: application/json" in str(error(answer)["message"])
 
 

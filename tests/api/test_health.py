@@ -8,13 +8,28 @@ import pytest
 from server import __version__
 from server.ground import metrics
 from server.ground.config import Settings
-from tests.api.conftest import Live, serving
+from tests.api.conftest import Gate, Live, eventually, serving
 
 
 def test_a_server_that_works_is_healthy_and_ready(live: Live) -> None:
     assert live.http.get("/health").status_code == 200
     assert live.http.get("/ready").status_code == 200
     assert live.http.get("/version").json() == {"version": __version__}
+
+
+def test_the_names_that_others_give_to_the_same_questions(live: Live) -> None:
+    for path in ("/ping", "/v2/health/live"):
+        assert live.http.get(path).json() == live.http.get("/health").json()
+    assert live.http.post("/ping").status_code == 200
+    assert live.http.get("/v2/health/ready").json() == live.http.get("/ready").json()
+
+
+def test_the_load_counts_what_is_in_flight(live: Live, gate: Gate) -> None:
+    assert live.http.get("/load").json() == {"server_load": 0}
+    with live.send("/v1/completions", prompt="Hi", max_tokens=2, n=3):
+        eventually(lambda: live.http.get("/load").json() == {"server_load": 3})
+        gate.allow(100)
+    eventually(lambda: live.http.get("/load").json() == {"server_load": 0})
 
 
 def test_a_dead_engine_is_told_to_all_who_ask(
@@ -27,9 +42,10 @@ def test_a_dead_engine_is_told_to_all_who_ask(
         monkeypatch.setattr(live.server.runner, "run", broken)
         while live.server.engine.is_alive:
             assert live.post("/v1/completions", prompt="Hi", max_tokens=1).status_code == 500
-        for path in ("/health", "/ready"):
+        for path in ("/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready"):
             answer = live.http.get(path)
             assert answer.status_code == 503
+            assert answer.headers["x-should-retry"] == "true"
             assert answer.json()["error"]["code"] == "engine_dead"
 
 

@@ -6,6 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from server.engine.sampler import SamplingRow, sample, token_logprobs
 
@@ -65,12 +72,33 @@ def test_draws_follow_the_distribution(temperature: float, top_p: float, top_k: 
     assert chi_square < 36
 
 
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.8])
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "min_p"),
+    [(1.0, 0, 0.1), (1.0, 0, 1.0), (0.8, 0, 0.05), (1.0, 5, 0.2), (0.9, 7, 0.02), (0.9, 7, 0.0), (0.5, 0, 0.0)],
+)
+def test_the_cuts_are_those_of_transformers(temperature: float, top_p: float, top_k: int, min_p: float) -> None:
+    """Its warpers in its order give each token's probability; evenly spread random numbers must meet it to one draw."""
+    num_draws = 1000
+    logits = logits_of(1, seed=4)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    warpers += [MinPLogitsWarper(min_p)] if min_p else []
+    expected = torch.softmax(warpers(torch.tensor([[0]]), logits.clone()), dim=-1)[0]
+    rows = [SamplingRow(temperature, top_p, top_k, (i + 0.5) / num_draws, min_p) for i in range(num_draws)]
+    counts = torch.bincount(sample(logits.expand(num_draws, -1), rows), minlength=VOCABULARY)
+    assert ((counts - expected * num_draws).abs() <= 1).all()
+    assert counts[expected == 0].sum() == 0
+
+
 kinds = st.builds(
     SamplingRow,
     temperature=st.sampled_from([0.0, 1e-8, 0.7, 1.0, 3.0]),
     top_p=st.sampled_from([1e-6, 0.5, 0.9, 1.0]),
     top_k=st.sampled_from([0, 1, 3, 50]),
     uniform=st.floats(0, 1, exclude_max=True),
+    min_p=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
 )
 
 

@@ -162,7 +162,8 @@ class World:
     ) -> None:
         version = None if name is None else self.versions[name]
         prompt = [*STEMS[stem][:num_stem], *([tail] * (tail % 3))]
-        params = SamplingParams(max_tokens, ignore_eos=tail % 2 == 0, prompt_logprobs=1 if scored else None)
+        scores = 1 if scored else None
+        params = SamplingParams(max_tokens, ignore_eos=tail % 2 == 0, priority=tail % 3 - 1, prompt_logprobs=scores)
         identity = "" if version is None else version.identity
         sequence = Sequence(f"s{self.num_added}", prompt, params, version, edit_identity=identity, cache_salt=salt)
         try:

@@ -208,7 +208,7 @@ def test_a_base_without_a_template_points_to_completions() -> None:
     raw = byte_tokenizer()
     raw.chat_template = None
     tokenizer = Tokenizer(raw, frozenset())
-    assert not tokenizer.has_chat_template
+    assert tokenizer.chat_template is None
     with pytest.raises(BadRequest, match="/v1/completions") as refused:
         tokenizer.chat([{"role": "user", "content": "hi"}])
     assert refused.value.param == "messages"

@@ -1,0 +1,221 @@
+"""Several adapters asked at once, and their answers as they come: in columns on a terminal, else one after another.
+
+Owns how streamed answers look. Knows nothing about conversations and commands.
+"""
+
+import argparse
+import asyncio
+import io
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TextIO
+
+import httpx
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from server.cli.client import Address, add_url, connect, stream
+from server.ground.errors import GraftError
+
+MIN_COLUMN = 24  # narrower ones are not read: then the answers come one after another
+_SPARE_LINES = 4  # of a terminal's height: headings, and what was typed
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line feeds
+_SHOWN_CONTROL = "\ufffd"
+
+
+_FIELDS = (
+    ("--max-tokens", int, "N", "length of an answer, at most"),
+    ("--temperature", float, "X", "0: always the most likely token (default: the server's, 1)"),
+    ("--top-p", float, "X", "the share of probability that is drawn from"),
+    ("--seed", int, "N", "the same seed gives the same answer"),
+)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What a command that asks for answers is told: the server, who answers, and how."""
+    add_url(parser)
+    text = "who answers: an adapter, name@version, or a name of the base; give it twice for two side by side"
+    parser.add_argument("--adapter", action="append", default=[], metavar="NAME", help=text)
+    for flag, kind, metavar, text in _FIELDS:
+        parser.add_argument(flag, type=kind, default=None, metavar=metavar, help=text)
+
+
+def fields_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The request fields that flags gave. Their limits are the server's to tell."""
+    names = [flag.removeprefix("--").replace("-", "_") for flag, *_ in _FIELDS]
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
+def shown(text: str, out: TextIO) -> str:
+    """What a model wrote, as it may be printed: a terminal would obey the control characters in it."""
+    return _CONTROL.sub(_SHOWN_CONTROL, text) if out.isatty() else text
+
+
+@dataclass(slots=True)
+class Voice:
+    """One adapter's answer to one request, as far as it has come."""
+
+    name: str
+    body: Mapping[str, Any]
+    text: str = ""
+    finish_reason: str | None = None
+    error: GraftError | None = None
+
+    async def listen(self, http: httpx.AsyncClient, path: str, heard: Callable[[str], None]) -> None:
+        """Reads the answer to its end; a failure is kept, for the others go on."""
+        try:
+            async for piece in stream(http, path, self.body):
+                self.finish_reason = piece.finish_reason or self.finish_reason
+                if piece.text:
+                    self.text += piece.text
+                    heard(piece.text)
+        except GraftError as error:
+            self.error = error
+
+
+class Screen(Protocol):
+    """Where answers are shown; voices are numbered in their order."""
+
+    def heard(self, voice: int, text: str) -> None: ...
+    def ended(self, voice: int) -> None: ...
+
+
+async def listen_to_all(http: httpx.AsyncClient, path: str, voices: Sequence[Voice], screen: Screen) -> None:
+    """All answers at once. When this is cancelled the voices keep what they have said, and the server stops."""
+
+    async def one(index: int, voice: Voice) -> None:
+        await voice.listen(http, path, lambda text: screen.heard(index, text))
+        screen.ended(index)
+
+    await asyncio.gather(*(one(index, voice) for index, voice in enumerate(voices)))
+
+
+@contextmanager
+def connected(address: Address) -> Iterator[tuple[asyncio.Runner, httpx.AsyncClient]]:
+    """A loop to run requests on, one after another, and a client that lives on it. Lets any text be printed."""
+    for file in (sys.stdin, sys.stdout):
+        if isinstance(file, io.TextIOWrapper):
+            file.reconfigure(errors="replace")
+    with asyncio.Runner() as runner:
+        http = connect(address)
+        try:
+            yield runner, http
+        finally:
+            runner.run(http.aclose())
+
+
+def hear(runner: asyncio.Runner, http: httpx.AsyncClient, path: str, voices: Sequence[Voice]) -> bool:
+    """Shows the answers on standard output as they come. False if Ctrl-C has stopped them, on the server, too."""
+    with screen_for(voices, sys.stdout) as screen:
+        try:
+            runner.run(listen_to_all(http, path, voices, screen))
+        except KeyboardInterrupt:
+            return False
+    return True
+
+
+@contextmanager
+def screen_for(voices: Sequence[Voice], out: TextIO) -> Iterator[Screen]:
+    """Columns where there are several voices and a terminal with room for them; else lines of text."""
+    console = Console(file=out, highlight=False)
+    is_terminal = console.is_terminal and not console.is_dumb_terminal
+    if len(voices) > 1 and is_terminal and console.width // len(voices) >= MIN_COLUMN:
+        columns = _Columns(console, voices)
+        with Live(get_renderable=columns.tail, console=console, transient=True, refresh_per_second=12):
+            yield columns
+        console.print(columns.whole())
+    else:
+        lines = _Lines(voices, out)
+        try:
+            yield lines
+        finally:
+            lines.close()
+
+
+class _Lines:
+    """Text as it comes: of the first voice, and of each other once those before it have ended."""
+
+    def __init__(self, voices: Sequence[Voice], out: TextIO) -> None:
+        self._out = out
+        self._names = [voice.name for voice in voices]
+        self._waiting = [""] * len(voices)
+        self._has_ended = [False] * len(voices)
+        self._current = 0
+        self._is_at_start = True  # of a line
+        self._announce()
+
+    def heard(self, voice: int, text: str) -> None:
+        if voice == self._current:
+            self._write(text)
+        else:
+            self._waiting[voice] += text
+
+    def ended(self, voice: int) -> None:
+        self._has_ended[voice] = True
+        while self._current < len(self._names) and self._has_ended[self._current]:
+            self._next()
+
+    def close(self) -> None:
+        """Shows what was stopped before its turn came, too."""
+        while self._current < len(self._names):
+            self._next()
+
+    def _next(self) -> None:
+        self._end_line()
+        self._current += 1
+        if self._current < len(self._names):
+            self._announce()
+
+    def _announce(self) -> None:
+        if len(self._names) > 1:
+            self._write(f"[{self._names[self._current]}]\n")
+        self._write(self._waiting[self._current])
+
+    def _write(self, text: str) -> None:
+        if text:
+            self._out.write(shown(text, self._out))
+            self._out.flush()
+            self._is_at_start = text.endswith("\n")
+
+    def _end_line(self) -> None:
+        if not self._is_at_start:
+            self._write("\n")
+
+
+class _Columns:
+    """A column for each voice: while it speaks the end of what it has said, as much as fits; then all of it."""
+
+    def __init__(self, console: Console, voices: Sequence[Voice]) -> None:
+        self._console = console
+        self._voices = voices
+
+    def heard(self, voice: int, text: str) -> None:
+        """The screen reads the voices by itself."""
+
+    def ended(self, voice: int) -> None: ...
+
+    def tail(self) -> Table:
+        return self._table(max(self._console.height - _SPARE_LINES, 1))
+
+    def whole(self) -> Table:
+        return self._table(None)
+
+    def _table(self, num_lines: int | None) -> Table:
+        table = Table.grid(padding=(0, 2), expand=True)
+        for _ in self._voices:
+            table.add_column(ratio=1, overflow="fold")
+        table.add_row(*(Text(voice.name, style="bold") for voice in self._voices))
+        table.add_row(*(self._cell(voice, num_lines) for voice in self._voices))
+        return table
+
+    def _cell(self, voice: Voice, num_lines: int | None) -> Text:
+        text = Text(_CONTROL.sub(_SHOWN_CONTROL, voice.text))
+        if num_lines is None:
+            return text
+        width = self._console.width // len(self._voices) - 2
+        return Text("\n").join(list(text.wrap(self._console, max(width, 1)))[-num_lines:])
