@@ -12,9 +12,12 @@ from typing import Any, NoReturn
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.concurrency import run_in_threadpool
 
 from server.api.errors import echo
 from server.ground.errors import BadRequest, UnsupportedMediaType
+
+_READ_AT_ONCE_BYTES = 256 * 1024  # a body up to this is read in a few milliseconds, for which the others can wait
 
 
 class JsonRoute(APIRoute):
@@ -51,7 +54,9 @@ async def _read(request: Request) -> Request:
     if not content:
         return _ReadRequest(request, content, None)  # whether there must be one is the route's to say
     check_media_type(request)
-    return _ReadRequest(request, content, read_json(content))
+    if len(content) <= _READ_AT_ONCE_BYTES:
+        return _ReadRequest(request, content, read_json(content))
+    return _ReadRequest(request, content, await run_in_threadpool(read_json, content))
 
 
 def check_media_type(request: Request) -> None:

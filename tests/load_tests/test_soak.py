@@ -64,6 +64,14 @@ def test_memory_that_grows_fails_with_the_figure() -> None:
     assert "resident memory grows by 1.50 MiB in 1,000 operations" in told
 
 
+def test_a_heap_in_pieces_hides_no_growth_and_makes_none() -> None:
+    pieces = [0, 20, 45, 3, 30, 0, 41, 12, 0, 44]
+    flat = soaked(course_of([500.0 + more for more in pieces]))
+    assert flat.slope_mib() == 0
+    growing = soaked(course_of([500.0 + 2 * at + more for at, more in enumerate(pieces)]))
+    assert growing.slope_mib() > 1
+
+
 def test_what_a_server_at_work_takes_for_a_moment_is_no_growth() -> None:
     bursts = [Sample(3500 + 100 * at, 900.0 + at, 10, 20, is_rested=False) for at in range(60)]
     bursting = soaked(course_of([500.0] * 10) + bursts)
