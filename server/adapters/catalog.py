@@ -89,7 +89,7 @@ class Content:
     num_unloads: int = 0  # that wait for its residencies to end; no new one begins meanwhile
     is_promoting: bool = False  # a thread of its own is to put it on the device
     is_copying: bool = False  # it is on its way there, beside the steps
-    must_place_inline: bool = False  # that has failed: who asks next is to know at once whether there is room
+    must_reserve_inline: bool = False  # that has failed: who asks next is to know at once whether there is room
     refused_at: int | None = None  # the number of easings when it last found no room on the device
     load_s: float | None = None  # the shortest load from the store
     uses: Uses = field(default_factory=Uses)

@@ -45,7 +45,7 @@ class Residency:
         self._loader = loader
         self._host = host
         self._device = device
-        self._placing = threading.Lock()
+        self._placing = threading.RLock()
         self._resident: dict[str, Content] = {}
         self._num_copying = 0
         self._uses = itertools.count(1)
@@ -78,13 +78,21 @@ class Residency:
             is_there, is_on_its_way = content.slot is not None, content.is_copying
         if is_there or is_on_its_way or not self._reserve(content, adapter):
             return is_there
-        is_copied = False
+        if _is_large(content) and self._hand_to_copier(content):
+            return False
         try:
-            self._device.copy(content.digest)
-            is_copied = True
-        finally:
-            is_there = self._end_placement(content, is_copied=is_copied)
-        return is_there
+            return self._copy(content)
+        except (RuntimeError, MemoryError) as error:  # the device's: its memory is full, or it is lost
+            raise Overloaded(f"The adapter could not be put on the device: {error}") from error
+
+    def _hand_to_copier(self, content: Content) -> bool:
+        """What has its room is copied beside the steps. False at the end of the server."""
+        with self._books.lock:
+            if self._copiers.is_closed:
+                return False
+            self._copiers.submit(self._finish_copy, content)
+            self._begin_copying(content)
+            return True
 
     def _placeable(self, content: Content) -> HostAdapter | None:
         """Under the lock: what can be tried to be put on the device between two steps. Else None, and it is seen to."""
@@ -94,7 +102,7 @@ class Residency:
         if content.num_unloads or content.is_promoting or content.is_copying:
             return None
         adapter = self._on_host(content)
-        if adapter is not None and _is_large(content) and not content.must_place_inline:
+        if adapter is not None and _is_large(content) and not content.must_reserve_inline:
             self._promote(content, is_early=False)
             return None
         return adapter
@@ -122,7 +130,7 @@ class Residency:
         finally:
             with self._books.lock:
                 content.is_promoting = False
-                content.must_place_inline = not is_there and not is_early
+                content.must_reserve_inline = not is_there and not is_early
 
     def lacks_room(self, version: AdapterVersion) -> bool:
         """`Registry.lacks_room`."""
@@ -144,18 +152,32 @@ class Residency:
         """
         if not self._begin_copy(content, is_early=is_early):
             return content.slot is not None
-        is_copied = is_there = False
+        return self._finish_copy(content)
+
+    def _begin_copying(self, content: Content) -> None:
+        """Under the lock."""
+        content.is_copying = True
+        self._num_copying += 1
+
+    def _finish_copy(self, content: Content) -> bool:
+        """Copies, beside the steps, into the room that was taken. Whether the content has a slot then."""
         try:
-            self._device.copy(content.digest)
-            is_copied = True
+            return self._copy(content)
         finally:
-            with self._placing:
-                is_there = self._end_placement(content, is_copied=is_copied)
             with self._books.lock:
                 content.is_copying = False
                 self._num_copying -= 1
                 self._books.ease()
             self.purge(content)  # what was deleted meanwhile
+
+    def _copy(self, content: Content) -> bool:
+        """Copies, and ends the placement, whether that went well or not."""
+        is_copied = False
+        try:
+            self._device.copy(content.digest)
+            is_copied = True
+        finally:
+            is_there = self._end_placement(content, is_copied=is_copied)
         return is_there
 
     def _begin_copy(self, content: Content, *, is_early: bool) -> bool:
@@ -174,22 +196,26 @@ class Residency:
                 if adapter is None or not self._reserve(content, adapter, is_early=is_early):
                     return False
                 with self._books.lock:
-                    content.is_copying = True
-                    self._num_copying += 1
+                    self._begin_copying(content)
                 return True
 
     def _end_placement(self, content: Content, *, is_copied: bool) -> bool:
-        """Under `placing`: gives a slot to what was copied, unless nobody wants it any more. Whether it has one."""
-        with self._books.lock:
-            is_known = self._books.catalog.contents.get(content.digest) is content
-            is_wanted = is_copied and is_known and content.num_unloads == 0
-        if not is_wanted:
-            self._device.abandon(content.digest)
-            return False
-        slot = self._device.place(content.digest)
-        with self._books.lock:
-            self._note_slot(content, slot)
-        return True
+        """Gives a slot to what was copied, unless nobody wants it any more. Whether it has one."""
+        with self._placing:
+            with self._books.lock:
+                is_known = self._books.catalog.contents.get(content.digest) is content
+                is_wanted = is_copied and is_known and content.num_unloads == 0
+            if not is_wanted:
+                self._device.abandon(content.digest)
+                return False
+            try:
+                slot = self._device.place(content.digest)
+            except BaseException:
+                self._device.abandon(content.digest)
+                raise
+            with self._books.lock:
+                self._note_slot(content, slot)
+            return True
 
     def bring_within(self, content: Content, max_wait_s: float) -> None:
         """As `bring`, waiting for others to make room. Raises Overloaded if they do not within the time."""
@@ -336,7 +362,7 @@ class Residency:
 
     def _note_slot(self, content: Content, slot: int) -> None:
         content.slot = slot
-        content.must_place_inline = False
+        content.must_reserve_inline = False
         content.uses.last = next(self._uses)  # brought by hand, it is as good as just used
         self._resident[content.digest] = content
         self.promotions_total += 1

@@ -189,7 +189,7 @@ class Engine:
     def _run(self) -> None:
         try:
             self._loop()
-        except Exception as error:  # whatever it is, nobody must be left waiting
+        except BaseException as error:  # whatever it is, a panic in Rust too: nobody must be left waiting
             log.exception("the engine's loop has ended")
             self._fault = f"{type(error).__name__}: {error}"
         with self._lock:
@@ -212,7 +212,7 @@ class Engine:
                 self._rest()
 
     def _rest(self) -> None:
-        """Waits for work. Some time without any is the time to tidy up, which would hold up a step."""
+        """Waits for work. Some time without any is the time to tidy up, for which everybody would have to wait."""
         if not self._wake.wait(_RESTED_S):
             give_back_free_memory()
             self._wake.wait()

@@ -14,7 +14,7 @@ from server.adapters.registry import NUM_COPIERS, Lease
 from server.engine.blocks import BlockPool
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import SamplingParams, Sequence, SequenceStatus
-from server.ground.errors import AdapterRejected, Conflict
+from server.ground.errors import AdapterRejected, Conflict, Overloaded
 from tests.adapters.folders import load_folder
 from tests.adapters.test_custody import BYTES
 from tests.adapters.test_registry import Build, House, build
@@ -352,6 +352,66 @@ def test_an_unload_during_a_copy_ends_it_and_frees_all(build: Build, monkeypatch
     house.registry.close()
 
 
+@pytest.mark.parametrize("part", ["copy", "place"])
+def test_a_device_that_fails_beside_the_steps_leaves_nothing_behind_and_is_asked_again(
+    build: Build, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    house = build({})
+    house.store_adapter("large", 2, rank=3)
+    house = house.reopened()
+    warm(house, ["large"])
+    monkeypatch.setattr(residency, "COPIED_INLINE_BYTES", BYTES)
+    with monkeypatch.context() as failing:
+        failing.setattr(house.device, part, _out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            house.registry.load("large")
+    assert house.device.used_bytes == 0
+    with house.registry.lease("large") as large:
+        house.admit(large)
+        house.registry.retire(large.version)
+    assert house.registry.check_integrity() == ()
+    house.registry.close()
+
+
+def test_a_device_that_fails_in_a_step_fails_that_request_alone(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    house = build({"a": 1})
+    warm(house, "a")
+    with house.registry.lease("a") as lease:
+        with monkeypatch.context() as failing:
+            failing.setattr(house.device, "copy", _out_of_memory)
+            with pytest.raises(Overloaded, match="out of memory"):
+                house.registry.admit(lease.version)
+        assert house.device.used_bytes == 0
+        house.admit(lease)
+        house.registry.retire(lease.version)
+    assert house.registry.check_integrity() == ()
+
+
+def _out_of_memory(digest: str) -> int:
+    raise RuntimeError(f"out of memory at {digest}")
+
+
+def test_a_large_adapter_is_never_copied_by_the_thread_of_the_steps(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even when its first try found no room."""
+    house = build({"small": 1}, num_device_rows=6 + 4 - 1)
+    house.store_adapter("large", 2, rank=3)
+    house = house.reopened()
+    warm(house, ["small", "large"])
+    copies = GatedCopies(house, monkeypatch)
+    copies.gate.set()
+    with house.registry.lease("small") as small:
+        house.admit(small)
+        with house.registry.lease("large") as large:
+            eventually(lambda: house.registry.admit(large.version) is None and house.registry.lacks_room(large.version))
+            house.registry.retire(small.version)
+            house.admit(large)
+            assert len(copies.threads) == 1
+            house.registry.retire(large.version)
+    house.registry.close()
+
+
 def test_a_prefetch_takes_no_room_from_what_is_worth_more(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     house = build({"a": 1}, num_device_rows=6)
     house.store_adapter("large", 2, rank=3)
@@ -447,7 +507,8 @@ def test_a_large_adapter_finds_room_beside_small_ones_without_end(
         turns.add("a", 1)
         turns.add("b", 1)
         turns.step()
-        eventually(lambda: not content.is_promoting)  # the steps' time is the test's, the copy's is not
+        # The steps' time is the test's, the copy's is not.
+        eventually(lambda: not (content.is_promoting or content.is_copying))
         assert turns.now_s - asked_s <= 2 * 1.0 + 0.5
     turns.run_to_the_end()
     assert house.registry.check_integrity() == ()

@@ -55,9 +55,6 @@ class DeviceTier:
         self._step_edits: StepEdits | None = None
         self._tables = SlotTables(sites, self._buffer) if has_tables else None
         self._lock = threading.RLock()
-        self._copies: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @property
     def capacity_bytes(self) -> int:
@@ -135,18 +132,19 @@ class DeviceTier:
                 views[rows.width][target] = placement.matrices[content_hash].to(self.device, non_blocking=True)
 
     def place(self, digest: str) -> int:
-        """Gives a slot to what was copied, and returns its number."""
-        placement = self._placements.pop(digest)
+        """Gives a slot to what was copied, and returns its number. If that fails, it is still to be abandoned."""
+        placement = self._placements[digest]
         twice: list[Rows] = []
         with self._lock:
+            slot = self._make_slot(digest, placement)
+            if self._tables is not None:
+                self._tables.put(slot)
+            del self._placements[digest]  # from here on nothing can fail
             for content_hash, rows in placement.own.items():
                 known = self._shared.setdefault(content_hash, rows)
                 if known is not rows:  # another adapter has brought it meanwhile
                     known.num_users += rows.num_users
                     twice.append(rows)
-            slot = self._make_slot(digest, placement.adapter, placement.hashes)
-            if self._tables is not None:
-                self._tables.put(slot)
             self._slots[slot.number] = slot
             self._slot_of[digest] = slot.number
         self._free(twice)
@@ -178,10 +176,13 @@ class DeviceTier:
         """
         with self._lock:
             wanted = [self._slots[number] for number in sorted(slots)]
-            if self._step_edits is None or not self._step_edits.seat(wanted):
-                self._step_edits = None  # first, so that there are never two
-                self._step_edits = StepEdits(self, wanted)
-            return self._step_edits
+            # Kept only once all has gone well: lanes that were half written would serve their former owners' rows.
+            edits, self._step_edits = self._step_edits, None
+            if edits is None or not edits.seat(wanted):
+                edits = None  # first, so that there are never two
+                edits = StepEdits(self, wanted)
+            self._step_edits = edits
+            return edits
 
     def tables(self, slots: Sequence[int], kept: Sequence[int]) -> StepTables | None:
         """What kernels need for a step: the slot of each token, and of each row that the head computes, 0 for the base.
@@ -240,19 +241,22 @@ class DeviceTier:
 
     @contextmanager
     def _copying(self) -> Iterator[None]:
-        """On a GPU the copies run on a stream of their own, beside a step, and have ended when this ends."""
-        if self._copies is None:
+        """On a GPU the copies run on a stream of their own, beside steps and other copies, and end when this ends."""
+        if self.device.type != "cuda":
             yield
             return
-        self._copies.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._copies):
+        copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        copies.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(copies):
             yield
-        self._copies.synchronize()
+        copies.synchronize()
 
-    def _make_slot(self, digest: str, adapter: HostAdapter, hashes: tuple[bytes, ...]) -> Slot:
+    def _make_slot(self, digest: str, placement: _Placement) -> Slot:
         number = next(n for n in range(1, len(self._slots) + 2) if n not in self._slots)
-        edits = {self._sites.by_path[path].index: self._slot_edit(edit) for path, edit in adapter.edits.items()}
-        return Slot(number, digest, edits, {h: self._shared[h] for h in hashes}, hashes)
+        named = placement.adapter.edits.items()
+        edits = {self._sites.by_path[path].index: self._slot_edit(edit) for path, edit in named}
+        rows = {h: self._shared[h] if h in self._shared else placement.own[h] for h in placement.hashes}
+        return Slot(number, digest, edits, rows, placement.hashes)
 
     def _slot_edit(self, edit: HostEdit) -> SlotEdit:
         vectors = {name: getattr(edit, name) for name in VECTORS}

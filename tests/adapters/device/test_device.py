@@ -270,6 +270,43 @@ def test_what_is_abandoned_leaves_nothing(base: Base, host: HostTier, is_copied:
     assert (counts(device), effects(device.batch([slot]), slot, base).tolist()) == before
 
 
+def test_what_could_not_be_placed_can_be_abandoned(base: Base, host: HostTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, _ = a_pair_that_shares(host, base)
+    device = tier(base)
+    before = counts(device)
+    device.reserve("one", one)
+    device.copy("one")
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(device, "_make_slot", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        device.place("one")
+    device.abandon("one")
+    assert counts(device) == before
+
+
+def test_lanes_that_could_not_be_written_serve_nobody(
+    base: Base, host: HostTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A newcomer whose rows did not get into its lane must not be answered with its former owner's."""
+    device, alone = tier(base), tier(base)
+    old, new = (some_adapter(host, base, seed) for seed in (1, 2))
+    first, second = device.admit("old", old), device.admit("new", new)
+    effects(device.batch([first]), first, base)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as failing:
+        failing.setattr(StepEdits, "_matrices", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            effects(device.batch([second]), second, base)
+    expected = effects(alone.batch([alone.admit("new", new)]), 1, base)
+    torch.testing.assert_close(effects(device.batch([second]), second, base), expected)
+
+
 # Slots and batches
 
 
