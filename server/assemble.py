@@ -124,6 +124,7 @@ def assemble(settings: Settings) -> Server:
 
     grammars = Grammars(lambda: tokenizer.for_grammars(base.vocab_size))
     scheduler, runner, engine = _engine(settings, base, adapters, registry, tokenizer, metrics, kernels)
+    grammars.load()  # while nobody waits for the event loop or the engine
     merges = Merges(registry, store, _merging_base(base), max_bytes=settings.max_upload_bytes)
     fetches = Fetches(registry, allowed, lambda: store.incoming(max_bytes=settings.max_upload_bytes), metrics)
     services = Services(

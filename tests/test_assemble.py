@@ -75,3 +75,9 @@ def test_the_banner_tells_what_is_loaded_and_how_to_ask(tiny_llama: Path, tmp_pa
     assert "http://127.0.0.1:8000/v1/completions" in banner
     assert "float32 on cpu" in banner
     assert "none yet" in banner
+
+
+def test_the_tokenizer_of_grammars_is_read_before_anything_is_served(tiny_llama: Path, tmp_path: Path) -> None:
+    """It would stop a server that is answering."""
+    with serving(tiny_llama, tmp_path) as server:
+        assert server.grammars._tokenizer is not None

@@ -17,6 +17,12 @@ _MAX_CONFIG_BYTES = 4 << 20  # of a tokenizer_config.json that may have one: som
 _TEMPLATE_FILE, _TOKENIZER_FILE = "chat_template.jinja", "tokenizer_config.json"
 _MAX_KEPT = 64
 
+
+class _NotKept:
+    """Nothing is known of a file; None is known of one without a template."""
+
+
+_NOT_KEPT = _NotKept()
 _Key = tuple[str, int, int, int]  # path, inode, bytes, mtime_ns
 
 
@@ -45,7 +51,8 @@ class AdapterTemplates:
         try:
             status = file.stat()
             key = (str(file), status.st_ino, status.st_size, status.st_mtime_ns)
-            return self._kept[key] if key in self._kept else self._load(file, key, name)
+            kept = self._kept.get(key, _NOT_KEPT)  # in one step: another thread may drop it at any moment
+            return self._load(file, key, name) if isinstance(kept, _NotKept) else kept
         except (OSError, ValueError) as error:
             raise BadRequest(
                 f"The chat template of the adapter {name!r} cannot be read: {_reason(error)}.", param="adapter"

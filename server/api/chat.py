@@ -28,7 +28,7 @@ def router(services: Services) -> APIRouter:
     async def chat(request: Request, body: ChatBody) -> Response:
         plan = await planner.plan(body, is_bound=asked_of(body) is not None)
         check_token_ids(services, plan.prompt_ids, "messages")
-        kept = truncated(body, plan.prompt_ids, services.base.max_context, _asked_tokens(body) or 1)
+        kept = truncated(body, plan.prompt_ids, services.base.max_context, body.asked_tokens or 1)
         plan = replace(plan, prompt_ids=kept)
         params = _params(body, plan, services.base.max_context)
         begun = await begin(services, body, [kept], [params], "chatcmpl", plan.reading.grammar)
@@ -81,12 +81,8 @@ def _of_prompt(body: ChatBody, plan: ChatPlan) -> dict[str, list[int]]:
     return {"prompt_token_ids": plan.prompt_ids} if body.return_token_ids else {}
 
 
-def _asked_tokens(body: ChatBody) -> int | None:
-    return body.max_completion_tokens or body.max_tokens
-
-
 def _params(body: ChatBody, plan: ChatPlan, max_context: int) -> SamplingParams:
     """Without a limit, what the context leaves; a prompt that leaves nothing is refused at submission."""
-    max_tokens = _asked_tokens(body) or max(max_context - len(plan.prompt_ids), 1)
+    max_tokens = body.asked_tokens or max(max_context - len(plan.prompt_ids), 1)
     params = sampling(body, max_tokens, body.top_logprobs if body.logprobs else None)
     return replace(params, shown_tokens=plan.reading.shown_tokens)

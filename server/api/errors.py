@@ -23,6 +23,7 @@ STATUS_CLIENT_GONE = 499  # nobody reads it; it is what metrics show
 _LOG = logging.getLogger(__name__)
 _HTTP_CODES = {401: "unauthorized", 404: "route_not_found", 405: "method_not_allowed", 413: "too_large"}
 _METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
+_ALTERNATIVES = ("int", "str")  # as pydantic calls them; its other words for them are no identifiers
 
 
 def error_object(error: GraftError) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def log_failure(error: GraftError, request_id: object) -> None:
 
 
 def _headers(error: GraftError) -> dict[str, str]:
-    if error.status in (429, 503):
+    if error.status == 503:
         wait_s = error.retry_after_s if isinstance(error, Overloaded) else _RESTART_S
         # OpenAI's clients read the first two before the third, which is all that others know.
         return {"x-should-retry": "true", "retry-after-ms": str(1000 * wait_s), "retry-after": str(wait_s)}
@@ -119,7 +120,7 @@ def _from_validation(problem: Mapping[str, Any]) -> BadRequest:
     """A problem that pydantic found, in words; the value itself is not repeated (it may be megabytes)."""
     if problem["type"] == "json_invalid":
         return BadRequest(f"The body is not valid JSON: {echo(problem['ctx']['error'])} (byte {problem['loc'][-1]}).")
-    param = _field_path(problem["loc"])
+    param = _field_path(problem["loc"], ends_in_key=problem["type"] == "extra_forbidden")
     if problem["type"] == "string_unicode":
         where = "The name of a field" if param is None else f"'{param}'"
         return BadRequest(f"{where} has half of a surrogate pair; send whole characters.", param=param)
@@ -133,12 +134,15 @@ def _from_validation(problem: Mapping[str, Any]) -> BadRequest:
     return BadRequest(f"'{param}': {text}.", param=param)
 
 
-def _field_path(location: Sequence[str | int]) -> str | None:
-    """("body", "messages", 0, "content", "str") -> "messages[0].content"; None for the body as a whole."""
+def _field_path(location: Sequence[str | int], *, ends_in_key: bool) -> str | None:
+    """("body", "messages", 0, "content", "str") -> "messages[0].content"; None for the body as a whole.
+
+    What pydantic calls the alternatives of a union is left out. `ends_in_key`: the last part is the client's own word.
+    """
     path = ""
-    for part in location[1:]:
+    for left, part in zip(range(len(location) - 2, -1, -1), location[1:], strict=True):
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part.isidentifier() and part not in {"str", "int"} and not part.startswith("list"):
+        elif (ends_in_key and not left) or (part.isidentifier() and part not in _ALTERNATIVES):
             path += f".{part}" if path else part
     return echo(path) or None

@@ -34,12 +34,15 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "early_stopping": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "include_reasoning": (True,),
     "length_penalty": (1,),
     "modalities": (["text"],),
     "no_repeat_ngram_size": (0,),
+    "return_prompt_text": (False,),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "suffix": ("",),
+    "truncation_side": ("left",),
     "typical_p": (1,),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
@@ -66,6 +69,8 @@ _OUTPUTS = _use("structured_outputs")
 _NO_BEAMS = "this server samples and searches no beams; 'n' gives several answers"
 _NO_CODE = "a request cannot bring code; 'logit_bias' and 'allowed_token_ids' choose tokens"
 _ID_HEADER = "send it in the header x-request-id"
+_NO_CACHES = "this server passes no caches on; remove it"
+_NO_MARKS = "this server marks no text; remove it"
 _TEXT_ALONE = "this server reads and writes text alone; remove it"
 # What to do in the place of fields that this server does not have, most of them other servers'. An operator who lets
 # unknown fields pass does not mean these: each asks for another answer.
@@ -80,6 +85,7 @@ ELSEWHERE: Mapping[str, str] = {
     "documents": "put them into the prompt or the messages",
     "early_stopping": _NO_BEAMS,
     "ebnf": _OUTPUTS,
+    "ec_transfer_params": _NO_CACHES,
     "function_call": _use("tool_choice"),
     "functions": _use("tools"),
     "grammar": _OUTPUTS,
@@ -89,8 +95,9 @@ ELSEWHERE: Mapping[str, str] = {
     "guided_json": _OUTPUTS,
     "guided_json_object": _OUTPUTS,
     "guided_regex": _OUTPUTS,
+    "include_reasoning": "reasoning comes in 'reasoning_content', beside the answer; leave it unread",
     "json_schema": _OUTPUTS,
-    "kv_transfer_params": "this server passes no caches on; remove it",
+    "kv_transfer_params": _NO_CACHES,
     "length_penalty": _NO_BEAMS,
     "logprob_token_ids": "'logprobs' lists the most likely tokens, and 'echo' scores any text",
     "logits_processors": _NO_CODE,
@@ -99,6 +106,7 @@ ELSEWHERE: Mapping[str, str] = {
     "max_completion_tokens": _use("max_tokens"),
     "max_length": _use("max_tokens"),
     "max_new_tokens": _use("max_tokens"),
+    "media_io_kwargs": _TEXT_ALONE,
     "merged_adapters": _use("adapter"),
     "messages": "send messages to /v1/chat/completions",
     "mm_processor_kwargs": _TEXT_ALONE,
@@ -112,8 +120,10 @@ ELSEWHERE: Mapping[str, str] = {
     "regex": _OUTPUTS,
     "repetition_detection": "'frequency_penalty' and 'repetition_penalty' make repeats less likely",
     "request_id": _ID_HEADER,
+    "return_prompt_text": "'return_token_ids' gives the prompt's ids, and /detokenize their text",
     "return_tokens_as_token_ids": _use("return_token_ids"),
     "rid": _ID_HEADER,
+    "routed_experts_prompt_start": "this server does not tell which experts were used; remove it",
     "spaces_between_special_tokens": "the text has what the tokenizer's own decoding puts between them; remove it",
     "stop_regex": "use 'stop' with texts or 'stop_token_ids'",
     "stop_sequences": _use("stop"),
@@ -122,11 +132,13 @@ ELSEWHERE: Mapping[str, str] = {
     "suffix": "write what follows into the prompt, in the form that the model was trained on",
     "thinking_token_budget": "'max_tokens' bounds the whole answer; remove it",
     "top_logprobs": "use 'logprobs' with the number",
+    "truncation_side": "'truncate_prompt_tokens' keeps the end of the prompt; cut its end yourself",
     "typical_p": "use 'top_p' or 'min_p'",
     "use_beam_search": _NO_BEAMS,
     "verbosity": "ask for it in the messages, and bound the answer with 'max_completion_tokens'",
     "vllm_xargs": "remove it, and send what is in it under the names that this server has",
-    "watermark": "this server marks no text; remove it",
+    "watermark": _NO_MARKS,
+    "watermarking": _NO_MARKS,
     "web_search_options": "this server searches nothing; put what was found into the messages",
 }
 

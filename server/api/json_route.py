@@ -4,6 +4,7 @@ Refuses what two readers could understand in two ways (a field that is there twi
 (endless nesting, numbers of thousands of digits). Knows nothing about what bodies mean.
 """
 
+import codecs
 import json
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -73,9 +74,11 @@ def check_media_type(request: Request) -> None:
 def read_json(content: bytes) -> Any:
     """The value of a JSON text. Raises BadRequest that says what is wrong, and where."""
     try:
-        return json.loads(content, object_pairs_hook=_object, parse_constant=_no_number)
+        text = content.removeprefix(codecs.BOM_UTF8).decode()  # json.loads would guess UTF-16 and UTF-32, too
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
     except json.JSONDecodeError as error:
-        raise BadRequest(f"The body is not valid JSON: {echo(error.msg)} (byte {error.pos}).") from None
+        at = len(error.doc[: error.pos].encode())
+        raise BadRequest(f"The body is not valid JSON: {echo(error.msg)} (byte {at}).") from None
     except UnicodeDecodeError as error:
         raise BadRequest(f"The body is not valid JSON: byte {error.start} is not UTF-8.") from None
     except RecursionError:

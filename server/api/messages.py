@@ -6,6 +6,7 @@ them. Knows nothing about any one template or about how models write calls.
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -21,6 +22,7 @@ MAX_CALLS = 128  # in one turn
 MAX_DEPTH = 64  # of a schema, of arguments, of a value for a template
 # OpenAI's newer name for the same turn; chat templates know the older one.
 _TEMPLATE_ROLES = {"developer": "system"}
+_TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 
 
@@ -52,7 +54,8 @@ def _parts(item: Any) -> Sequence[Any]:
 
 
 PlainObject = Annotated[dict[str, Any], AfterValidator(plain_json)]
-Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]  # of a tool
+Name = Annotated[str, Field(pattern=f"^{_TOOL_NAME.pattern}$")]  # of a tool
+Speaker = Annotated[Text, Field(min_length=1, max_length=64)]  # of a turn
 CallId = Annotated[Text, Field(min_length=1, max_length=256)]
 
 
@@ -151,7 +154,7 @@ class Message(Body):
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] = []
     reasoning_content: Text | None = None
     tool_call_id: CallId | None = None
-    name: Name | None = None  # of the tool, in the turn that tells what came of its call
+    name: Speaker | None = None  # who speaks; in the turn that tells what came of a call, its tool
 
     @model_validator(mode="before")
     @classmethod
@@ -159,7 +162,7 @@ class Message(Body):
         if not isinstance(body, dict):
             return body
         turn = {name: value for name, value in body.items() if value or (name == "content" and value is not None)}
-        return {"content": "", **turn} if turn.get("role") == "assistant" else turn
+        return {"content": "", **_with_one_reasoning(turn)} if turn.get("role") == "assistant" else turn
 
     @property
     def text(self) -> str:
@@ -168,6 +171,8 @@ class Message(Body):
     def for_template(self, called: str | None) -> dict[str, Any]:
         """As templates read it. `called`: the name of the tool whose call this turn answers."""
         turn: dict[str, Any] = {"role": _TEMPLATE_ROLES.get(self.role, self.role), "content": self.text}
+        if self.name:
+            turn["name"] = self.name
         if self.reasoning_content:
             turn["reasoning_content"] = self.reasoning_content
         if self.tool_calls:
@@ -177,7 +182,15 @@ class Message(Body):
         return turn
 
 
-_ROLE_OF = {"tool_calls": "assistant", "reasoning_content": "assistant", "tool_call_id": "tool", "name": "tool"}
+def _with_one_reasoning(turn: dict[str, Any]) -> dict[str, Any]:
+    """`reasoning` is another name of `reasoning_content`; some servers answer with both."""
+    same = turn.get("reasoning_content", turn.get("reasoning"))
+    if "reasoning" not in turn or turn["reasoning"] != same:
+        return turn  # two different ones: the second name is refused
+    return {**{name: value for name, value in turn.items() if name != "reasoning"}, "reasoning_content": same}
+
+
+_ROLE_OF = {"tool_calls": "assistant", "reasoning_content": "assistant", "tool_call_id": "tool"}
 
 
 def check_turns(messages: Sequence[Message]) -> None:
@@ -196,6 +209,8 @@ def _problems(message: Message, known: set[str]) -> Iterator[tuple[str, str]]:
             yield field, f"belongs into a turn of the role '{role}', and this one's is '{message.role}'."
     if message.role != "tool":
         return
+    if message.name is not None and not _TOOL_NAME.fullmatch(message.name):
+        yield "name", "must be a tool's name in a turn of the role 'tool': 1 to 64 letters, digits, '_', '.' and '-'."
     if message.tool_call_id is None:
         yield "tool_call_id", "is required in a turn of the role 'tool'."
     elif message.tool_call_id not in known:

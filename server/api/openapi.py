@@ -31,7 +31,6 @@ _STATUS_WORDS = {
     412: "The name exists, and the request is for a new one only.",
     413: "The body is larger than this server takes.",
     415: "The body is not of a type that the route reads.",
-    429: "This client's share is used up.",
     500: "The server failed.",
     502: "The place that an adapter is fetched from failed.",
     503: "The server is full, still fetching, or ending; Retry-After says when to come again.",
@@ -139,6 +138,7 @@ _HEADERS_BY_STATUS: Mapping[int, tuple[str, ...]] = {
     202: ("location",),
     401: ("www-authenticate",),
     409: ("x-should-retry",),
+    412: ("x-should-retry",),
     503: ("x-should-retry", "retry-after", "retry-after-ms"),
     504: ("x-should-retry",),
     507: ("x-should-retry",),
@@ -238,7 +238,11 @@ def _close(body: dict[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> None
 
 
 def _open(message: dict[str, Any]) -> None:
-    """A turn's content may be missing where it is an assistant's, and what an answer had beside it if it is empty."""
+    """A turn's content may be missing where it is an assistant's, and what an answer had beside it if it is empty.
+
+    Its reasoning has two names.
+    """
     message["required"] = ["role"]
+    message["properties"]["reasoning"] = message["properties"]["reasoning_content"]
     message["properties"]["content"]["anyOf"].append({"type": "null"})
     message["additionalProperties"] = {"enum": [None, "", [], {}, False, 0]}

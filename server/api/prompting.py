@@ -6,7 +6,7 @@ asking for it.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
@@ -21,7 +21,8 @@ from server.api.services import Services
 from server.api.tools import think
 from server.api.tools.reading import Reading, reading_of
 from server.ground.errors import BadRequest
-from server.model.chat_template import ChatTemplate, Conversation
+from server.model.chat_template import REFUSAL, ChatTemplate, Conversation, Message
+from server.model.template_processes import TemplateFailed
 
 _MAX_AT_ONCE = 4  # fewer templates are rendered at once; what waits for one must not take the threads of all else
 
@@ -62,8 +63,7 @@ class Planner:
         template = own or services.tokenizer.chat_template
         if template is None:
             raise BadRequest("this base has no chat template; use /v1/completions", param="messages")
-        conversation = _conversation(template, body, services.chat.template_variables)
-        text = template.render(conversation)
+        text = rendered(template, body, services.chat.template_variables)
         reading = reading_of(services, template, body, is_thinking=_is_thinking(body, text), is_bound=is_bound)
         return ChatPlan(services.tokenizer.encode(text, add_special_tokens=False), reading)
 
@@ -74,18 +74,31 @@ def _is_thinking(body: ConversationBody, text: str) -> bool:
     return is_left_open or think.is_open(text)
 
 
+def rendered(template: ChatTemplate, body: ChatBody, allowed: frozenset[str]) -> str:
+    """The prompt. A template without a place for tools is shown them in a system message, or in the first question."""
+    conversation = _conversation(template, body, allowed)
+    if not body.callable_tools or "tools" in template.variables:
+        return template.render(conversation)
+    said = _description(body.callable_tools)
+    turns = conversation.messages
+    try:
+        return template.render(replace(conversation, messages=_with_system(turns, said)))
+    except TemplateFailed as error:
+        question = next((at for at, turn in enumerate(turns) if turn["role"] == "user"), None)
+        if error.kind != REFUSAL or turns[0]["role"] == "system" or question is None:
+            raise
+    return template.render(replace(conversation, messages=_with_question(turns, question, said)))
+
+
 def _conversation(template: ChatTemplate, body: ChatBody, allowed: frozenset[str]) -> Conversation:
     variables = dict(_variables(template, body.chat_template_kwargs, allowed))
     if body.reasoning_effort is not None:
         _check_known(template, "reasoning_effort", "reasoning_effort")
         variables["reasoning_effort"] = body.reasoning_effort
     _check_calls(template, body)
-    turns, tools = turns_for_template(body.messages), body.callable_tools
-    if tools and "tools" not in template.variables:
-        turns = _with_description(turns, tools)
     return Conversation(
-        turns,
-        [tool.for_template() for tool in tools] or None,
+        turns_for_template(body.messages),
+        [tool.for_template() for tool in body.callable_tools] or None,
         opens_turn=body.add_generation_prompt is not False,
         is_open=body.continue_final_message,
         variables=variables,
@@ -130,10 +143,18 @@ def _check_calls(template: ChatTemplate, body: ConversationBody) -> None:
             )
 
 
-def _with_description(turns: list[dict[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """The tools as a system message, for a template that has no place for them."""
+def _description(tools: Sequence[Tool]) -> str:
+    """The tools, for a template that has no place for them."""
     listed = "\n".join(json.dumps(tool.for_template()["function"], ensure_ascii=False) for tool in tools)
-    said = f"You can call these functions. Answer with nothing but the JSON of the call.\n{listed}"
+    return f"You can call these functions. Answer with nothing but the JSON of the call.\n{listed}"
+
+
+def _with_system(turns: Sequence[Message], said: str) -> list[Message]:
     if turns[0]["role"] == "system":
         return [{**turns[0], "content": f"{turns[0]['content']}\n\n{said}"}, *turns[1:]]
     return [{"role": "system", "content": said}, *turns]
+
+
+def _with_question(turns: Sequence[Message], at: int, said: str) -> list[Message]:
+    asked = {**turns[at], "content": f"{said}\n\n{turns[at]['content']}"}
+    return [*turns[:at], asked, *turns[at + 1 :]]

@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainValidator,
     Tag,
     WithJsonSchema,
     model_validator,
@@ -51,20 +52,20 @@ def _as_stops(value: object) -> object:
 
 
 def _checked_prompt(value: object) -> object:
-    """Refuse with one sentence here what the union below would refuse with one per alternative and item."""
+    """All that is checked of a prompt's form: one sentence, and one look at each of what may be millions of ids."""
     if isinstance(value, str):
         return encodable(value)
     if not isinstance(value, list) or not value:
         raise ValueError("must be a text, a list of texts, a list of token ids or a list of lists of token ids")
     kind = type(value[0])
-    if kind not in (str, int, list) or any(type(item) is not kind for item in value):
+    if kind not in (str, int, list) or set(map(type, value)) != {kind}:
         raise ValueError("the items of the list must be all texts, all token ids or all lists of token ids")
     if kind is not int and len(value) > MAX_PROMPTS:
         raise ValueError(f"at most {MAX_PROMPTS} prompts in one request; this one has {len(value)}")
     if kind is str:
         for text in value:
             encodable(text)
-    if kind is list and not all(row and all(type(item) is int for item in row) for row in value):
+    if kind is list and not all(set(map(type, row)) == {int} for row in value):
         raise ValueError("each prompt must be a non-empty list of token ids (integers)")
     return value
 
@@ -91,10 +92,11 @@ def _kept_of_prompt(num_tokens: int) -> int:
 _Ids = Annotated[list[int], Field(min_length=1)]
 _Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
 _Rows = Annotated[list[_Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
-# Where a value is checked before pydantic reads it, the second type is what the OpenAPI document says of it.
+# Where a value is checked before pydantic reads it, the second type is what the OpenAPI document says of it. A prompt
+# pydantic does not read at all: it would try each form of the union on each item, on the event loop.
 Prompt = Annotated[
     str | list[str] | list[int] | list[list[int]],
-    BeforeValidator(_checked_prompt, json_schema_input_type=str | _Texts | _Ids | _Rows),
+    PlainValidator(_checked_prompt, json_schema_input_type=str | _Texts | _Ids | _Rows),
 ]
 Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 _Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
@@ -198,6 +200,12 @@ class GenerationBody(Body):
     def _options_need_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise BadRequest("'stream_options' needs 'stream': true; send both or neither.", param="stream_options")
+        options = self.stream_options
+        if options is not None and options.continuous_usage_stats and not options.include_usage:
+            raise BadRequest(
+                "'stream_options.continuous_usage_stats' needs 'include_usage': true beside it; send both or neither.",
+                param="stream_options.continuous_usage_stats",
+            )
         return self
 
 
@@ -262,6 +270,11 @@ class ChatBody(ConversationBody, GenerationBody):
     max_tokens: int | None = Field(default=None, ge=1, le=MAX_INT)  # None: what the context leaves
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """The limit of the answer, under whichever of its names; None for what the context leaves."""
+        return self.max_completion_tokens or self.max_tokens
 
     @property
     def callable_tools(self) -> tuple[Tool, ...]:

@@ -11,12 +11,12 @@ from pydantic import Discriminator, Field, Tag
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
-from server.api.answers import check_token_ids
+from server.api.answers import check_token_ids, truncated
 from server.api.json_body import Body, Text
 from server.api.json_route import JsonRoute
 from server.api.prompting import Planner
 from server.api.schemas import ChatBody
-from server.api.selection import look_elsewhere, unknown_model
+from server.api.selection import Part, chosen_parts, unknown_model
 from server.api.services import Services
 from server.ground.errors import AdapterNotFound
 
@@ -58,10 +58,14 @@ def router(services: Services) -> APIRouter:
     @routes.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> JSONResponse:
         """The tokens of a prompt, or of the prompt that the chat template makes of messages."""
-        await _check_is_served(services, body.model)
         if isinstance(body, TokenizeChatBody):
             ids = (await planner.plan(body, is_bound=False)).prompt_ids
+            check_token_ids(services, ids, "messages")
+            ids = truncated(body, ids, services.base.max_context, body.asked_tokens or 1)
+            parts = chosen_parts(services, body.model, body.adapters)
+            await _check_are_there(services, parts, is_model=body.adapter is None)
         else:
+            await _check_is_served(services, body.model)
             ids = await run_in_threadpool(services.tokenizer.encode, body.prompt, body.add_special_tokens)
         return JSONResponse(_shown(services, ids, body.return_token_strs))
 
@@ -83,13 +87,18 @@ def router(services: Services) -> APIRouter:
 
 async def _check_is_served(services: Services, model: str | None) -> None:
     """Raises NotFound for a model that is neither a name of the base nor an adapter."""
-    if model is None or model in services.base.served_names:
-        return
-    await look_elsewhere(services, [model])
-    try:
-        services.registry.describe(model)
-    except AdapterNotFound as error:
-        raise unknown_model(services, model) from error
+    await _check_are_there(services, chosen_parts(services, model, None), is_model=True)
+
+
+async def _check_are_there(services: Services, parts: Sequence[Part], *, is_model: bool) -> None:
+    """Raises NotFound for the first adapter that is unknown, as a lease on it would; nothing is leased or loaded."""
+    for spec, _ in parts:
+        try:
+            await run_in_threadpool(services.registry.describe, spec)  # which may ask a store that servers share
+        except AdapterNotFound as error:
+            if is_model:
+                raise unknown_model(services, spec) from error
+            raise
 
 
 def _shown(services: Services, ids: Sequence[int], with_strs: bool) -> dict[str, Any]:

@@ -107,12 +107,27 @@ def _request(raw: bytes) -> dict[str, Any]:
 
 def _object(raw: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(raw)
+        value = json.loads(raw, object_pairs_hook=_with_single_names)
+    except _SentTwice:
+        raise
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not valid JSON ({str(error)[:_MAX_SHOWN]}).") from None
     if not isinstance(value, dict):
         raise ValueError("it must be a JSON object.")
     return value
+
+
+class _SentTwice(ValueError):
+    """A field that is twice in one object, of which readers may take either."""
+
+
+def _with_single_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _SentTwice(f"{_shown(name)} is twice in one JSON object; write it once.")
+        found[name] = value
+    return found
 
 
 def _custom_id(record: Mapping[str, Any]) -> str:
@@ -230,8 +245,9 @@ class Answers:
         with open(self._file.fileno(), "rb", closefd=False) as reader:
             for number, raw in enumerate(reader, 1):
                 is_whole = raw.endswith(b"\n")
+                line = raw if is_whole else raw + b"\n"  # a place holds its line feed, too: it is copied with it
                 try:
-                    custom_id, place = self._answer(raw, end)
+                    custom_id, place = self._answer(line, end)
                 except ValueError as error:
                     if not is_whole and raw[: len(_BEGINNING)] == _BEGINNING[: len(raw)]:
                         break  # ours, cut when a process died
@@ -239,10 +255,9 @@ class Answers:
                         f"{self.path} line {number} {error}; repair the line, or name another file."
                     ) from None
                 if not is_whole:
-                    raw += b"\n"
                     self._file.write(b"\n")
                 self._places[custom_id] = place
-                end += len(raw)
+                end += len(line)
         os.ftruncate(self._file.fileno(), end)
         return end
 
@@ -262,7 +277,7 @@ class Answers:
 
     def _rewrite(self, custom_ids: list[str]) -> None:
         """A new file with these answers takes the old one's place, all at once."""
-        beside = self._real.with_name(f"{self._real.name}.tmp")
+        beside = self._real.with_name(f".{self._real.name}.graft-batch")  # a name that no user gives a file
         try:
             beside.unlink(missing_ok=True)  # of a process that died
             new = beside.open("a+b", buffering=0)

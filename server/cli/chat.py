@@ -16,13 +16,14 @@ from typing import Any
 
 import httpx
 
-from server.cli.client import address_of, models
+from server.cli.client import address_of, models, without_control
 from server.cli.command import say
 from server.cli.table import columns
 from server.cli.voices import Voice, add_flags, connected, fields_of, hear, shown
 from server.ground.errors import BadRequest, GraftError
 
 _PATH = "/v1/chat/completions"
+_MAX_NAME_CHARS = 200  # that are shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,13 +39,22 @@ def run(arguments: argparse.Namespace) -> int:
         chat = Chat(runner, http, Conversation(names, arguments.system), fields_of(arguments))
         is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
         if is_interactive:
-            say(f"{' and '.join(names)} at {http.base_url}; /help lists what else there is, Ctrl-D leaves")
+            say(f"{_listed(names)} at {http.base_url}; /help lists what else there is, Ctrl-D leaves")
         for line in _typed() if is_interactive else _read():
             if not chat.take(line):
                 break
             if chat.is_stopped and not is_interactive:
                 raise KeyboardInterrupt
     return 0 if is_interactive or not chat.has_failed else 1
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names that may be the server's, as a terminal may have them."""
+    return " and ".join(_name(name) for name in names)
+
+
+def _name(name: object) -> str:
+    return without_control(str(name))[:_MAX_NAME_CHARS]
 
 
 def _read() -> Iterator[str]:
@@ -156,9 +166,9 @@ class Chat:
         self.is_stopped = not hear(self._runner, self._http, _PATH, voices)
         for voice in voices:
             if voice.error is not None:
-                self._refuse(f"{voice.name}: {voice.error}" if len(voices) > 1 else str(voice.error))
+                self._refuse(f"{_name(voice.name)}: {voice.error}" if len(voices) > 1 else str(voice.error))
             elif voice.finish_reason == "length":
-                say(f"{voice.name} was cut at the limit of tokens")
+                say(f"{_name(voice.name)} was cut at the limit of tokens")
         # What was stopped or broken off has been read all the same: the conversation goes on from it.
         answers = {voice.name: voice.text for voice in voices if voice.text or voice.finish_reason}
         if answers:
@@ -167,11 +177,11 @@ class Chat:
     def choose(self, names: str) -> None:
         if names:
             self._conversation.names = tuple(dict.fromkeys(names.split()))
-        say(f"{' and '.join(self._conversation.names)} will answer")
+        say(f"{_listed(self._conversation.names)} will answer")
 
     def list_adapters(self, _: str) -> None:
         cards = self._runner.run(models(self._http))
-        rows = [(str(card.get("id")), str(card.get("parent") or "")) for card in cards]
+        rows = [(_name(card["id"]), _name(card.get("parent") or "")) for card in cards]
         sys.stdout.write(columns(("NAME", "ADAPTER OF"), rows))
 
     def set_system(self, text: str) -> None:
@@ -190,7 +200,7 @@ class Chat:
         for turn in self._conversation.turns:
             sys.stdout.write(f"> {turn.question}\n")
             for name, answer in turn.answers.items():
-                sys.stdout.write(f"[{name}] {shown(answer, sys.stdout)}\n")
+                sys.stdout.write(f"[{_name(name)}] {shown(answer, sys.stdout)}\n")
 
     def clear(self, _: str) -> None:
         self._conversation.turns.clear()

@@ -5,6 +5,7 @@ Owns how the commands that talk to a server reach it and read it. Knows nothing 
 
 import argparse
 import json
+import re
 from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ _CONNECT_S = 10.0
 _SILENCE_S = 600.0  # between two parts of an answer
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _MAX_SHOWN = 300  # characters of an answer that is not the server's own
+_MAX_MESSAGE = 2000  # characters of an error that is
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line feeds
+_SHOWN_CONTROL = "\ufffd"
 
 
 class NoAnswer(GraftError):
@@ -62,6 +66,12 @@ class Piece:
 
     text: str = ""
     finish_reason: str | None = None
+    reasoning: str = ""
+
+
+def without_control(text: str) -> str:
+    """A server's text as a terminal may have it: it would obey the control characters."""
+    return _CONTROL.sub(_SHOWN_CONTROL, text)
 
 
 def add_url(parser: argparse.ArgumentParser) -> None:
@@ -122,9 +132,13 @@ async def models(http: httpx.AsyncClient) -> list[dict[str, Any]]:
     _require_ok(http, answer.status_code, answer.content)
     found = _parsed(answer.content)
     cards = found.get("data") if isinstance(found, dict) else None
-    if not isinstance(cards, list) or not cards or not all(isinstance(card, dict) and "id" in card for card in cards):
+    if not isinstance(cards, list) or not cards or not all(map(_is_card, cards)):
         raise NoAnswer(f"What answers at {http.base_url} is no server of models; name one with --url.")
     return cards
+
+
+def _is_card(card: object) -> bool:
+    return isinstance(card, dict) and isinstance(card.get("id"), str)
 
 
 async def stream(http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> AsyncIterator[Piece]:
@@ -160,10 +174,22 @@ def _piece(http: httpx.AsyncClient, payload: bytes) -> Piece:
         raise NoAnswer(f"The server at {http.base_url} sent an event that is no JSON object.")
     if "error" in event:
         raise Refused(_message(event) or "the answer failed", 500)
-    for choice in event.get("choices", ()):
-        part = choice.get("delta", choice)
-        return Piece(part.get("content") or part.get("text") or "", choice.get("finish_reason"))
-    return Piece()
+    choices = event.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(choice, dict):
+        return Piece()
+    part = choice.get("delta", choice)
+    said = part if isinstance(part, dict) else {}
+    return Piece(
+        _text(said, "content") or _text(said, "text"),
+        _text(choice, "finish_reason") or None,
+        _text(said, "reasoning_content") or _text(said, "reasoning"),
+    )
+
+
+def _text(part: Mapping[str, Any], name: str) -> str:
+    value = part.get(name)
+    return value if isinstance(value, str) else ""
 
 
 @contextmanager
@@ -188,13 +214,14 @@ def _require_ok(http: httpx.AsyncClient, status: int, content: bytes) -> None:
         return
     if status == 401:
         raise Refused(f"The server at {http.base_url} asks for its API key: set GRAFT_API_KEY to it.", status)
-    said = _message(_parsed(content)) or content[:_MAX_SHOWN].decode(errors="replace").strip()
+    said = _message(_parsed(content)) or without_control(content[:_MAX_SHOWN].decode(errors="replace")).strip()
     raise Refused(f"{said or 'no reason given'} (status {status})", status)
 
 
 def _message(answer: object) -> str:
     error = answer.get("error") if isinstance(answer, dict) else None
-    return str(error.get("message", "")) if isinstance(error, dict) else ""
+    said = str(error.get("message", "")) if isinstance(error, dict) else ""
+    return without_control(said if len(said) <= _MAX_MESSAGE else f"{said[:_MAX_MESSAGE]}...")
 
 
 def _parsed(content: bytes) -> Any:

@@ -6,7 +6,6 @@ Owns how streamed answers look. Knows nothing about conversations and commands.
 import argparse
 import asyncio
 import io
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,13 +18,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from server.cli.client import Address, add_url, connect, stream
+from server.cli.client import Address, add_url, connect, stream, without_control
 from server.ground.errors import GraftError
 
 MIN_COLUMN = 24  # narrower ones are not read: then the answers come one after another
 _SPARE_LINES = 4  # of a terminal's height: headings, and what was typed
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line feeds
-_SHOWN_CONTROL = "\ufffd"
+_DIM, _NOT_DIM = "\x1b[2m", "\x1b[22m"
 
 
 _FIELDS = (
@@ -53,7 +51,7 @@ def fields_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def shown(text: str, out: TextIO) -> str:
     """What a model wrote, as it may be printed: a terminal would obey the control characters in it."""
-    return _CONTROL.sub(_SHOWN_CONTROL, text) if out.isatty() else text
+    return without_control(text) if out.isatty() else text
 
 
 @dataclass(slots=True)
@@ -63,17 +61,24 @@ class Voice:
     name: str
     body: Mapping[str, Any]
     text: str = ""
+    reasoning: str = ""  # what it has thought before
     finish_reason: str | None = None
     error: GraftError | None = None
 
-    async def listen(self, http: httpx.AsyncClient, path: str, heard: Callable[[str], None]) -> None:
-        """Reads the answer to its end; a failure is kept, for the others go on."""
+    async def listen(self, http: httpx.AsyncClient, path: str, heard: Callable[[str, bool], None]) -> None:
+        """Reads the answer to its end; a failure is kept, for the others go on.
+
+        `heard` is given each text, and whether it is thought.
+        """
         try:
             async for piece in stream(http, path, self.body):
                 self.finish_reason = piece.finish_reason or self.finish_reason
+                if piece.reasoning:
+                    self.reasoning += piece.reasoning
+                    heard(piece.reasoning, True)
                 if piece.text:
                     self.text += piece.text
-                    heard(piece.text)
+                    heard(piece.text, False)
         except GraftError as error:
             self.error = error
 
@@ -81,7 +86,7 @@ class Voice:
 class Screen(Protocol):
     """Where answers are shown; voices are numbered in their order."""
 
-    def heard(self, voice: int, text: str) -> None: ...
+    def heard(self, voice: int, text: str, is_thought: bool = False) -> None: ...
     def ended(self, voice: int) -> None: ...
 
 
@@ -89,7 +94,7 @@ async def listen_to_all(http: httpx.AsyncClient, path: str, voices: Sequence[Voi
     """All answers at once. When this is cancelled the voices keep what they have said, and the server stops."""
 
     async def one(index: int, voice: Voice) -> None:
-        await voice.listen(http, path, lambda text: screen.heard(index, text))
+        await voice.listen(http, path, lambda text, is_thought: screen.heard(index, text, is_thought))
         screen.ended(index)
 
     await asyncio.gather(*(one(index, voice) for index, voice in enumerate(voices)))
@@ -130,7 +135,7 @@ def screen_for(voices: Sequence[Voice], out: TextIO) -> Iterator[Screen]:
             yield columns
         console.print(columns.whole())
     else:
-        lines = _Lines(voices, out)
+        lines = _Lines(voices, out, shows_thoughts=is_terminal)
         try:
             yield lines
         finally:
@@ -138,22 +143,29 @@ def screen_for(voices: Sequence[Voice], out: TextIO) -> Iterator[Screen]:
 
 
 class _Lines:
-    """Text as it comes: of the first voice, and of each other once those before it have ended."""
+    """Text as it comes: of the first voice, and of each other once those before it have ended.
 
-    def __init__(self, voices: Sequence[Voice], out: TextIO) -> None:
+    What a voice thinks stands dimmed on lines of its own, where that can be shown.
+    """
+
+    def __init__(self, voices: Sequence[Voice], out: TextIO, *, shows_thoughts: bool) -> None:
         self._out = out
         self._names = [voice.name for voice in voices]
-        self._waiting = [""] * len(voices)
+        self._shows_thoughts = shows_thoughts
+        self._waiting: list[list[tuple[str, bool]]] = [[] for _ in voices]
         self._has_ended = [False] * len(voices)
         self._current = 0
         self._is_at_start = True  # of a line
+        self._is_thinking = False
         self._announce()
 
-    def heard(self, voice: int, text: str) -> None:
+    def heard(self, voice: int, text: str, is_thought: bool = False) -> None:
+        if is_thought and not self._shows_thoughts:
+            return
         if voice == self._current:
-            self._write(text)
+            self._say(text, is_thought)
         else:
-            self._waiting[voice] += text
+            self._waiting[voice].append((text, is_thought))
 
     def ended(self, voice: int) -> None:
         self._has_ended[voice] = True
@@ -166,6 +178,7 @@ class _Lines:
             self._next()
 
     def _next(self) -> None:
+        self._say("", is_thought=False)
         self._end_line()
         self._current += 1
         if self._current < len(self._names):
@@ -174,7 +187,15 @@ class _Lines:
     def _announce(self) -> None:
         if len(self._names) > 1:
             self._write(f"[{self._names[self._current]}]\n")
-        self._write(self._waiting[self._current])
+        for text, is_thought in self._waiting[self._current]:
+            self._say(text, is_thought)
+
+    def _say(self, text: str, is_thought: bool) -> None:
+        if is_thought != self._is_thinking:
+            self._end_line()
+            self._out.write(_DIM if is_thought else _NOT_DIM)
+        self._is_thinking = is_thought
+        self._write(text)
 
     def _write(self, text: str) -> None:
         if text:
@@ -194,7 +215,7 @@ class _Columns:
         self._console = console
         self._voices = voices
 
-    def heard(self, voice: int, text: str) -> None:
+    def heard(self, voice: int, text: str, is_thought: bool = False) -> None:
         """The screen reads the voices by itself."""
 
     def ended(self, voice: int) -> None: ...
@@ -209,12 +230,13 @@ class _Columns:
         table = Table.grid(padding=(0, 2), expand=True)
         for _ in self._voices:
             table.add_column(ratio=1, overflow="fold")
-        table.add_row(*(Text(voice.name, style="bold") for voice in self._voices))
+        table.add_row(*(Text(without_control(voice.name), style="bold") for voice in self._voices))
         table.add_row(*(self._cell(voice, num_lines) for voice in self._voices))
         return table
 
     def _cell(self, voice: Voice, num_lines: int | None) -> Text:
-        text = Text(_CONTROL.sub(_SHOWN_CONTROL, voice.text))
+        thought = f"{without_control(voice.reasoning)}\n" if voice.reasoning else ""
+        text = Text.assemble((thought, "dim"), without_control(voice.text))
         if num_lines is None:
             return text
         width = self._console.width // len(self._voices) - 2

@@ -5,6 +5,9 @@ Owns those two settings of the process. Knows nothing about what is allocated.
 glibc gives each busy thread a heap ("arena") of its own. Adapters come and go on loader threads, request threads and
 the engine's; what one heap has free is of no use to another, so a server that does the same all day grows for hours.
 And what a burst of requests has used stays with the process after it, free and in pieces.
+
+The price of one heap is one lock: threads that allocate at once wait for one another, and while free memory is given
+back all of them do.
 """
 
 import ctypes
@@ -27,6 +30,8 @@ def keep_one_arena() -> bool:
 
 def give_back_free_memory() -> bool:
     """Gives the pages that hold nothing back to the operating system: some milliseconds per 100 MB.
+
+    It holds the heap's lock meanwhile, so with one heap for all threads whoever asks for memory waits, on every thread.
 
     Returns whether there were any; False with a C library other than glibc.
     """

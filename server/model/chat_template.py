@@ -18,6 +18,7 @@ Message = Mapping[str, Any]
 # What a template is always given: no request may set these.
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 MAX_TEMPLATE_CHARS = 1 << 20
+REFUSAL = "TemplateError"  # `TemplateFailed.kind` of what a template says by raise_exception
 # Stands at the end of the message to be continued. What a template trims is the space behind it, and that shows.
 _OPEN_END = "OPEN-END-OF-THE-LAST-MESSAGE "
 

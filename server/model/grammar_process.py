@@ -11,9 +11,11 @@ Each line on stdin and stdout is one JSON value. The first line is the tokenizer
 
 and each one after it a grammar:
 
-    {"form": ..., "text": ...}   ->  {"grammar": as llguidance compiles it}  or  {"error": what it says}
+    {"form": ..., "text": ...}   ->  {"grammar": as llguidance compiles it, "compiled_bytes": n}
+                                 or  {"error": what it says}
 """
 
+import ctypes
 import json
 import resource
 import signal
@@ -26,6 +28,36 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 _NUM_WALKED = 8  # tokens
 _STACK_BYTES = 1 << 20  # other threads have at least twice as much
 
+_MALLOC_FIELDS = (
+    *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+    *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+)
+
+
+class _Malloc(ctypes.Structure):
+    """glibc's `struct mallinfo2`, see mallinfo(3)."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in _MALLOC_FIELDS]
+
+
+def _mallinfo() -> Any:
+    """The C library's function, or None."""
+    function = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if function is not None:
+        function.restype = _Malloc
+    return function
+
+
+_MALLINFO = _mallinfo()
+
+
+def _allocated_bytes() -> int:
+    """What malloc has given out. Resident memory would not do: what one grammar leaves free the next one takes."""
+    if _MALLINFO is None:
+        return 0
+    info = _MALLINFO()
+    return int(info.uordblks) + int(info.hblkhd)
+
 
 def _lowered(form: str, text: str) -> str:
     """A grammar in llguidance's own form. Raises ValueError for one that is not in the form that it is said to be."""
@@ -36,14 +68,18 @@ def _lowered(form: str, text: str) -> str:
     return LLMatcher.grammar_from_lark(text) if form == "lark" else grammar_from("grammar", text)
 
 
-def _answer(tokenizer: LLTokenizer, limits: LLParserLimits, request: dict[str, Any]) -> dict[str, str]:
+def _answer(tokenizer: LLTokenizer, limits: LLParserLimits, request: dict[str, Any]) -> dict[str, Any]:
     try:
         grammar = _lowered(**request)
     except (ValueError, RecursionError) as error:
         return {"error": str(error) or "it is nested too deeply"}
+    before = _allocated_bytes()
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+    compiled_bytes = max(_allocated_bytes() - before, 0)
     _walk(matcher)
-    return {"error": matcher.get_error()} if matcher.is_error() else {"grammar": grammar}
+    if matcher.is_error():
+        return {"error": matcher.get_error()}
+    return {"grammar": grammar, "compiled_bytes": compiled_bytes}
 
 
 def _walk(matcher: LLMatcher) -> None:
@@ -56,7 +92,7 @@ def _walk(matcher: LLMatcher) -> None:
         matcher.consume_token((allowed & -allowed).bit_length() - 1)  # the first of them
 
 
-def _say(answer: dict[str, str]) -> None:
+def _say(answer: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()
 

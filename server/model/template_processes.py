@@ -1,7 +1,7 @@
 """The processes in which chat templates are rendered, and what becomes of a template that does not end.
 
 Owns the processes, their limits, and the sentences for what goes wrong in them. A process is started when a template
-first needs one, kept for the next, and lost when a template breaks its limits. Knows nothing about what templates say.
+first needs one, kept for the next, and ended when a template breaks its limits. Knows nothing about what templates say.
 """
 
 import json
@@ -90,6 +90,10 @@ class TemplateProcesses:
         except _Ended as ended:
             _reap(process)
             raise self._broken(process) from ended
+        if _is_out_of_memory(answer):
+            process.kill()
+            _reap(process)
+            return answer
         self._idle.append(process)
         if not self.close.alive:  # closed meanwhile
             _end_all(self._idle)
@@ -152,6 +156,11 @@ def _read(process: subprocess.Popen[bytes], num_bytes: int, deadline_s: float) -
             raise _Ended
         content += piece
     return bytes(content)
+
+
+def _is_out_of_memory(answer: Mapping[str, Any]) -> bool:
+    """Whether its process has no room left: what fills it are templates of others too, and the next would fail."""
+    return "error" in answer and answer["error"]["kind"] == "MemoryError"
 
 
 def _end_all(processes: list[subprocess.Popen[bytes]]) -> None:

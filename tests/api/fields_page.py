@@ -53,12 +53,13 @@ OPENAI_CHAT = _names(
 VLLM = _names(
     "add_generation_prompt add_special_tokens allowed_token_ids bad_words cache_salt "
     "chat_template chat_template_kwargs continue_final_message documents "
-    "early_stopping guided_choice guided_decoding_backend guided_grammar guided_json "
-    "guided_regex ignore_eos include_stop_str_in_output kv_transfer_params length_penalty logits_processors "
-    "logprob_token_ids min_p min_tokens mm_processor_kwargs priority prompt_embeds prompt_logprobs "
-    "repetition_detection repetition_penalty request_id return_token_ids return_tokens_as_token_ids session_id "
+    "early_stopping ec_transfer_params guided_choice guided_decoding_backend guided_grammar guided_json "
+    "guided_regex ignore_eos include_reasoning include_stop_str_in_output kv_transfer_params length_penalty "
+    "logits_processors logprob_token_ids media_io_kwargs min_p min_tokens mm_processor_kwargs priority prompt_embeds "
+    "prompt_logprobs repetition_detection repetition_penalty request_id return_prompt_text return_token_ids "
+    "return_tokens_as_token_ids routed_experts_prompt_start session_id "
     "skip_special_tokens spaces_between_special_tokens stop_token_ids stream_interval structured_outputs "
-    "thinking_token_budget top_k truncate_prompt_tokens use_beam_search vllm_xargs"
+    "thinking_token_budget top_k truncate_prompt_tokens truncation_side use_beam_search vllm_xargs watermarking"
 )
 OTHERS = _names(
     "adapter adapter_id adapter_source custom_logit_processor decoder_input_details ebnf grammar guided_json_object "
@@ -190,7 +191,7 @@ IMPLEMENTED: Mapping[str, tuple[str, str]] = {
     ),
     "stream": ("true: server-sent events", f"{_COMPLETIONS}::test_a_stream_says_what_the_whole_answer_says"),
     "stream_options": (
-        "`include_usage`, `continuous_usage_stats`; needs `stream`",
+        "`include_usage`, `continuous_usage_stats`; needs `stream`, and the second the first",
         "tests/api/test_stream.py::test_usage_comes_in_a_chunk_of_its_own_when_asked_for",
     ),
     "temperature": (

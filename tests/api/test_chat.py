@@ -139,7 +139,7 @@ def test_streamed_logprobs_come_with_their_tokens(live: Live) -> None:
         ([{"role": "tool", "content": "x"}], "messages[0].tool_call_id"),
         ([{"role": "user", "content": "x"}, {"role": "user", "content": 5}], "messages[1].content"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages[0].content[0].type"),
-        ([{"role": "user", "content": "x", "name": "Ada"}], "messages[0].name"),
+        ([{"role": "user", "content": "x", "name": ["Ada"]}], "messages[0].name"),
         ([{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}], "messages[0].tool_calls[0].function"),
     ],
 )

@@ -14,6 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from server.api.auth import OPEN_PATHS
+from server.api.openapi import _STATUS_WORDS
 from server.api.schemas import ChatBody, CompletionBody
 from server.ground.config import Settings
 from tests.api import openapi_file
@@ -80,6 +81,17 @@ def test_it_says_what_a_route_is_for_and_whether_it_needs_the_key(document: dict
         for operation in operations.values():
             assert operation["security"] == ([] if path in OPEN_PATHS else [{"key": []}, {}])
             assert ("401" in operation["responses"]) == (path not in OPEN_PATHS)
+
+
+def test_it_says_with_which_statuses_clients_are_told_whether_to_come_again(document: dict[str, Any]) -> None:
+    answers = [
+        (int(status), answer["headers"])
+        for operations in document["paths"].values()
+        for operation in operations.values()
+        for status, answer in operation["responses"].items()
+    ]
+    assert {status for status, headers in answers if "x-should-retry" in headers} == {409, 412, 503, 504, 507}
+    assert {status for status, _ in answers if status >= 400} == set(_STATUS_WORDS)
 
 
 def test_nothing_is_said_that_no_route_answers(document: dict[str, Any]) -> None:

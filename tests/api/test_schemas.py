@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from server.api.fields import BOOKKEEPING, CHAT_NEUTRAL, COMPLETION_NEUTRAL
-from server.api.schemas import MAX_CHOICES, MAX_INT, MAX_LOGPROBS, MAX_PROMPTS, MAX_SEQUENCES, MAX_STOP_CHARS, MAX_STOPS
+from server.api.schemas import (
+    MAX_CHOICES,
+    MAX_INT,
+    MAX_LOGPROBS,
+    MAX_PROMPTS,
+    MAX_SEQUENCES,
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+    CompletionBody,
+)
 from server.ground.config import Settings
 from tests.api.conftest import Live, serving
 from tests.models import byte_tokenizer
@@ -147,6 +156,18 @@ def test_stream_options_need_a_stream(live: Live, kind: Kind) -> None:
     assert refusal(live, kind, stream_options={"include_usage": True})["param"] == "stream_options"
     unknown = refusal(live, kind, stream=True, stream_options={"verbose": True})
     assert unknown["param"] == "stream_options.verbose"
+
+
+@BOTH
+def test_usage_in_every_chunk_needs_usage(live: Live, kind: Kind) -> None:
+    error = refusal(live, kind, stream=True, stream_options={"continuous_usage_stats": True})
+    assert error["param"] == "stream_options.continuous_usage_stats"
+    assert "'include_usage'" in error["message"]
+
+
+def test_a_prompt_of_many_ids_is_looked_at_and_not_copied() -> None:
+    ids = list(range(1000))
+    assert CompletionBody(prompt=ids).prompt is ids
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def test_the_tokens_by_name(live: Live) -> None:
         {"add_generation_prompt": False},
         {"continue_final_message": True, "messages": [*CONVERSATION, {"role": "assistant", "content": "Well,"}]},
         {"model": "first", "temperature": 0.5, "max_tokens": 3},
+        {"adapter": [{"name": "first"}, "second"], "truncate_prompt_tokens": 3},
     ],
     ids=str,
 )
@@ -69,6 +70,23 @@ def test_the_model_must_be_served(live: Live, path: str) -> None:
     refused = live.post(path, model="nobody", **body)
     assert refused.status_code == 404
     assert refused.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": "nobody"},
+        {"adapter": "nobody"},
+        {"adapter": ["first", "nobody"]},
+        {"adapter": "first", "model": "second"},
+    ],
+    ids=str,
+)
+def test_a_conversation_with_nobody_is_refused_as_a_chat_is(live: Live, fields: dict[str, Any]) -> None:
+    body = {"messages": CONVERSATION, **fields}
+    counted, asked = live.post("/tokenize", **body), live.post("/v1/chat/completions", **body)
+    assert counted.status_code == (404 if "nobody" in str(fields) else 400)
+    assert (counted.status_code, counted.json()) == (asked.status_code, asked.json())
 
 
 @pytest.mark.parametrize(

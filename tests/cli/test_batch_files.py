@@ -53,6 +53,8 @@ def without(name: str) -> dict[str, Any]:
         ("{", ["not valid JSON"]),
         ("[" * 100_000, ["not valid JSON"]),
         ('"text"', ["JSON object"]),
+        (json.dumps(line())[:-1] + ', "custom_id": "b"}', ['"custom_id" is twice']),
+        (json.dumps(line()).replace('"prompt"', '"seed": 1, "seed": 2, "prompt"'), ['"seed" is twice']),
         (json.dumps(without("custom_id")), ["custom_id is missing"]),
         (json.dumps(without("body")), ["body is missing"]),
         (json.dumps(line(7)), ["custom_id is 7"]),
@@ -150,6 +152,23 @@ def test_an_answer_that_is_forgotten_can_come_again(out: Path) -> None:
         answers.add(answered("a"))
         assert ids_in(out) == ["b", "a"]
         assert answers.failed == []
+
+
+def test_an_answer_that_lost_its_line_feed_stays_a_line_of_its_own(out: Path) -> None:
+    out.write_text(text_of(answered("b"), answered("a")).rstrip("\n"))
+    with closing(Answers(out, ["a", "b"])) as answers:
+        answers.settle()
+    assert ids_in(out) == ["a", "b"]
+
+
+def test_a_file_of_the_users_beside_it_is_left_alone(out: Path) -> None:
+    other = out.with_name(f"{out.name}.tmp")
+    other.write_text("my notes")
+    out.write_text(text_of(answered("b"), answered("a")))
+    with closing(Answers(out, ["a", "b"])) as answers:
+        answers.settle()
+    assert other.read_text() == "my notes"
+    assert {file.name for file in out.parent.iterdir()} == {out.name, other.name}
 
 
 def test_a_file_cut_anywhere_is_mended_when_it_is_opened_again(out: Path) -> None:

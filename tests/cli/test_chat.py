@@ -165,6 +165,13 @@ def test_the_adapters_are_those_of_the_server(script, live: Live) -> None:  # ty
     assert re.search(r"^tiny$", out, re.MULTILINE)
 
 
+def test_names_of_a_server_are_not_obeyed(script, scripted: Scripted) -> None:  # type: ignore[no-untyped-def]
+    scripted.cards = json.dumps({"data": [{"id": "a\x1b[2J" + "x" * 500, "parent": "\x9bp"}]}).encode()
+    _, out, err = script("/adapters\n/adapter\n", scripted.url)
+    assert re.search("^a\ufffd\\[2Jx{195} +\ufffdp$", out, re.MULTILINE)
+    assert "\x1b" not in out + err
+
+
 # A terminal
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import json
 import threading
 from collections.abc import AsyncIterator
 
@@ -95,6 +96,30 @@ def test_a_stream_says_the_same_however_it_is_cut(num_bytes: int) -> None:
     assert asyncio.run(read()) == [*map(Piece, TEXTS), Piece(finish_reason="stop")]
 
 
+def test_parts_that_are_null_or_odd_say_nothing(scripted: Scripted) -> None:
+    odd = [None, [], [None], [{"delta": None}], [{"delta": {"content": 5}, "finish_reason": 1}], [5], {"a": 1}]
+    events = b"".join(f"data: {json.dumps({'choices': choices})}\n\n".encode() for choices in odd)
+    scripted.answer = lambda body: Reply(parts=(events, b"data: [DONE]\n\n"))
+    assert said(scripted.url) == [Piece()] * len(odd)
+
+
+def test_reasoning_comes_apart_under_either_name(scripted: Scripted) -> None:
+    deltas = [{"reasoning_content": "Hm"}, {"reasoning": "."}, {"content": "Yes."}]
+    events = b"".join(f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n".encode() for delta in deltas)
+    scripted.answer = lambda body: Reply(parts=(events, b"data: [DONE]\n\n"))
+    assert said(scripted.url) == [Piece(reasoning="Hm"), Piece(reasoning="."), Piece("Yes.")]
+
+
+def test_a_terminal_does_not_obey_a_servers_errors(scripted: Scripted) -> None:
+    attack = "\x1b]52;c;cm0gLXJm\x07" + "x" * 5000
+    for body in (json.dumps({"error": {"message": attack}}), attack):
+        scripted.answer = lambda _, body=body: Reply(400, (body.encode(),))  # type: ignore[misc]
+        with pytest.raises(Refused, match="^.]52;c;cm0gLXJm.x") as refused:
+            said(scripted.url)
+        assert "\x1b" not in refused.value.message
+        assert len(refused.value.message) < 2100
+
+
 def test_a_stream_without_its_end_is_no_answer(scripted: Scripted) -> None:
     scripted.answer = lambda body: streamed("half", ending=b"")
     with pytest.raises(NoAnswer, match="broke its answer off"):
@@ -146,7 +171,9 @@ def test_a_server_that_says_nothing_is_not_waited_for_for_ever(scripted: Scripte
     released.release()
 
 
-@pytest.mark.parametrize("cards", [b"<html>", b"[]", b'{"data": []}', b'{"data": [1]}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "cards", [b"<html>", b"[]", b'{"data": []}', b'{"data": [1]}', b'{"data": [{"id": 5}]}', b"[" * 100_000]
+)
 def test_what_is_no_server_of_models_is_told_so(scripted: Scripted, cards: bytes) -> None:
     scripted.cards = cards
     with pytest.raises(NoAnswer, match="is no server of models"):

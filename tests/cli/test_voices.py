@@ -121,3 +121,29 @@ def test_a_terminal_does_not_obey_a_model() -> None:
         say(both[0], attack)
     assert "\x1b]52" not in out.getvalue()
     assert "\x9b" not in out.getvalue()
+
+
+def test_what_a_voice_thinks_stands_dimmed_on_its_own_lines_before_the_answer() -> None:
+    out, both = Terminal(), voices("a", "b")
+    with screen_for(both[:1], out) as screen:
+        screen.heard(0, "Hm", is_thought=True)
+        screen.heard(0, "\x07.", is_thought=True)
+        screen.heard(0, "Yes.")
+        screen.ended(0)
+    assert out.getvalue() == "\x1b[2mHm�.\n\x1b[22mYes.\n"
+    out = Terminal()
+    with screen_for(both, out):
+        both[0].reasoning = "Hm."
+        say(both[0], "Yes.")
+    lines = out.getvalue().split("\n")
+    assert any("\x1b[2mHm." in line for line in lines)
+    assert any(without_codes(line).startswith("Yes.") for line in lines)
+
+
+def test_where_there_is_no_terminal_only_answers_are_written() -> None:
+    out = io.StringIO()
+    with screen_for(voices("a", "b"), out) as screen:
+        for voice in (0, 1):
+            screen.heard(voice, "Hm", is_thought=True)
+            screen.heard(voice, "Yes.")
+    assert out.getvalue() == "[a]\nYes.\n[b]\nYes.\n"

@@ -1,9 +1,11 @@
 """Grammars of every form: what they let through, what is refused with which words, and that each is compiled once."""
 
+import errno
 import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from server.model.grammar import Form, Grammars, GrammarSource, choice, expressi
 from server.model.grammar_trial import GrammarRefused, GrammarsUnavailable, TokenizerText
 from server.model.tokenizer import Tokenizer
 from tests.models import EOS_ID, VOCAB_SIZE
+
+needs_glibc = pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="glibc says what malloc gave")
 
 PERSON: Mapping[str, Any] = {
     "type": "object",
@@ -211,16 +215,127 @@ def test_a_process_that_the_system_has_ended_is_started_again(bench: Bench) -> N
     bench.grammars.compiled(json_schema({"const": 2})).result()
 
 
-def test_a_tokenizer_without_grammars_refuses_each_and_is_asked_again(bench: Bench) -> None:
-    """A process that could not start says nothing about the grammar, so the next request tries again."""
+def test_a_tokenizer_without_grammars_refuses_each_and_is_read_once(bench: Bench) -> None:
+    """To read one stops the server, also where nothing comes of it."""
     texts = iter([TokenizerText("{}", VOCAB_SIZE, ()), bench.text])
     grammars = Grammars(lambda: next(texts))
     try:
-        with pytest.raises(GrammarsUnavailable):
-            grammars.compiled(json_schema(PERSON)).result()
-        grammars.compiled(json_schema(PERSON)).result()
+        grammars.load()
+        for schema in (PERSON, PERSON, {"const": 1}):
+            with pytest.raises(GrammarsUnavailable):
+                grammars.compiled(json_schema(schema)).result()
+        assert next(texts) is bench.text
     finally:
         grammars.close()
+
+
+def test_a_tokenizer_that_cannot_be_written_down_has_no_grammars() -> None:
+    def load() -> TokenizerText:
+        raise RuntimeError("custom parts cannot be serialized")
+
+    grammars = Grammars(load)
+    try:
+        grammars.load()
+        with pytest.raises(GrammarsUnavailable, match="custom parts"):
+            grammars.compiled(json_schema(PERSON)).result()
+    finally:
+        grammars.close()
+
+
+def test_a_tokenizer_that_is_loaded_is_not_read_again(bench: Bench) -> None:
+    texts = iter([bench.text])
+    grammars = Grammars(lambda: next(texts))
+    try:
+        grammars.load()
+        assert next(texts, None) is None
+        assert grammars.compiled(json_schema(PERSON)).result().vocab_size == VOCAB_SIZE
+    finally:
+        grammars.close()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EAGAIN, errno.ENOMEM])
+def test_a_machine_without_room_for_a_process_says_nothing_of_the_grammar(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    grammars = Grammars(lambda: bench.text)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("server.model.grammar_trial.subprocess.Popen", fail)
+            with pytest.raises(Overloaded, match=os.strerror(number)):
+                grammars.compiled(json_schema(PERSON)).result()
+        assert grammars.compiled(json_schema(PERSON)).result().vocab_size == VOCAB_SIZE
+    finally:
+        grammars.close()
+
+
+def test_one_that_was_cancelled_is_compiled_when_it_is_asked_for_again(bench: Bench) -> None:
+    is_open = threading.Event()
+
+    def load() -> TokenizerText:
+        assert is_open.wait(60)
+        return bench.text
+
+    grammars = Grammars(load)
+    try:
+        grammars.compiled(json_schema({"const": 1}))
+        assert grammars.compiled(json_schema(PERSON)).cancel()
+        again = grammars.compiled(json_schema(PERSON))
+        is_open.set()
+        assert again.result().vocab_size == VOCAB_SIZE
+    finally:
+        is_open.set()
+        grammars.close()
+
+
+def stopped_process(grammars: Grammars) -> int:
+    """The id of the process, which goes on to live and does nothing."""
+    grammars.compiled(json_schema({"const": 1})).result()
+    assert grammars._trial is not None
+    process = grammars._trial._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    return process.pid
+
+
+def test_a_process_that_is_silent_is_ended_and_the_next_grammar_has_another(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammars = Grammars(lambda: bench.text)
+    try:
+        stopped = stopped_process(grammars)
+        with monkeypatch.context() as patch:
+            patch.setattr("server.model.grammar_trial._WALL_S", 0.1)
+            with pytest.raises(Overloaded, match="does not answer"):
+                grammars.compiled(json_schema({"const": 2})).result()
+        with pytest.raises(ProcessLookupError):
+            os.kill(stopped, 0)
+        grammars.compiled(json_schema({"const": 2})).result()
+    finally:
+        grammars.close()
+
+
+def test_a_process_that_is_silent_holds_up_no_end(bench: Bench) -> None:
+    grammars = Grammars(lambda: bench.text)
+    stopped = stopped_process(grammars)
+    waiting = grammars.compiled(json_schema({"const": 2}))
+    while not waiting.running():  # cancelled otherwise
+        time.sleep(0.001)
+    grammars.close()
+    assert isinstance(waiting.exception(), Overloaded)
+    with pytest.raises(ProcessLookupError):
+        os.kill(stopped, 0)
+
+
+def test_a_process_knows_nothing_of_the_servers_environment(bench: Bench) -> None:
+    bench.grammars.compiled(json_schema({"const": 1})).result()
+    assert bench.grammars._trial is not None
+    bench.grammars._trial.compilable(Form.REGEX, "a")  # it may have been ended by the test before
+    process = bench.grammars._trial._process
+    assert process is not None
+    assert Path(f"/proc/{process.pid}/environ").read_bytes() == b""
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_has_no_grammars(tokenizer: Tokenizer) -> None:
@@ -257,6 +372,36 @@ def test_the_cache_forgets_the_longest_unused(bench: Bench) -> None:
         assert grammars.compiled(json_schema({"const": 1})).result() is not first[1]
     finally:
         grammars.close()
+
+
+def large(number: int) -> GrammarSource:
+    """A short text that is much once it is compiled."""
+    rules = (f"r{n}: /[a-z]{{3}}{number}{n}/ r{n + 1}" for n in range(200))
+    return GrammarSource(Form.LARK, "\n".join(["start: r0", *rules, 'r200: "a"']))
+
+
+@needs_glibc
+def test_the_cache_is_bounded_by_what_compiled_grammars_take(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars = Grammars(lambda: bench.text)
+    try:
+        first = grammars.compiled(large(1)).result()
+        assert first.compiled_bytes > 10 * len(large(1).text)
+        assert abs(grammars.compiled(large(2)).result().compiled_bytes - first.compiled_bytes) < 50_000
+        assert grammars.compiled(large(1)).result() is first
+        monkeypatch.setattr(module, "_MAX_KEPT_BYTES", first.compiled_bytes)
+        grammars.compiled(json_schema(PERSON)).result()
+        assert grammars.compiled(large(1)).result() is not first
+    finally:
+        grammars.close()
+
+
+@needs_glibc
+def test_a_grammar_that_is_too_large_once_it_is_compiled_is_refused(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.model.grammar_trial._MAX_COMPILED_BYTES", 1 << 18)
+    assert "more than the 0 MiB" in bench.refusal(large(3))
+    assert bench.allows(GrammarSource(Form.REGEX, "[ab]"), "a")
 
 
 def test_too_many_that_wait_turn_the_next_away(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,17 @@ def test_a_process_that_was_killed_while_idle_is_replaced(processes: TemplatePro
     assert processes.render("{{ x }}", {"x": 2}) == "2"
 
 
+def test_a_process_that_ran_out_of_memory_is_not_used_again(processes: TemplateProcesses) -> None:
+    """Its templates stay compiled in it, and could leave no room for anybody's."""
+    processes.render("x", {})
+    (process,) = processes._idle
+    with pytest.raises(TemplateFailed, match="memory"):
+        processes.render("{{ 'a' * 10 ** 10 }}", {})
+    assert process.poll() is not None
+    assert processes._idle == []
+    assert processes.render("{{ x }}", {"x": 3}) == "3"
+
+
 def test_no_process_and_nothing_open_is_left_behind() -> None:
     kept: list[subprocess.Popen[bytes]] = []
     for ends_by_close in (True, False):

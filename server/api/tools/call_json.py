@@ -115,7 +115,8 @@ class CallObject:
             return []
         if not self._value.take(character):  # the end of a number or the like, and the next thing
             return [*self._end_value(), *(self._take_again(character))]
-        self._text += character
+        if not self._is_streaming:  # else nobody reads it again, and it may be long
+            self._text += character
         if self._at is _At.KEY:
             return self._end_key() if self._value.is_ended else []
         pieces = self._stream(character)

@@ -15,7 +15,9 @@ from server.model.grammar import json_value, literal
 
 
 def arguments_schema(tool: Tool) -> Mapping[str, Any]:
-    """What the arguments of a call must be: an object, as the tool describes it."""
+    """What the arguments of a call must be: an object, as the tool describes it; an empty one, where it does not."""
+    if "parameters" not in tool.function.model_fields_set:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
     return {"type": "object", **tool.function.parameters}
 
 
@@ -55,7 +57,8 @@ class ForcedCalls:
                 break
             said = self._reader.take(character)
             self._has_begun = self._has_begun or bool(said)
-            self._raw += character
+            if not self._has_begun:
+                self._raw += character
             pieces += said
         return joined(pieces)
 

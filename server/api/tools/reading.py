@@ -3,13 +3,14 @@
 Owns the choice among the parsers of this folder. Knows nothing about prompts or the shape of answers.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from server.api.messages import NamedChoice, Tool
 from server.api.schemas import ChatBody
 from server.api.services import Services
-from server.api.structured import Asked
+from server.api.structured import MAX_SCHEMA_BYTES, Asked
 from server.api.tools import forced, strict, think
 from server.api.tools.marked import NoCalls
 from server.api.tools.pieces import PieceParser
@@ -18,6 +19,8 @@ from server.api.tools.styles import AUTO, STYLES, style_of
 from server.ground.errors import BadRequest
 from server.model.chat_template import ChatTemplate
 from server.model.grammar import expression
+
+_MAX_SCHEMAS_BYTES = 4 * MAX_SCHEMA_BYTES  # of all tools of one grammar, which is compiled as a whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ def reading_of(
     thinks = _thinks(template, services.chat.reasoning_parser) and not is_bound
     if tools and body.is_call_forced:
         thinks = thinks and is_thinking  # else its first word is a call
-        reading = _forced(services, body, tools, is_inside=True if thinks else None)
+        reading = _forced(services, template, body, tools, is_inside=True if thinks else None)
     elif tools:
         reading = _free(services, template, tools, is_inside=is_thinking if thinks else None)
     else:
@@ -71,7 +74,9 @@ def _with_reasoning(services: Services, reading: Reading, *, is_inside: bool) ->
     )
 
 
-def _forced(services: Services, body: ChatBody, tools: Sequence[Tool], *, is_inside: bool | None) -> Reading:
+def _forced(
+    services: Services, template: ChatTemplate, body: ChatBody, tools: Sequence[Tool], *, is_inside: bool | None
+) -> Reading:
     if body.continue_final_message:
         raise BadRequest(
             "'continue_final_message' goes on with a text, and 'tool_choice' asks for a call: leave one of them out.",
@@ -79,11 +84,16 @@ def _forced(services: Services, body: ChatBody, tools: Sequence[Tool], *, is_ins
         )
     name = body.tool_choice.function.name if isinstance(body.tool_choice, NamedChoice) else None
     if name is None:
+        _check_sizes(tools)
         calls = forced.required_expression(tools, is_single=not body.parallel_tool_calls)
     else:
-        calls = forced.named_expression(next(tool for tool in tools if tool.function.name == name))
+        named = next(tool for tool in tools if tool.function.name == name)
+        _check_sizes([named])
+        calls = forced.named_expression(named)
+    style = style_of(template, services.chat.tool_call_parser)  # whose template is to take the calls back
     return Reading(
         parser=lambda: forced.ForcedCalls.of(name),
+        new_call_id=call_id if style is None else style.new_id,
         grammar=_asked(services, calls, is_inside=is_inside),
         has_calls=True,
     )
@@ -97,6 +107,7 @@ def _free(services: Services, template: ChatTemplate, tools: Sequence[Tool], *, 
     mark_ids = services.tokenizer.added_ids(style.marks)
     held = None
     if any(tool.function.strict for tool in tools):
+        _check_sizes([tool for tool in tools if tool.function.strict])
         held = _asked(services, style.expression(tools, strict.Marks(mark_ids)), is_inside=is_inside)
     return Reading(
         parser=lambda: style.parser(names),
@@ -105,6 +116,26 @@ def _free(services: Services, template: ChatTemplate, tools: Sequence[Tool], *, 
         shown_tokens=frozenset(mark_ids.values()),
         has_calls=True,
     )
+
+
+def _check_sizes(tools: Sequence[Tool]) -> None:
+    """Raises BadRequest, naming the tool, where the schemas that go into one grammar are too large."""
+    left = _MAX_SCHEMAS_BYTES
+    for tool in tools:
+        num_bytes = len(json.dumps(forced.arguments_schema(tool), ensure_ascii=False).encode())
+        name, left = tool.function.name, left - num_bytes
+        if num_bytes > MAX_SCHEMA_BYTES:
+            raise BadRequest(
+                f"The 'parameters' of the tool {name!r} have {num_bytes} bytes; calls can be held to at most "
+                f"{MAX_SCHEMA_BYTES}: send a smaller schema.",
+                param="tools",
+            )
+        if left < 0:
+            raise BadRequest(
+                f"With the tool {name!r} the 'parameters' of all tools that calls are held to have more than "
+                f"{_MAX_SCHEMAS_BYTES} bytes; send fewer of them, or smaller ones.",
+                param="tools",
+            )
 
 
 def _asked(services: Services, text: str, *, is_inside: bool | None) -> Asked:

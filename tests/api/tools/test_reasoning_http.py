@@ -105,8 +105,9 @@ def test_a_forced_call_comes_after_the_reasoning_that_the_prompt_has_begun(think
 def test_reasoning_sent_back_is_shown_to_the_template(thinker: Written) -> None:
     live, pen = thinker
     pen.write("")
-    turns = [HI, {"role": "assistant", "content": "Hello.", "reasoning_content": "Hm."}, HI]
-    assert "<think>Hm.</think>Hello." in prompt_of(live, messages=turns)
+    for names in (["reasoning_content"], ["reasoning"], ["reasoning", "reasoning_content"]):
+        turns = [HI, {"role": "assistant", "content": "Hello.", **dict.fromkeys(names, "Hm.")}, HI]
+        assert "<think>Hm.</think>Hello." in prompt_of(live, messages=turns)
 
 
 # What requests set

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from server.api.tools.forced import ForcedCalls
+from server.api.messages import Tool
+from server.api.tools.forced import ForcedCalls, arguments_schema
 from server.api.tools.pieces import (
     CallArguments,
     CallBegun,
@@ -156,3 +157,24 @@ def test_any_arguments_come_through_as_they_were_written(arguments: dict[str, ob
     }
     for style, answer in written.items():
         assert pieces_of(style, list(answer)) == call(0, "f", text)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"parameters": None}])
+def test_a_tool_without_parameters_has_no_arguments(parameters: dict[str, None]) -> None:
+    tool = Tool.model_validate({"type": "function", "function": {"name": "f", **parameters}})
+    assert arguments_schema(tool) == {"type": "object", "properties": {}, "additionalProperties": False}
+    free = Tool.model_validate({"type": "function", "function": {"name": "f", "parameters": {}}})
+    assert arguments_schema(free) == {"type": "object"}
+
+
+@pytest.mark.parametrize("name", [None, "f"])
+def test_what_has_been_said_of_a_call_is_not_kept(name: str | None) -> None:
+    def kept(reader: object) -> int:
+        held = [value for value in vars(reader).values() if isinstance(value, str)]
+        inner = [value for value in vars(reader).values() if type(value).__module__ == "server.api.tools.call_json"]
+        return sum(map(len, held)) + sum(kept(value) for value in inner if hasattr(value, "take"))
+
+    reader = ForcedCalls.of(name)
+    reader.push('{"a": "' if name else '[{"name": "f", "parameters": {"a": "')
+    reader.push("x" * 10_000)
+    assert kept(reader) < 1_000

@@ -265,6 +265,21 @@ def test_some_tool_is_called_where_one_must_be(free: Live) -> None:
     jsonschema.validate(json.loads(arguments), WEATHER["function"]["parameters"])
 
 
+def test_calls_that_are_forced_have_ids_that_the_template_takes_back(server_of: Callable[[str], Written]) -> None:
+    live, pen = server_of("mistral")
+    for choice, text in (("required", '[{"name": "clock", "parameters": {}}]'), (function(name="clock"), "{}")):
+        pen.write(text)
+        answer = ask(live, tools=TOOLS, tool_choice=choice, temperature=0)
+        (call,) = message_of(answer)["tool_calls"]
+        assert len(call["id"]) == 9
+
+
+def test_a_tool_that_takes_nothing_is_given_nothing(free: Live) -> None:
+    answer = ask(free, tools=[CLOCK], tool_choice=function(name="clock"), temperature=1, seed=1)
+    ((_, arguments),) = called(answer)
+    assert json.loads(arguments) == {}
+
+
 def test_a_model_without_a_place_for_tools_is_told_of_them(plain: Written) -> None:
     live, pen = plain
     pen.write('[{"name": "clock", "parameters": {}}]')
@@ -311,6 +326,7 @@ def function(**fields: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", **fields}}
 
 
+LARGE = {"description": "x" * (64 << 10)}
 DEEP: Any = {}
 for _ in range(100):
     DEEP = {"properties": DEEP}
@@ -339,11 +355,24 @@ for _ in range(100):
             {"tools": [function(parameters={"$ref": "#/nowhere"})], "tool_choice": "required"},
             "tools",
         ),
+        ({"tools": [function(parameters=LARGE)], "tool_choice": "required"}, "tools"),
+        ({"tools": [function(parameters=LARGE)], "tool_choice": function()}, "tools"),
+        ({"tools": [function(parameters=LARGE, strict=True)]}, "tools"),
     ],
     ids=lambda value: str(value)[:60],
 )
 def test_tools_that_cannot_be_are_refused_by_name(hermes: Written, fields: dict[str, Any], param: str) -> None:
     assert refusal(hermes[0], **fields)["param"] == param
+
+
+def test_schemas_that_are_too_large_for_a_grammar_are_named(hermes: Written) -> None:
+    live, pen = hermes
+    pen.write("Fine.")
+    tools = [function(parameters=LARGE)]
+    assert "'f' have 65" in refusal(live, tools=tools, tool_choice="required")["message"]
+    many = [function(name=f"f{i}", parameters={"description": "x" * (60 << 10)}) for i in range(5)]
+    assert "With the tool 'f4'" in refusal(live, tools=many, tool_choice="required")["message"]
+    assert message_of(ask(live, tools=tools, tool_choice="none"))["content"] == "Fine."
 
 
 def test_the_older_fields_point_to_the_newer(hermes: Written) -> None:
@@ -369,6 +398,18 @@ def a_call(**fields: Any) -> dict[str, Any]:
         ([*turn(tool_calls=[a_call()]), {"role": "tool", "content": "x"}], "messages[2].tool_call_id"),
         ([{"role": "user", "content": "x", "tool_call_id": "a"}], "messages[0].tool_call_id"),
         ([{"role": "user", "content": "x", "reasoning_content": "a"}], "messages[0].reasoning_content"),
+        ([{"role": "user", "content": "x", "reasoning": "a"}], "messages[0].reasoning"),
+        (turn(reasoning="a", reasoning_content="b"), "messages[1].reasoning"),
+        ([{"role": "user", "content": "x", "name": "a" * 65}], "messages[0].name"),
+        ([{"role": "user", "content": "x", "name": "\ud800"}], "messages[0].name"),
+        (
+            [*turn(tool_calls=[a_call()]), {"role": "tool", "content": "x", "tool_call_id": "a", "name": "two words"}],
+            "messages[2].name",
+        ),
+        ([{"role": "user", "content": "x", "list_of": 1}], "messages[0].list_of"),
+        ([{"role": "user", "content": "x", "str": 1}], "messages[0].str"),
+        ([{"role": "user", "content": "x", "my-own": 1}], "messages[0].my-own"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "messages[0].content[0].text"),
     ],
 )
 def test_turns_that_do_not_fit_are_refused_by_name(hermes: Written, messages: list[Any], param: str) -> None:
