@@ -9,20 +9,18 @@ that a slow minute of the machine hits all alike.
 
 import argparse
 import asyncio
-import json
 import random
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from load_tests.closed_loop import ClosedLoop, Round, percentile_ms
+from load_tests.closed_loop import ClosedLoop, Round, conclude, percentile_ms
 from load_tests.many_adapters import write
-from load_tests.own_server import ITEM_BYTES, NoServer, OwnServer, Shape, make_loras, own_server
-from server.bench import machine, save_model
+from load_tests.own_server import ITEM_BYTES, NoServer, OwnServer, Shape, in_scratch, make_loras, own_server
+from server.bench import save_model
 
 SCHEMA = "graftserve-cliff/1"
 PATTERNS = ("uniform", "cyclic")
@@ -51,20 +49,15 @@ class Measured:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints a table, and writes JSON and a picture where asked. Returns the exit code."""
     arguments = _arguments(argv)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            measured = _measure(Path(scratch), arguments)
-    except NoServer as error:
-        print(f"cliff: {error}", file=sys.stderr)
+    measured = in_scratch("cliff", lambda scratch: _measure(scratch, arguments))
+    if measured is None:
         return 2
     rows = rows_of(measured)
     print(table(rows))
-    if arguments.out is not None:
-        report = {"schema": SCHEMA, "machine": machine("cpu"), "workload": _workload(arguments), "rows": rows}
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    code = conclude(SCHEMA, _workload(arguments), rows, arguments.out)
     if arguments.plot is not None:
         draw(rows, arguments.plot)
-    return 1 if any(row["num_failed"] for row in rows) else 0
+    return code
 
 
 def cases_of(fits: int, factors: Sequence[float]) -> list[Case]:

@@ -8,8 +8,9 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -18,9 +19,18 @@ from load_tests import client
 from load_tests.outcome import End, Outcome
 from load_tests.plan import Request
 from load_tests.report import percentile
+from server.bench import machine
 
 _MAX_ANSWER_S = 600.0
 _TOKEN_IDS = range(8, 250)  # in every vocabulary, and none that ends an answer
+
+
+def conclude(schema: str, workload: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], out: Path | None) -> int:
+    """Writes the report where asked. The exit code: 1 if a request of any row failed."""
+    if out is not None:
+        report = {"schema": schema, "machine": machine("cpu"), "workload": workload, "rows": rows}
+        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 1 if any(row["num_failed"] for row in rows) else 0
 
 
 @dataclass(frozen=True, slots=True)

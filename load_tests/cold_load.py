@@ -9,11 +9,9 @@ workload and its report.
 
 import argparse
 import asyncio
-import json
 import random
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from load_tests import client
-from load_tests.closed_loop import ClosedLoop, Round, percentile_ms
+from load_tests.closed_loop import ClosedLoop, Round, conclude, percentile_ms
 from load_tests.many_adapters import write
 from load_tests.outcome import End
-from load_tests.own_server import ITEM_BYTES, NoServer, OwnServer, Shape, make_loras, own_server
-from server.bench import machine, save_model
+from load_tests.own_server import ITEM_BYTES, NoServer, OwnServer, Shape, in_scratch, make_loras, own_server
+from server.bench import save_model
 
 SCHEMA = "graftserve-cold-load/1"
 VARIANTS = ("alone", "load", "request")
@@ -43,19 +41,13 @@ class Measured:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints a table, and writes JSON where asked. Returns the exit code."""
     arguments = _arguments(argv)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            measured = _measure(Path(scratch), arguments)
-    except NoServer as error:
-        print(f"cold load: {error}", file=sys.stderr)
+    measured = in_scratch("cold load", lambda scratch: _measure(scratch, arguments))
+    if measured is None:
         return 2
     rows = rows_of(measured)
     print(table(rows))
-    if arguments.out is not None:
-        told = {name: value for name, value in vars(arguments).items() if name not in ("out", "model", "quick")}
-        report = {"schema": SCHEMA, "machine": machine("cpu"), "workload": told, "rows": rows}
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return 1 if any(row["num_failed"] for row in rows) else 0
+    told = {name: value for name, value in vars(arguments).items() if name not in ("out", "model", "quick")}
+    return conclude(SCHEMA, told, rows, arguments.out)
 
 
 def _measure(scratch: Path, arguments: argparse.Namespace) -> dict[str, Measured]:

@@ -7,20 +7,22 @@ import json
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save
 
 from load_tests.many_adapters import Made
 
+_T = TypeVar("_T")
 ITEM_BYTES = 2  # of a bfloat16
 _START = "import sys; from server.cli import main; sys.exit(main())"
 _START_TIMEOUT_S = 300.0
@@ -98,6 +100,17 @@ class OwnServer:
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=_CALL_TIMEOUT_S) as answer:
             lines = answer.read().decode().splitlines()
         return float(next(line.split()[1] for line in lines if line.startswith(f"{name} ")))
+
+
+def in_scratch(program: str, measure: Callable[[Path], _T]) -> _T | None:
+    """What `measure` finds out in a folder of its own; None where there was no server, and then standard error says
+    why."""
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            return measure(Path(scratch))
+    except NoServer as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return None
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import json
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import aiohttp
 from jsonschema import Draft202012Validator, ValidationError
 
 from load_tests import client
-from load_tests.own_server import NoServer, own_server
+from load_tests.own_server import NoServer, in_scratch, own_server
 from load_tests.schema_corpus import LINE, SMALL, Schema, array, corpus, one_of_texts, record
 from server.bench import machine
 
@@ -164,11 +163,8 @@ def answer_figures(answered: Sequence[Answered]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints, and writes JSON where asked. Returns the exit code."""
     arguments = _arguments(argv)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            report = _measure(Path(scratch), arguments)
-    except NoServer as error:
-        print(f"structured: {error}", file=sys.stderr)
+    report = in_scratch("structured", lambda scratch: _measure(scratch, arguments))
+    if report is None:
         return 2
     print(_shown(report))
     if arguments.out is not None:

@@ -3,6 +3,7 @@
 Owns what the models of all bodies share. Knows nothing about any particular one.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
@@ -19,6 +20,23 @@ def encodable(text: str) -> str:
     except UnicodeEncodeError:
         raise PydanticKnownError("string_unicode") from None
     return text
+
+
+def levels(value: object) -> Iterator[list[Any]]:
+    """What lies in a JSON value, level by level: itself; then the names and values of objects and the items of lists.
+
+    Not recursive: it may be deeper than Python's stack.
+    """
+    level = [value]
+    while level:
+        yield level
+        level = [part for item in level for part in _parts(item)]
+
+
+def _parts(item: Any) -> Sequence[Any]:
+    if isinstance(item, dict):
+        return [*item, *item.values()]
+    return item if isinstance(item, list) else ()
 
 
 Text = Annotated[str, AfterValidator(encodable)]

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from server.api.errors import echo
-from server.api.json_body import Body, Text, encodable
+from server.api.json_body import Body, Text, encodable, levels
+from server.api.structured import check_sets_no_options
 from server.ground.errors import BadRequest
 
 MAX_MESSAGES = 4096
@@ -28,16 +29,12 @@ _NO_PARAMETERS = {"type": "object", "properties": {}}
 
 def plain_json(value: Any) -> Any:
     """Refuse what no template can be given: half characters, infinities, and nesting without end."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        inner: list[Any] = []
+    for depth, level in enumerate(levels(value)):
+        if depth == MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
         for item in level:
             _check_plain(item)
-            inner.extend(_parts(item))
-        if not inner:
-            return value
-        level = inner
-    raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+    return value
 
 
 def _check_plain(item: Any) -> None:
@@ -47,12 +44,6 @@ def _check_plain(item: Any) -> None:
         raise ValueError("it has a number that JSON does not have")
 
 
-def _parts(item: Any) -> Sequence[Any]:
-    if isinstance(item, dict):
-        return [*item, *item.values()]
-    return item if isinstance(item, list) else ()
-
-
 PlainObject = Annotated[dict[str, Any], AfterValidator(plain_json)]
 Name = Annotated[str, Field(pattern=f"^{_TOOL_NAME.pattern}$")]  # of a tool
 Speaker = Annotated[Text, Field(min_length=1, max_length=64)]  # of a turn
@@ -60,11 +51,10 @@ CallId = Annotated[Text, Field(min_length=1, max_length=256)]
 
 
 def _describes_object(schema: dict[str, Any]) -> dict[str, Any]:
-    """Arguments are an object; and no schema may turn the knobs of the grammar that it becomes."""
+    """Arguments are an object."""
     if schema.get("type", "object") != "object":
         raise ValueError("must be the schema of an object: 'type' must be 'object'")
-    if "x-guidance" in schema:
-        raise ValueError("'x-guidance' is not JSON Schema; remove it")
+    check_sets_no_options(schema)
     return schema
 
 

@@ -5,15 +5,16 @@ Owns these fields, their limits, and the way from them to a compiled grammar. Kn
 
 import asyncio
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from server.api.errors import echo
-from server.api.json_body import Body, Text
+from server.api.json_body import Body, Text, levels
 from server.ground.errors import BadRequest, Overloaded
-from server.model.grammar import WHITESPACE, Form, Grammar, Grammars, GrammarSource, choice, json_schema
+from server.model.grammar import OPTIONS_KEY, WHITESPACE, Form, Grammar, Grammars, GrammarSource, choice, json_schema
 from server.model.grammar_trial import GrammarRefused, GrammarsUnavailable
 
 # What is compiled at once takes well under the 2 s of the processor that a grammar may take, if it is not exponential.
@@ -27,7 +28,6 @@ MAX_NAME_CHARS = 256
 # In all, the grammars before it in the queue included; the client's own patience is seldom longer.
 COMPILE_TIMEOUT_S = 30.0
 
-_OPTIONS_KEY = "x-guidance"
 _ANY_OBJECT = {"type": "object"}
 
 
@@ -44,18 +44,20 @@ def _checked_schema(value: object) -> object:
     if _depth(value) > MAX_DEPTH:
         raise ValueError(f"a schema may be nested {MAX_DEPTH} deep; make it flatter")
     _check_size(json.dumps(value, ensure_ascii=False), MAX_SCHEMA_BYTES)
-    if isinstance(value, dict) and _OPTIONS_KEY in value:
-        raise ValueError(f"'{_OPTIONS_KEY}' is not JSON Schema; remove it")
+    if isinstance(value, dict):
+        check_sets_no_options(value)
     return value
 
 
 def _depth(value: object) -> int:
-    """Levels of objects and lists; not recursive, as what it looks at may be deeper than Python's stack."""
-    depth, level = 0, [value]
-    while level := [item for item in level if isinstance(item, dict | list)]:
-        depth += 1
-        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
-    return depth
+    """Levels of objects and lists."""
+    return sum(any(isinstance(item, dict | list) for item in level) for level in levels(value))
+
+
+def check_sets_no_options(schema: Mapping[str, Any]) -> None:
+    """No schema may turn the knobs of the grammar that it becomes."""
+    if OPTIONS_KEY in schema:
+        raise ValueError(f"'{OPTIONS_KEY}' is not JSON Schema; remove it")
 
 
 def _check_size(text: str, max_bytes: int) -> str:

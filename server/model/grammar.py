@@ -27,6 +27,7 @@ Schema = Mapping[str, Any] | bool
 # Between two parts of a JSON text: a space, or a line's end and the next one's indentation. JSON allows any amount,
 # and a model that has no better idea goes on with it until its tokens are used up.
 WHITESPACE = r"(\x20|\x0A[\x20\x09]{0,32})"
+OPTIONS_KEY = "x-guidance"  # under which llguidance looks for its options in a schema
 MAX_PENDING = 256  # grammars that wait to be compiled
 MAX_KEPT = 256
 _MAX_KEPT_BYTES = 256 << 20  # of what is compiled, as its trial has measured it, and of the sources
@@ -195,7 +196,7 @@ def _kept_bytes(source: GrammarSource, future: Future[Grammar]) -> int:
 def _dumped(schema: Schema, whitespace: str) -> str:
     """With options, which llguidance finds in the schema: what is not enforced must be refused, not passed over."""
     layout = {"whitespace_pattern": whitespace} if whitespace else {"whitespace_flexible": False}
-    options = {"x-guidance": {"lenient": False, "coerce_one_of": False, **layout}}
+    options = {OPTIONS_KEY: {"lenient": False, "coerce_one_of": False, **layout}}
     bound = {} if schema is True else with_calendar(schema)
     return json.dumps(bound if bound is False else {**bound, **options}, ensure_ascii=False, separators=(",", ":"))
 

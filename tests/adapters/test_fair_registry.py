@@ -212,6 +212,12 @@ def test_more_adapters_than_fit_asked_for_in_a_cycle_all_get_their_turns(build: 
 # Copies beside the steps
 
 
+def with_large(house: House) -> House:
+    """The same house with the adapter "large" in its store, opened anew."""
+    house.store_adapter("large", 2, rank=3)
+    return house.reopened()
+
+
 class GatedCopies:
     """The device's copies beside the steps wait until the test lets them through."""
 
@@ -235,9 +241,7 @@ class GatedCopies:
 def test_a_large_copy_runs_beside_the_steps_and_begins_with_the_request(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    house = build({"small": 1})
-    house.store_adapter("large", 2, rank=3)
-    house = house.reopened()
+    house = with_large(build({"small": 1}))
     with house.registry.lease("small") as small:
         house.admit(small)
         house.registry.verify("large")
@@ -262,9 +266,7 @@ def test_a_large_copy_runs_beside_the_steps_and_begins_with_the_request(
 def test_a_small_adapter_is_admitted_beside_the_copy_of_a_large_one(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    house = build({"small": 1})
-    house.store_adapter("large", 2, rank=3)
-    house = house.reopened()
+    house = with_large(build({"small": 1}))
     house.registry.verify("small")
     house.registry.verify("large")
     copies = GatedCopies(house, monkeypatch)
@@ -299,9 +301,7 @@ def test_large_adapters_are_copied_several_at_a_time(build: Build, monkeypatch: 
 def test_who_finds_the_device_full_of_copies_under_way_waits_for_their_end(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    house = build({"small": 1}, num_device_rows=6 + 4 - 1)
-    house.store_adapter("large", 2, rank=3)
-    house = house.reopened()
+    house = with_large(build({"small": 1}, num_device_rows=6 + 4 - 1))
     warm(house, ["small", "large"])
     copies = GatedCopies(house, monkeypatch)
     with house.registry.lease("large") as large, house.registry.lease("small") as small:
@@ -318,9 +318,7 @@ def test_who_finds_the_device_full_of_copies_under_way_waits_for_their_end(
 
 
 def test_a_copy_by_hand_and_one_for_a_request_are_one(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    house = build({})
-    house.store_adapter("large", 2, rank=3)
-    house = house.reopened()
+    house = with_large(build({}))
     warm(house, ["large"])
     copies = GatedCopies(house, monkeypatch)
     with house.registry.lease("large") as large, ThreadPoolExecutor(2) as pool:
@@ -336,9 +334,7 @@ def test_a_copy_by_hand_and_one_for_a_request_are_one(build: Build, monkeypatch:
 
 
 def test_an_unload_during_a_copy_ends_it_and_frees_all(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    house = build({})
-    house.store_adapter("large", 2, rank=3)
-    house = house.reopened()
+    house = with_large(build({}))
     warm(house, ["large"])
     copies = GatedCopies(house, monkeypatch)
     with house.registry.lease("large"), ThreadPoolExecutor(1) as pool:
@@ -356,9 +352,7 @@ def test_an_unload_during_a_copy_ends_it_and_frees_all(build: Build, monkeypatch
 def test_a_device_that_fails_beside_the_steps_leaves_nothing_behind_and_is_asked_again(
     build: Build, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    house = build({})
-    house.store_adapter("large", 2, rank=3)
-    house = house.reopened()
+    house = with_large(build({}))
     warm(house, ["large"])
     monkeypatch.setattr(residency, "COPIED_INLINE_BYTES", BYTES)
     with monkeypatch.context() as failing:
@@ -395,9 +389,7 @@ def test_a_large_adapter_is_never_copied_by_the_thread_of_the_steps(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even when its first try found no room."""
-    house = build({"small": 1}, num_device_rows=6 + 4 - 1)
-    house.store_adapter("large", 2, rank=3)
-    house = house.reopened()
+    house = with_large(build({"small": 1}, num_device_rows=6 + 4 - 1))
     warm(house, ["small", "large"])
     copies = GatedCopies(house, monkeypatch)
     copies.gate.set()
@@ -413,9 +405,7 @@ def test_a_large_adapter_is_never_copied_by_the_thread_of_the_steps(
 
 
 def test_a_prefetch_takes_no_room_from_what_is_worth_more(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    house = build({"a": 1}, num_device_rows=6)
-    house.store_adapter("large", 2, rank=3)
-    house = house.reopened()
+    house = with_large(build({"a": 1}, num_device_rows=6))
     use(house, "a")
     use(house, "a")
     house.registry.verify("large")
@@ -432,9 +422,7 @@ def test_a_prefetch_takes_no_room_from_what_is_worth_more(build: Build, monkeypa
 def test_who_asks_for_a_large_adapter_that_cannot_be_placed_is_told_why(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    house = build({"a": 1}, num_device_rows=6 + 4 - 1)
-    house.store_adapter("large", 2, rank=3)
-    house = house.reopened()
+    house = with_large(build({"a": 1}, num_device_rows=6 + 4 - 1))
     house.registry.pin("a")
     house.registry.verify("large")
     monkeypatch.setattr(residency, "COPIED_INLINE_BYTES", BYTES)
@@ -448,9 +436,7 @@ def test_who_asks_for_a_large_adapter_that_cannot_be_placed_is_told_why(
 
 
 def test_a_server_that_closes_during_a_copy_waits_for_it(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    house = build({"a": 1})
-    house.store_adapter("large", 2, rank=3)
-    house = house.reopened()
+    house = with_large(build({"a": 1}))
     house.registry.verify("large")
     copies = GatedCopies(house, monkeypatch)
     with house.registry.lease("large"):
@@ -464,9 +450,7 @@ def test_a_server_that_closes_during_a_copy_waits_for_it(build: Build, monkeypat
 
 
 def test_a_deletion_during_a_copy_leaves_nothing(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    house = build({"a": 1})
-    house.store_adapter("large", 2, rank=3)
-    house = house.reopened()
+    house = with_large(build({"a": 1}))
     house.registry.verify("large")
     copies = GatedCopies(house, monkeypatch)
     with house.registry.lease("large"):
