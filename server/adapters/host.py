@@ -8,7 +8,7 @@ and what it is worth is told by whoever puts it here.
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from types import MappingProxyType
 from typing import Any
@@ -159,15 +159,18 @@ class HostTier:
                 self._shared[content_hash] = _Shared(tensor)
                 self._used_bytes += tensor.tensor.nbytes
             self._shared[content_hash].num_adapters += 1
-        edits = {path: self._share_edit(edit) for path, edit in adapter.edits.items()}
-        return HostAdapter(
-            adapter.method, adapter.rank, adapter.num_parameters, MappingProxyType(edits), adapter.tensor_bytes,
-            adapter.warnings,
-        )  # fmt: skip
+        edits, last = (
+            MappingProxyType({path: self._share_edit(edit) for path, edit in part.items()})
+            for part in (adapter.edits, adapter.last_edits)
+        )
+        return replace(adapter, edits=edits, last_edits=last)
 
     def _share_edit(self, edit: HostEdit) -> HostEdit:
-        named = edit.tensors().items()
-        return HostEdit.of({name: [self._shared[t.content_hash].tensor for t in tensors] for name, tensors in named})
+        def shared(tensor: HostTensor) -> HostTensor:
+            return self._shared[tensor.content_hash].tensor
+
+        ops = {op: {name: shared(t) for name, t in own.items()} for op, own in edit.ops.items()}
+        return HostEdit.of({name: [shared(t) for t in tensors] for name, tensors in edit.tensors().items()}, ops)
 
     def _remove(self, digest: str) -> None:
         self._kept.discard(digest)
@@ -184,6 +187,7 @@ class HostTier:
     def _cast(self, lowered: Lowered | Mixed) -> HostAdapter:
         cast = _Cast(self.dtype, self._pin)
         edits = {path: cast.edit(path, edit) for path, edit in lowered.edits.items()}
+        last = {path: cast.edit(path, edit) for path, edit in lowered.last_edits.items()}
         return HostAdapter(
             method=lowered.method,
             rank=lowered.rank,
@@ -191,6 +195,9 @@ class HostTier:
             edits=MappingProxyType(edits),
             tensor_bytes=cast.tensor_bytes,
             warnings=lowered.warnings,
+            positions=lowered.positions,
+            last_edits=MappingProxyType(last),
+            num_virtual_tokens=lowered.num_virtual_tokens,
         )
 
     def _check_size(self, adapter: HostAdapter) -> None:
@@ -222,20 +229,23 @@ class _Cast:
         return sum(tensor.tensor.nbytes for tensor in self._by_content.values())
 
     def edit(self, path: str, edit: Edit | MixedEdit) -> HostEdit:
-        named = edit.stored().items()
-        return HostEdit.of({name: [self._tensor(path, name, t) for t in tensors] for name, tensors in named})
+        named, ops = edit.stored().items(), edit.ops.items()
+        return HostEdit.of(
+            {name: [self._tensor(path, name, t, name in ("down", "up")) for t in tensors] for name, tensors in named},
+            {op: {name: self._tensor(path, name, t, False) for name, t in own.items()} for op, own in ops},
+        )
 
-    def _tensor(self, path: str, field: str, source: torch.Tensor) -> HostTensor:
-        view = (source.data_ptr(), source.dtype, tuple(source.shape), source.stride())
+    def _tensor(self, path: str, field: str, source: torch.Tensor, is_rows: bool) -> HostTensor:
+        view = (source.data_ptr(), source.dtype, tuple(source.shape), source.stride(), is_rows)
         known = self._by_view.get(view) if source.numel() else None  # all empty tensors have one address
         if known is None:
-            known = self._by_view[view] = self._new(path, field, source)
+            known = self._by_view[view] = self._new(path, field, source, is_rows)
         return known
 
-    def _new(self, path: str, field: str, source: torch.Tensor) -> HostTensor:
+    def _new(self, path: str, field: str, source: torch.Tensor, is_rows: bool) -> HostTensor:
         # Always a copy of its own: `source` may be a view that keeps something much larger alive.
         # Scales and shifts stay as exact as they came: rounding one errs in the same direction for every token.
-        dtype = self._dtype if source.dim() == 2 else torch.float32
+        dtype = self._dtype if is_rows else torch.float32
         tensor = source.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
         if not _is_finite(tensor):
             raise _not_finite(path, field, source, dtype)

@@ -14,6 +14,7 @@ from server.adapters.method import Edit, Lowered, WeighedMethod
 from server.adapters.methods import method_for
 from server.ground.errors import AdapterRejected
 from server.model.site import Site
+from server.ops.site_ops import SITE_OPS
 
 _MAX_NAMED = 3
 
@@ -35,8 +36,10 @@ def lower(checkpoint: Checkpoint, sites: Mapping[str, Site], weight: float = 1.0
         )
     if not lowered.edits:
         raise AdapterRejected(f"The adapter edits no site of the base: it holds no {lowered.method} tensor.")
-    for path, edit in lowered.edits.items():
-        _check(edit, sites[path], checkpoint.limits.max_rank)
+    for edits in lowered.parts:
+        for path, edit in edits.items():
+            _check(edit, sites[path], checkpoint.limits.max_rank)
+            _check_ops(edit, sites[path])
     return lowered
 
 
@@ -57,10 +60,24 @@ def _check(edit: Edit, site: Site, max_rank: int) -> None:
             raise AdapterRejected(
                 f"{where} has the shape {list(tensor.shape)}, and this base needs {list(wanted[name])}."
             )
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-            raise AdapterRejected(f"{where} is {tensor.dtype} on {tensor.device}; the method must give float32 on CPU.")
-        if not bool(torch.isfinite(tensor).all()):
-            raise AdapterRejected(f"{where} is not finite once computed: the adapter's numbers are out of range.")
+        _check_numbers(tensor, where)
+
+
+def _check_ops(edit: Edit, site: Site) -> None:
+    for name, tensors in edit.ops.items():
+        for field, tensor in tensors.items():
+            _check_numbers(tensor, f"{field} of {name} at {site.path}")
+        try:
+            SITE_OPS[name].check(tensors, site)
+        except ValueError as error:
+            raise AdapterRejected(f"{name} at {site.path}: {error}.") from error
+
+
+def _check_numbers(tensor: torch.Tensor, where: str) -> None:
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        raise AdapterRejected(f"{where} is {tensor.dtype} on {tensor.device}; the method must give float32 on CPU.")
+    if not bool(torch.isfinite(tensor).all()):
+        raise AdapterRejected(f"{where} is not finite once computed: the adapter's numbers are out of range.")
 
 
 def _shapes(rank: int, site: Site) -> dict[str, tuple[int, ...]]:

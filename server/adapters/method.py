@@ -11,7 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from server.adapters.format.checkpoint import Checkpoint
+from server.adapters.positions import Positions
 from server.model.site import Site
+from server.ops.site_ops import Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,8 @@ class Edit:
         y = out_scale * (base(in_scale * x) + up_scale * (up^T @ h)) + out_shift          (d_out,)
 
     `base` includes the base's own bias, so `out_scale` multiplies that bias too. `down` reads the unscaled x.
-    Rows of `down` and `up` are paired: row i of one belongs to row i of the other.
+    Rows of `down` and `up` are paired: row i of one belongs to row i of the other. What the normal form has no place
+    for is in `ops`, by the names of `server.ops.site_ops`: they come before and after all this.
     """
 
     down: torch.Tensor | None = None  # (r, d_in)
@@ -33,14 +36,15 @@ class Edit:
     up_scale: torch.Tensor | None = None  # (d_out,)
     out_scale: torch.Tensor | None = None  # (d_out,)
     out_shift: torch.Tensor | None = None  # (d_out,)
+    ops: Mapping[str, Tensors] = field(default_factory=dict)  # op -> its tensors by name
 
     @property
     def rank(self) -> int:
         return 0 if self.down is None else self.down.shape[0]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The fields that are present, by name."""
-        named = ((f.name, getattr(self, f.name)) for f in fields(self))
+        """The fields of the normal form that are present, by name."""
+        named = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "ops")
         return {name: tensor for name, tensor in named if tensor is not None}
 
     def stored(self) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -58,6 +62,14 @@ class Lowered:
     edits: Mapping[str, Edit]  # site path -> edit
     warnings: tuple[str, ...] = field(default=())
     weight: float = 1.0  # that the edits, which are those for the weight 1, are still to be given
+    positions: Positions | None = None  # where in a sequence it is applied; None: everywhere
+    last_edits: Mapping[str, Edit] = field(default_factory=dict)  # of a second part, where `positions` has one
+    num_virtual_tokens: int = 0  # that stand before the prompt, with the ids -1, -2, ...
+
+    @property
+    def parts(self) -> tuple[Mapping[str, Edit], ...]:
+        """The edits of each part."""
+        return (self.edits, self.last_edits) if self.last_edits else (self.edits,)
 
 
 class Method(Protocol):

@@ -26,6 +26,7 @@ from server.adapters.host import HostTier
 from server.adapters.in_place import InPlace
 from server.adapters.lease import Lease, Leases
 from server.adapters.loader import FAILURE_MEMORY_S, Load, Loader
+from server.adapters.positions import Reach
 from server.adapters.residency import Residency
 from server.adapters.room import Device
 from server.adapters.served_base import ServedBase
@@ -148,6 +149,10 @@ class Registry:
     def retire(self, version: AdapterVersion) -> None:
         """Ends one residency hold. The adapter stays on the device until its room is needed."""
         self._residency.retire(version)
+
+    def reach(self, slot: int) -> Reach | None:
+        """What the adapter in a slot that is held does to a sequence's positions; None: one part, everywhere."""
+        return self._device.reach(slot)
 
     def lacks_room(self, version: AdapterVersion) -> bool:
         """Whether `admit` gave None because adapters that are held leave it no room: it is on the host."""

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from server.adapters.catalog import Sizes
 from server.adapters.host_adapter import HostAdapter
+from server.adapters.positions import Reach
 from server.ground.errors import AdapterRejected, Conflict
 
 
@@ -39,6 +40,9 @@ class Device(Protocol):
 
     def release(self, digest: str) -> int:
         """Takes it off again and frees its slot; returns the bytes that became free."""
+
+    def reach(self, slot: int) -> Reach | None:
+        """What the adapter of a slot does to a sequence's positions."""
 
     def resident_bytes(self, adapter: HostAdapter) -> int:
         """The bytes of its rows, those that it shares with others counted."""

@@ -28,7 +28,7 @@ from server.ground.errors import AdapterRejected, Conflict
 from server.model.base import Base
 from server.model.outline import Outline, outline
 from server.model.site import Site
-from server.model.sites import SiteTable
+from server.model.site_table import SiteTable
 
 _NAME = "adapter"  # in a store of its own, where any name will do
 _CHUNK_BYTES = 1 << 20

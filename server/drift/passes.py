@@ -15,7 +15,7 @@ from server.drift.divergence import NO_TARGET
 from server.drift.figures import NUM_QUARTERS
 from server.engine import sequence as engine_sequence
 from server.engine.sequence import Batch, SamplingParams, ScheduledSequence
-from server.ground.errors import GenerationFailed, StartupRefused
+from server.ground.errors import BadRequest, GenerationFailed, StartupRefused
 
 _SCORED = SamplingParams(max_tokens=0, prompt_logprobs=0)
 
@@ -90,9 +90,19 @@ class Side:
             if slot is None:  # nothing else is resident or loading here
                 raise GenerationFailed(f"{lease.version} could not be placed on {self.server.base.device}")
             try:
+                self._refuse_virtual_tokens(slot, info)
                 yield slot, info
             finally:
                 registry.retire(lease.version)
+
+    def _refuse_virtual_tokens(self, slot: int, info: AdapterInfo) -> None:
+        reach = self.server.registry.reach(slot)
+        if reach is not None and reach.num_virtual_tokens:
+            raise BadRequest(
+                f"{info.name} ({info.method}) puts virtual tokens before the prompt, of which drift has no measure: "
+                "leave it out.",
+                param="adapter",
+            )
 
     def logits(self, chunks: Pass, slot: int) -> torch.Tensor:
         """Runs one pass: (tokens of the pass, vocabulary), in the order of the chunks."""
@@ -107,7 +117,7 @@ class Side:
     def _scheduled(self, number: int, chunk: Chunk, slot: int) -> ScheduledSequence:
         sequence = engine_sequence.Sequence(f"prompt-{number}", list(chunk.token_ids), _SCORED)
         sequence.blocks = list(range(number * self._blocks_each, (number + 1) * self._blocks_each))
-        sequence.slot = slot
+        sequence.take(slot, self.server.registry.reach(slot))
         sequence.num_computed_tokens = chunk.start
         return ScheduledSequence(sequence, chunk.start, chunk.num_tokens, samples=False, wants_prompt_logits=True)
 

@@ -320,9 +320,10 @@ class Engine:
         """The row of a position scores the token after it, as far as that is still the prompt's."""
         flight = self._flights[sequence_id]
         sequence = flight.sequence
-        start = sequence.num_computed_tokens + 1
-        following = sequence.prompt_ids[start : start + num_rows]
-        rows = logits.scored[sequence_id][: len(following)]
+        end = sequence.num_computed_tokens + 1 + num_rows - sequence.num_virtual_tokens
+        start = max(end - num_rows, 1)  # nothing is said of the prompt's first token, whatever stands before it
+        following = sequence.prompt_ids[start : max(end, start)]
+        rows = logits.scored[sequence_id][start - end + num_rows :][: len(following)]
         flight.add_prompt_scores(start, token_logprobs(rows, following, sequence.params.prompt_logprobs or 0))
 
     def _emit(

@@ -65,38 +65,39 @@ class Runner:
     def _recompute_if_stale(self, item: ScheduledSequence) -> None:
         """Computes a sequence's cached tokens again where the token after them changes all their positions' angles."""
         rule, sequence = self._base.rope, item.sequence
-        if rule is None or not rule.is_stale(sequence.num_prompt_tokens, item.start):
+        if rule is None or not rule.is_stale(sequence.num_first_tokens, item.start):
             return
         for start in range(0, item.start, _RECOMPUTED_AT_ONCE):
             num_tokens = min(_RECOMPUTED_AT_ONCE, item.start - start)
             self._forward([ScheduledSequence(sequence, start, num_tokens, False, False)])
 
     def _forward(self, sequences: Listing[ScheduledSequence]) -> StepLogits:
-        slots = {item.sequence.slot for item in sequences} - {0}
+        slots_of = {item.sequence.sequence_id: item.slots for item in sequences}
+        slots = {slot for own in slots_of.values() for slot in own} - {0}
         edits = self._adapters.batch(slots) if slots and self._kernels is None else None
         adapter_of = {slot: slot if edits is None else edits.local(slot) for slot in {*slots, 0}}
-        items = _pack_order(sequences, adapter_of)
+        items = _pack_order(sequences, {name: adapter_of[own[0]] for name, own in slots_of.items()})
         num_decodes = sum(_is_decode(item) for item in items)
         starts = _starts([item.num_tokens for item in items])
         ids = [token for item in items for token in item.token_ids]
         positions = [p for item in items for p in range(item.start, item.start + item.num_tokens)]
         keep = [row for item, start in zip(items, starts, strict=False) for row in _kept_rows(item, start)]
-        adapters = [adapter_of[item.sequence.slot] for item in items for _ in range(item.num_tokens)]
+        own_slots = [slot for item in items for slot in slots_of[item.sequence.sequence_id]]
+        adapters = [adapter_of[slot] for slot in own_slots]
         device = self._base.device
+        input_ids, kept = torch.tensor(ids, device=device), torch.tensor(keep, device=device, dtype=torch.long)
         context = StepContext(
             attention=self._attention(items, starts, num_decodes),
             layout=_layout(adapters, num_decodes, edits, device),
             logits_layout=_layout([adapters[row] for row in keep], len(keep), edits, device),
             edits=edits,
             kernels=self._site_kernels(adapters, keep),
+            ops=self._adapters.ops(own_slots, [own_slots[row] for row in keep], num_decodes, input_ids, kept),
             rope_lengths=self._rope_lengths(items),
         )
         self._base.attention.cache = self.cache
         self._base.attention.kernels = self._kernels
-        logits = self._base.forward(
-            torch.tensor(ids, device=device), torch.tensor(positions, device=device),
-            torch.tensor(keep, device=device, dtype=torch.long), context,
-        )  # fmt: skip
+        logits = self._base.forward(input_ids, torch.tensor(positions, device=device), kept, context)
         return _split(items, logits)
 
     def _site_kernels(self, slots: Listing[int], keep: Listing[int]) -> SiteKernels | None:
@@ -113,7 +114,7 @@ class Runner:
         lengths: list[int] = []
         for item in items:
             sequence, end = item.sequence, item.start + item.num_tokens
-            lengths += rule.lengths(sequence.num_prompt_tokens, sequence.num_tokens, item.start, end)
+            lengths += rule.lengths(sequence.num_first_tokens, sequence.num_tokens, item.start, end)
         return torch.tensor(lengths, device=self._base.device)
 
     def _attention(self, items: Listing[ScheduledSequence], starts: Listing[int], num_decodes: int) -> AttentionBatch:
@@ -146,12 +147,12 @@ def _is_decode(item: ScheduledSequence) -> bool:
     return item.num_tokens == 1
 
 
-def _pack_order(sequences: Listing[ScheduledSequence], adapter_of: Mapping[int, int]) -> list[ScheduledSequence]:
+def _pack_order(sequences: Listing[ScheduledSequence], adapter_of: Mapping[str, int]) -> list[ScheduledSequence]:
     """Single tokens first, in the order of the lanes (so that they stand there as they are), the base's last of them;
-    then chunks, those of one adapter beside one another."""
+    then chunks, those of one adapter beside one another. `adapter_of` a sequence's first token, by its id."""
 
     def place(item: ScheduledSequence) -> tuple[bool, bool, int]:
-        adapter = adapter_of[item.sequence.slot]
+        adapter = adapter_of[item.sequence.sequence_id]
         return not _is_decode(item), not adapter, adapter
 
     return sorted(sequences, key=place)

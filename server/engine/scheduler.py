@@ -43,6 +43,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
 
+from server.adapters.positions import Reach
 from server.engine.blocks import BlockPool, block_key, root_key
 from server.engine.sequence import (
     Batch,
@@ -102,6 +103,9 @@ class Residency(Protocol):
 
     def retire(self, version: Any) -> None:
         """Ends one hold."""
+
+    def reach(self, slot: int) -> Reach | None:
+        """What the adapter in a slot that is held does to a sequence's positions; None: one part, everywhere."""
 
     def lacks_room(self, version: Any) -> bool:
         """Whether `admit` gave None because adapters that are held leave it no room, and not because it is loading."""
@@ -328,16 +332,20 @@ class Scheduler:
             assert sequence.num_computed_tokens == sequence.slot == 0
 
     def _end_of(self, sequence: Sequence) -> FinishReason | None:
-        """`max_tokens` alone bounds the length: `check_fits` saw to it that it stays within the context."""
+        """`max_tokens` bounds the length; with an adapter's virtual tokens the context may end earlier."""
         params, last = sequence.params, sequence.output_ids[-1] if sequence.output_ids else None
         is_eos = last in self._eos_ids and not params.ignore_eos
         is_whole = sequence.constraint is not None and sequence.constraint.is_complete
         if is_eos or is_whole or last in params.stop_token_ids:
             return FinishReason.STOP
-        is_longest = sequence.num_tokens == sequence.max_total_tokens
-        if is_longest and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
+        is_longest = sequence.num_tokens == self._longest(sequence)
+        if is_longest and sequence.num_computed_tokens >= sequence.num_first_tokens:
             return FinishReason.LENGTH
         return None
+
+    def _longest(self, sequence: Sequence) -> int:
+        """Tokens known at its longest possible end."""
+        return min(sequence.max_total_tokens, self.max_total_tokens)
 
     def _fail_timed_out(self, step: _Step) -> None:
         in_queue, in_all = self._limits.queue_timeout_s, self._limits.request_timeout_s
@@ -484,16 +492,22 @@ class Scheduler:
         if not self._has_place(step):
             self._unhold(sequence.version)
             return False
+        sequence.take(slot, self._residency.reach(slot) if slot else None)
+        if sequence.num_first_tokens + min(sequence.params.max_tokens, 1) > self.max_total_tokens:
+            self._unhold(sequence.version)
+            self._fail(sequence, self._too_long(sequence), step)
+            return True
         found = self._find(sequence)
         num_found = len(found) * self._blocks.block_size
         num_tokens = min(sequence.num_tokens - num_found, step.num_tokens_left)
         # The block of the step after this one is taken now, so that a newcomer is not preempted at once.
-        num_ahead = min(num_found + num_tokens + 1, sequence.max_total_tokens)
+        num_ahead = min(num_found + num_tokens + 1, self._longest(sequence))
         num_blocks = self._blocks.num_blocks_for(num_ahead) - len(found)
         self._blocks.share(found)  # at once, lest they be given away as free ones
         if not self._blocks.can_allocate(num_blocks):
             self._blocks.free(found)
             self._unhold(sequence.version)
+            sequence.slot = 0
             if self._running:
                 return False
             self._fail(sequence, self._out_of_blocks(sequence), step)
@@ -501,7 +515,6 @@ class Scheduler:
         _remove(self._waiting, sequence, _turn_in_line)
         insort(self._running, sequence, key=_arrival)
         sequence.status = SequenceStatus.RUNNING
-        sequence.slot = slot
         sequence.blocks = found + self._blocks.allocate(num_blocks)
         sequence.num_computed_tokens = num_found
         self._end_wait_for_room(sequence)
@@ -512,7 +525,7 @@ class Scheduler:
     def _note_start(self, sequence: Sequence, num_found: int) -> None:
         """What is told of the cache is told of first starts: a preempted sequence that finds itself is no hit."""
         if not sequence.has_started and self._may_reuse(sequence):
-            sequence.num_cached_tokens = num_found
+            sequence.num_cached_tokens = max(num_found - sequence.num_virtual_tokens, 0)
             self._num_queried_tokens += sequence.num_tokens
             self._num_hit_tokens += num_found
         sequence.has_started = True
@@ -583,6 +596,14 @@ class Scheduler:
         self._num_holds[version] -= 1
         if not self._num_holds[version]:
             del self._num_holds[version], self._turns[version]
+
+    def _too_long(self, sequence: Sequence) -> ContextTooLong:
+        """For a sequence that its adapter's virtual tokens leave no room in the context."""
+        return ContextTooLong(
+            f"The prompt has {sequence.num_prompt_tokens} tokens and the adapter puts {sequence.num_virtual_tokens} "
+            f"virtual ones before it; a request may come to at most {self.max_total_tokens}. Shorten the prompt.",
+            param="prompt",
+        )
 
     def _out_of_blocks(self, sequence: Sequence) -> GenerationFailed:
         """For a sequence that runs alone: its blocks and the free ones are all that it can ever get."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from server.adapters.positions import Reach, Span, parts_of
 from server.engine.constraint import Constraint
 from server.ground.errors import BadRequest, GraftError
 
@@ -84,9 +85,10 @@ class Delta:
 class Sequence:
     """One generation in flight. The scheduler alone changes the fields below `constraint`; others read them.
 
-    Known tokens are the prompt and the output so far; the first `num_computed_tokens` of them have their keys and
-    values in `blocks`. A preempted sequence keeps its known tokens and computes again, the output too, what is not
-    found in the cache; `prompt_ids` stays the original prompt, to which position rules refer.
+    Known tokens are the virtual ones that its adapter puts before the prompt, the prompt, and the output so far; the
+    first `num_computed_tokens` of them have their keys and values in `blocks`. A preempted sequence keeps its known
+    tokens and computes again, the output too, what is not found in the cache; `prompt_ids` stays the original prompt,
+    to which position rules refer.
     """
 
     sequence_id: str
@@ -100,6 +102,8 @@ class Sequence:
     num_computed_tokens: int = 0
     blocks: list[int] = field(default_factory=list)
     slot: int = 0
+    reach: Reach | None = None  # of its adapter, if that is on the device and has another than the whole sequence
+    spans: tuple[Span, ...] | None = None  # where the adapter is applied; None: everywhere
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     arrival: int = -1  # its place in the order of arrival, given by the scheduler
@@ -125,14 +129,24 @@ class Sequence:
         return len(self.output_ids)
 
     @property
+    def num_virtual_tokens(self) -> int:
+        """Tokens before the prompt that are the adapter's."""
+        return 0 if self.reach is None else self.reach.num_virtual_tokens
+
+    @property
+    def num_first_tokens(self) -> int:
+        """Tokens before the output: virtual ones and the prompt."""
+        return self.num_virtual_tokens + len(self.prompt_ids)
+
+    @property
     def num_tokens(self) -> int:
-        """Tokens known: prompt and output."""
-        return len(self.prompt_ids) + len(self.output_ids)
+        """Tokens known: virtual ones, prompt and output."""
+        return self.num_first_tokens + len(self.output_ids)
 
     @property
     def max_total_tokens(self) -> int:
         """Tokens known at its longest possible end."""
-        return len(self.prompt_ids) + self.params.max_tokens
+        return self.num_first_tokens + self.params.max_tokens
 
     @property
     def num_pending(self) -> int:
@@ -151,16 +165,36 @@ class Sequence:
 
     @property
     def all_ids(self) -> list[int]:
-        return self.prompt_ids + self.output_ids
+        return self.token_ids(0, self.num_tokens)
+
+    def take(self, slot: int, reach: Reach | None) -> None:
+        """Takes the place on the device of its adapter, and what that has of a sequence."""
+        self.slot, self.reach = slot, reach
+        positions = None if reach is None else reach.positions
+        self.spans = None if positions is None else positions.over(self.prompt_ids)
+
+    def slots(self, start: int, stop: int) -> list[int]:
+        """The slot that edits each of the tokens at positions start..stop-1."""
+        if self.spans is None or self.reach is None:
+            return [self.slot] * (stop - start)
+        of_part = (0, *self.reach.slots)
+        return [of_part[part] for part in self._parts(self.spans, start, stop)]
 
     def edit_identities(self, start: int, stop: int) -> list[str]:
-        """What edits each of the tokens at positions start..stop-1."""
-        return [self.edit_identity] * (stop - start)
+        """What edits each of these tokens, wherever it lies on the device."""
+        if self.spans is None:
+            return [self.edit_identity] * (stop - start)
+        return [f"{self.edit_identity}#{part}" if part else "" for part in self._parts(self.spans, start, stop)]
+
+    def _parts(self, spans: Listing[Span], start: int, stop: int) -> list[int]:
+        return parts_of(spans, start - self.num_virtual_tokens, stop - self.num_virtual_tokens)
 
     def token_ids(self, start: int, stop: int) -> list[int]:
-        """The known tokens at positions start..stop-1, without building the whole list."""
-        num_prompt = len(self.prompt_ids)
-        return self.prompt_ids[start:stop] + self.output_ids[max(start - num_prompt, 0) : max(stop - num_prompt, 0)]
+        """The known tokens at positions start..stop-1, without building the whole list. Virtual ones are -1, -2, ..."""
+        num_virtual, num_first = self.num_virtual_tokens, self.num_first_tokens
+        virtual = [-1 - position for position in range(start, min(stop, num_virtual))]
+        prompt = self.prompt_ids[max(start - num_virtual, 0) : max(stop - num_virtual, 0)]
+        return virtual + prompt + self.output_ids[max(start - num_first, 0) : max(stop - num_first, 0)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +215,11 @@ class ScheduledSequence:
     @property
     def token_ids(self) -> list[int]:
         return self.sequence.token_ids(self.start, self.start + self.num_tokens)
+
+    @property
+    def slots(self) -> list[int]:
+        """The slot that edits each of these tokens."""
+        return self.sequence.slots(self.start, self.start + self.num_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ Owns the KV cache tensors and the function that stock models call instead of the
 sequences or adapters; what a step attends to is in the context.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -14,8 +14,9 @@ from transformers import AttentionInterface
 
 from server.ground.errors import StartupRefused
 from server.model.architectures import SERVED
-from server.model.context import Scope, StepContext
+from server.model.context import BatchOps, Scope, StepContext
 from server.ops import decode_attention, prefill_attention, store_kv
+from server.ops.site_ops import OpSite
 
 IMPLEMENTATION = "graft"
 
@@ -58,6 +59,7 @@ class PagedAttention:
         self._scope = scope
         self.cache: KVCache | None = None
         self.kernels: ModuleType | None = None  # `server.ops.kernels`, where they run
+        self.sites: Mapping[int, OpSite] = {}  # where keys and values are edited, by layer
         self.observer: Callable[[int, int, int], None] | None = None  # (layer, kv_heads, head_dim)
 
     def forward(
@@ -81,12 +83,27 @@ class PagedAttention:
             return query.transpose(1, 2)
         assert self.cache is not None, "attention without a cache"
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (tokens, heads, head_dim)
+        if context.ops is not None and self.sites:
+            k, v = self._with_ops(k, v, self.sites[layer], context.ops)
         batch = context.attention
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         store = store_kv if self.kernels is None else self.kernels.store_kv
         store(k, v, keys, values, batch.blocks, batch.offsets)
         options: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap}
         return self._attend(q, k, v, keys, values, context, options)[None]
+
+    def _with_ops(
+        self, k: torch.Tensor, v: torch.Tensor, site: OpSite, ops: BatchOps
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (tokens, kv_heads, head_dim) with what adapters put in their place."""
+        placed_ops = ops.at(site.index, is_head=False)
+        if not placed_ops:
+            return k, v
+        both = torch.cat([k.flatten(1), v.flatten(1)], dim=1)
+        for placed in placed_ops:
+            both = placed.op.before(both, placed.stacked, placed.tokens, site)
+        keys, values = both.chunk(2, dim=1)
+        return keys.view(k.shape), values.view(v.shape)
 
     def _attend(
         self,
@@ -152,8 +169,13 @@ AttentionInterface.register(IMPLEMENTATION, _interface)
 
 def attach(model: nn.Module, attention: PagedAttention) -> int:
     """Makes the attention modules of a model use `attention`; returns how many there are."""
-    modules = [m for m in model.modules() if hasattr(m, "layer_idx") and "Attention" in type(m).__name__]
+    modules = [m for m in model.modules() if is_attention(m)]
     for module in modules:
         # Past nn.Module's registration: the attention object is not a child of the model.
         object.__setattr__(module, "graft_attention", attention)
     return len(modules)
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is the attention of a layer."""
+    return hasattr(module, "layer_idx") and "Attention" in type(module).__name__

@@ -29,7 +29,8 @@ from server.model.pretrained import (
 )
 from server.model.quantize import expert_bytes, experts_note, found_quantization, quantization_config, settle
 from server.model.rope import attach_rope
-from server.model.sites import BaseSite, SiteTable
+from server.model.site_table import SiteTable
+from server.model.sites import BaseSite
 from server.ops import PrefillSpan, TokenLayout
 
 log = logging.getLogger(__name__)
@@ -260,6 +261,9 @@ class Base:
                 f"{sorted(shapes) or 'none'}), so its attention cannot be paged; {SERVED}"
             )
         self.kv_shapes = [shapes[layer] for layer in range(self.num_layers)]
+        for layer, (kv_heads, head_dim) in enumerate(self.kv_shapes):
+            self.sites.note_kv_shape(layer, kv_heads, head_dim)
+        self.attention.sites = self.sites.attention
 
     def _probe(
         self, rows: list[torch.Tensor], observer: Callable[[BaseSite, torch.Tensor], None] | None = None

@@ -4,7 +4,7 @@ Owns the scope in which that is visible to sites and attention; it is entered by
 Knows nothing about scheduling or where adapters come from.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,6 +13,7 @@ import torch
 
 from server.ops import DecodeBatch, GroupEdits, PrefillSpan, StackHidden, TokenLayout
 from server.ops.runs import DecodeLists
+from server.ops.site_ops import OpTokens, SiteOp, Tensors
 
 
 class BatchEdits(Protocol):
@@ -23,6 +24,22 @@ class BatchEdits(Protocol):
 
     def embedding_rows(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """For an embedding's group: the row store as (all rows, vocabulary), and this step's row numbers (rows,)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedOp:
+    """An op at one site, for the adapters of a step that have it there."""
+
+    op: SiteOp
+    stacked: Tensors
+    tokens: OpTokens
+
+
+class BatchOps(Protocol):
+    """What the adapters of a step do beside the normal form."""
+
+    def at(self, site: int, *, is_head: bool) -> Sequence[PlacedOp]:
+        """In the order in which they come; none at most sites. At the head, for the rows that it computes."""
 
 
 class SiteKernels(Protocol):
@@ -80,6 +97,7 @@ class StepContext:
     logits_layout: TokenLayout  # the same for the rows that the head computes
     edits: BatchEdits | None
     kernels: SiteKernels | None = None  # instead of `edits`
+    ops: BatchOps | None = None  # None when no token's adapter has any
     rope_lengths: torch.Tensor | None = None  # (tokens,) see `rope.RopeRule`; None: the base does not ask
     # Per site group: the input, and what was computed from it for all members.
     shrunk: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)

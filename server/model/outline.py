@@ -17,10 +17,12 @@ from server.ground.errors import StartupRefused
 from server.model.context import Scope
 from server.model.fingerprint import fingerprint
 from server.model.pretrained import BaseOptions, default_dtype, model_name, read_config
-from server.model.site import SiteKind
-from server.model.sites import BaseSite, SiteTable
+from server.model.site import Site, SiteKind
+from server.model.site_table import SiteTable
+from server.model.sites import BaseSite
 
 _IMPLEMENTATION = "graft-outline"
+_KV_SHAPE = "graft_kv_shape"  # of an attention, while it is traced
 _NUM_TOKENS = 13  # of the traced pass; any number that is no width of a model will do
 
 
@@ -28,7 +30,7 @@ _NUM_TOKENS = 13  # of the traced pass; any number that is no width of a model w
 class OutlinedSite:
     """A site without its weight (satisfies the `Site` protocol)."""
 
-    site: BaseSite
+    site: Site
     asked: set[str]  # shared by the sites of an outline: the paths of those whose weight was asked for
 
     @property
@@ -148,6 +150,10 @@ def _trace(model: nn.Module, table: SiteTable) -> None:
         model(input_ids=ids, use_cache=False)
     for site in table.sites:
         site.observer = None
+    for module in model.modules():
+        shape = vars(module).get(_KV_SHAPE)
+        if shape is not None:
+            table.note_kv_shape(int(module.layer_idx), *shape)  # type: ignore[arg-type]
     table.group_by_input(calls, _NUM_TOKENS)
 
 
@@ -156,6 +162,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """An attention of shapes: query (1, heads, tokens, width) -> (1, tokens, heads, width of values)."""
     batch, num_heads, num_tokens, _width = query.shape
+    vars(module)[_KV_SHAPE] = (key.shape[1], key.shape[3])
     return query.new_empty(batch, num_tokens, num_heads, value.shape[3]), None
 
 

@@ -13,13 +13,20 @@ import torch
 class SiteKind(StrEnum):
     LINEAR = "linear"
     EMBEDDING = "embedding"
+    NORM = "norm"
+    BLOCK = "block"  # the residual stream as a decoder layer gives it
+    ATTENTION = "attention"  # the keys and values of a layer, side by side
+
+
+PRODUCTS = (SiteKind.LINEAR, SiteKind.EMBEDDING)
 
 
 class Site(Protocol):
     """What a method may know of a place in the base.
 
     `path` is the module path inside the base model ("model.layers.0.self_attn.q_proj"). For an embedding `d_in` is the
-    size of the vocabulary (its input is a one-hot row) and `d_out` the hidden width.
+    size of the vocabulary (its input is a one-hot row) and `d_out` the hidden width. A site that is no product has one
+    width for both, and what the base does there is the identity; at a norm it is the whole norm.
     """
 
     @property

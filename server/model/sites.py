@@ -1,21 +1,19 @@
-"""The sites of a base: finding them, grouping those that share an input, and applying a step's edits at them.
+"""A site of a base, and how a step's edits are applied at it.
 
-Owns the wrapping of the base's modules (done once, at load) and the order of operations of the normal form. Knows
-nothing about adapters or methods: it sees the batch-local edits of the scope's context, whatever they came from.
+Owns the wrapping of the base's modules (done once, at load) and the order of operations of the normal form, and of the
+ops beside it. Knows nothing about adapters or methods: it sees the batch-local edits of the scope's context, whatever
+they came from.
 """
 
-import inspect
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from server.model.context import FusedOutput, Scope, SiteKernels, StepContext
-from server.model.fused import FusedLinear, can_pack
+from server.model.context import FusedOutput, PlacedOp, Scope, SiteKernels, StepContext
+from server.model.fused import FusedLinear
 from server.model.quantize import can_read_weight, dequantized_weight, is_quantized
 from server.model.site import SiteKind
 from server.ops import (
@@ -36,15 +34,15 @@ from server.ops import (
 
 
 class BaseSite:
-    """A linear or an embedding of the base (satisfies the `Site` protocol), and its module's forward with edits."""
+    """A module of the base (satisfies the `Site` protocol), and its forward with edits: a linear or an embedding."""
 
-    def __init__(self, index: int, path: str, module: nn.Module, scope: Scope, *, is_head: bool) -> None:
+    def __init__(self, index: int, path: str, module: nn.Module, scope: Scope, *, is_head: bool = False) -> None:
         self.index = index
         self.path = path
         self.module = module
         self.is_head = is_head
-        self.kind = SiteKind.EMBEDDING if isinstance(module, nn.Embedding) else SiteKind.LINEAR
-        self.d_in, self.d_out = _widths(module)
+        self.kind = self._kind()
+        self.d_in, self.d_out = self._widths()
         bias = getattr(module, "bias", None)
         self.bias = None if bias is None else bias.detach().float().cpu()
         # A quantized weight can be read only before the first forward pass (see `dequantized_weight`).
@@ -54,7 +52,7 @@ class BaseSite:
         embed_scale = getattr(module, "embed_scale", None)  # Gemma multiplies its embeddings by sqrt(hidden)
         # Read once: reading waits for a GPU. A base of shapes alone (`outline`) has no number here, and no forward.
         has_number = not getattr(embed_scale, "is_meta", False)
-        self._gain = float(embed_scale) if embed_scale is not None and has_number else 1.0
+        self.gain = float(embed_scale) if embed_scale is not None and has_number else 1.0
         # Set by SiteTable once groups are known.
         self.group = -1
         self.member = 0
@@ -63,6 +61,19 @@ class BaseSite:
         self._scope = scope
         self._base: Callable[[torch.Tensor], torch.Tensor] = module.forward
         module.forward = self.forward
+
+    def _kind(self) -> SiteKind:
+        return SiteKind.EMBEDDING if isinstance(self.module, nn.Embedding) else SiteKind.LINEAR
+
+    def _widths(self) -> tuple[int, int]:
+        return _widths(self.module)
+
+    def num_rows(self, x: torch.Tensor) -> int:
+        """Rows of an input: tokens, at a site that is called once for each."""
+        return x.numel() if self.kind is SiteKind.EMBEDDING else x.numel() // x.shape[-1]
+
+    def normalized(self, x: torch.Tensor) -> torch.Tensor:
+        raise TypeError(f"{self.path} is no norm")
 
     @property
     def row_norms_squared(self) -> torch.Tensor:
@@ -99,6 +110,21 @@ class BaseSite:
             self.observer(self, x)
         if context is None:
             return self._plain(x)
+        ops = () if context.ops is None else context.ops.at(self.index, is_head=self.is_head)
+        return self._with_ops(x, ops, context) if ops else self._normal(x, context)
+
+    def _with_ops(self, x: torch.Tensor, ops: Sequence[PlacedOp], context: StepContext) -> torch.Tensor:
+        flat = x.view(-1) if self.kind is SiteKind.EMBEDDING else x.view(-1, self.d_in)
+        read = flat
+        for placed in ops:
+            read = placed.op.before(read, placed.stacked, placed.tokens, self)
+        y = self._normal(x if read is flat else read.view(x.shape), context)
+        out = y.view(-1, self.d_out)
+        for placed in ops:
+            out = placed.op.after(out, flat, placed.stacked, placed.tokens, self)
+        return out.view(y.shape)
+
+    def _normal(self, x: torch.Tensor, context: StepContext) -> torch.Tensor:
         if context.kernels is not None:
             return self._by_kernels(x, context, context.kernels)
         # A site outside of the groups has the number -1.
@@ -182,7 +208,7 @@ class BaseSite:
             y, is_done = self._product_by_kernels(x, context, kernels)
         if is_edited and not is_done:
             flat = y.view(-1, self.d_out)
-            kernels.finish(flat, x, self.group, self.member, is_head=self.is_head, gain=self._gain)
+            kernels.finish(flat, x, self.group, self.member, is_head=self.is_head, gain=self.gain)
         return y
 
     def _product_by_kernels(
@@ -227,75 +253,6 @@ def _finish(y: torch.Tensor, edits: SiteEdits, layout: TokenLayout) -> torch.Ten
     if edits.out_scale is not None:
         return scale(y, edits.out_scale, layout)
     return y if edits.out_shift is None else shift(y, edits.out_shift, layout)
-
-
-@dataclass(frozen=True, slots=True)
-class SiteGroup:
-    """Sites fed by the same input, in the order in which the model calls them."""
-
-    index: int
-    sites: tuple[BaseSite, ...]
-
-
-class SiteTable:
-    """All sites of a base by path, and their groups."""
-
-    def __init__(self, model: nn.Module, scope: Scope) -> None:
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        found = [(path, m) for path, m in model.named_modules() if _is_site(m)]
-        self.sites = tuple(BaseSite(i, path, m, scope, is_head=m is head) for i, (path, m) in enumerate(found))
-        self.by_path = {site.path: site for site in self.sites}
-        self.groups: tuple[SiteGroup, ...] = ()
-
-    def group_by_input(self, calls: Sequence[tuple[BaseSite, torch.Tensor]], num_tokens: int) -> None:
-        """Forms the groups from one observed forward pass over `num_tokens` tokens: (site, its input) in call order.
-
-        Sites that the pass never called, called more than once or with other rows than the batch's tokens (experts)
-        cannot be edited token by token and leave the table.
-        """
-        by_input: dict[tuple[int, int], list[BaseSite]] = {}
-        counts = Counter(site.index for site, _ in calls)
-        for site, x in calls:
-            rows = x.numel() if site.kind is SiteKind.EMBEDDING else x.numel() // x.shape[-1]
-            if counts[site.index] == 1 and (site.is_head or rows == num_tokens):
-                # Embeddings stay alone: their tables are as wide as their vocabularies, whatever the ids.
-                own = site.index if site.kind is SiteKind.EMBEDDING else -1
-                by_input.setdefault((id(x), own), []).append(site)
-        self.groups = tuple(SiteGroup(i, tuple(sites)) for i, sites in enumerate(by_input.values()))
-        for group in self.groups:
-            for member, site in enumerate(group.sites):
-                site.group, site.member = group.index, member
-        self.by_path = {site.path: site for group in self.groups for site in group.sites}
-
-    def fuse(self) -> None:
-        """One base product per group where all members are plain linears alike in dtype, input and having a bias.
-
-        In bfloat16 on a CPU their weights are packed as well, those of groups of one, too. A weight that an embedding
-        shares stays as it is.
-        """
-        embeddings = {s.module.weight.data_ptr() for s in self.sites if isinstance(s.module, nn.Embedding)}
-        for group in self.groups:
-            linears = [site.module for site in group.sites if type(site.module) is nn.Linear]
-            if len(linears) < len(group.sites) or len({(m.weight.dtype, m.bias is None) for m in linears}) != 1:
-                continue
-            weight = linears[0].weight
-            is_shared = any(m.weight.data_ptr() in embeddings for m in linears)
-            is_packed = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and not is_shared and can_pack()
-            if len(linears) > 1 or is_packed:
-                fused = FusedLinear(linears, is_packed=is_packed)
-                for site in group.sites:
-                    site.fused = fused
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of the weights that the model's own parameters no longer hold."""
-        return sum(fused.packed_bytes for fused in {id(s.fused): s.fused for s in self.sites if s.fused}.values())
-
-
-def _is_site(module: nn.Module) -> bool:
-    """A linear or an embedding that is called with its input alone (OPT's position embedding is not)."""
-    is_kind = isinstance(module, nn.Linear | Conv1D | nn.Embedding)
-    return is_kind and len(inspect.signature(type(module).forward).parameters) == 2
 
 
 def _widths(module: nn.Module) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Random adapters in the normal form: edits that no method needs all of, at every kind of site.
+"""Random adapters in the normal form: edits that no method needs all of, at every kind of product.
 
 For tests of what applies edits, whatever method they come from.
 """
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from server.adapters.method import Edit, Lowered
-from server.model.site import Site, SiteKind
+from server.model.site import PRODUCTS, Site, SiteKind
 
 VECTOR_FIELDS = ("mid_scale", "mid_shift", "in_scale", "up_scale", "out_scale", "out_shift")
 
@@ -37,6 +37,8 @@ def random_adapter(sites: Iterable[Site], seed: int, *, max_rank: int = 3, share
     generator = torch.Generator().manual_seed(seed)
     edits = {}
     for site in sites:
+        if site.kind not in PRODUCTS:
+            continue
         rank = int(torch.randint(0, max_rank + 1, (1,), generator=generator))
         chosen = torch.rand(len(VECTOR_FIELDS) + 1, generator=generator)
         fields = [f for f, p in zip(VECTOR_FIELDS, chosen[1:], strict=True) if p < 0.4 and (rank or "mid" not in f)]

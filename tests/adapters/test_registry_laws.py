@@ -42,7 +42,7 @@ from server.adapters.registry import FAILURE_MEMORY_S, NUM_COPIERS, Lease, Regis
 from server.adapters.store.folder_store import INCOMING_FOLDER, Incoming, Store, folder_digest
 from server.ground.errors import AdapterNotFound, AdapterRejected, BadRequest, Conflict, Overloaded
 from server.model.context import Scope
-from server.model.sites import SiteTable
+from server.model.site_table import SiteTable
 from tests.adapters.device.test_device import effect
 from tests.adapters.folders import WIDTH, load_folder, tensors_from
 

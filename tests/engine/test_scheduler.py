@@ -15,6 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from server.adapters.positions import Reach
 from server.engine.blocks import BlockPool
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import (
@@ -96,6 +97,7 @@ class FakeResidency:
         self.pinned: set[Hashable] = set()
         self.holds: Counter[Hashable] = Counter()
         self.num_asked: Counter[Hashable] = Counter()
+        self.reaches: dict[int, Reach] = {}
 
     def admit(self, version: Hashable) -> int | None:
         self.num_asked[version] += 1
@@ -109,6 +111,9 @@ class FakeResidency:
     def retire(self, version: Hashable) -> None:
         assert self.holds[version] > 0
         self.holds[version] -= 1
+
+    def reach(self, slot: int) -> Reach | None:
+        return self.reaches.get(slot)
 
     def lacks_room(self, version: Hashable) -> bool:
         return version not in self.absent

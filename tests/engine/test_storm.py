@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from server.adapters.device.rows import RowAllocator
+from server.adapters.positions import Reach
 from server.engine.blocks import BlockPool
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Batch, FinishReason, SamplingParams, ScheduledSequence, Sequence, SequenceStatus
@@ -95,6 +96,9 @@ class Shelf:
     def retire(self, version: Version) -> None:
         assert self.holds[version] > 0
         self.holds[version] -= 1
+
+    def reach(self, slot: int) -> Reach | None:
+        return None
 
     def lacks_room(self, version: Version) -> bool:
         return version.name not in self.loading

@@ -13,6 +13,8 @@ from server.model import quantize
 from server.model.base import Base
 from server.model.pretrained import BaseOptions
 from server.model.quantize import Quantization, dequantized_weight, is_quantized, quantization_config
+from server.model.site import PRODUCTS
+from server.model.sites import BaseSite
 from tests.adapters.dense import DenseSite
 from tests.models import VOCAB_SIZE
 
@@ -31,6 +33,10 @@ def folder(request: pytest.FixtureRequest, model_folder: Callable[[str], Path]) 
 
 def load(folder: Path, kind: Quantization, dtype: torch.dtype) -> Base:
     return Base.load(BaseOptions(str(folder), kind, dtype))
+
+
+def products(base: Base) -> list[tuple[str, BaseSite]]:
+    return [(site.path, site) for site in base.sites.sites if site.kind in PRODUCTS]
 
 
 def quantized_by_transformers(folder: Path, config: BitsAndBytesConfig | None, dtype: torch.dtype) -> nn.Module:
@@ -86,7 +92,7 @@ def test_methods_learn_of_the_dequantized_weight(
     """After the passes of loading, which repack 4-bit weights; int8's codes can be read at any time."""
     base = load(folder, kind, dtype)
     twin = dense_twin(folder, kind, dtype)
-    for path, site in base.sites.by_path.items():
+    for path, site in products(base):
         expected = DenseSite(site.index, path, twin.get_submodule(path))
         torch.testing.assert_close(site.row_norms_squared, expected.row_norms_squared, rtol=1e-5, atol=1e-6)
         rows = torch.randn(3, site.d_in, generator=torch.Generator().manual_seed(0))
@@ -100,8 +106,8 @@ def test_methods_learn_of_the_dequantized_weight(
 def test_learning_of_an_int8_weight_changes_nothing_of_it(tiny_llama: Path) -> None:
     base = load(tiny_llama, INT8, BF16)
     before = base._probe([IDS])
-    biases = {path: site.module.bias.dtype for path, site in base.sites.by_path.items() if site.bias is not None}
-    for site in base.sites.by_path.values():
+    biases = {path: site.module.bias.dtype for path, site in products(base) if site.bias is not None}
+    for _, site in products(base):
         site.project(torch.ones(1, site.d_in))
     assert {path: base.sites.by_path[path].module.bias.dtype for path in biases} == biases
     assert torch.equal(base._probe([IDS]), before)

@@ -8,17 +8,21 @@ import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 
 import torch
 
+from server.adapters.device.op_edits import OpEdits, StepOps
 from server.adapters.device.rows import NoRoom, RowAllocator, stride
 from server.adapters.device.slot_tables import SlotTables
-from server.adapters.device.step_edits import VECTORS, Rows, Slot, SlotEdit, StepEdits
+from server.adapters.device.step_edits import VECTORS, Rows, Slot, SlotEdit, StepEdits, StoredTensor
 from server.adapters.host_adapter import HostAdapter, HostEdit, HostTensor
+from server.adapters.positions import Reach
 from server.model.site import SiteKind
-from server.model.sites import SiteGroup, SiteTable
+from server.model.site_table import SiteGroup, SiteTable
 from server.ops.sheets import StepTables
+
+_MIN_BUFFERED = 1024  # numbers of an op's tensor; smaller ones lie beside the buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,8 @@ class DeviceTier:
         self._slot_of: dict[str, int] = {}
         self._placements: dict[str, _Placement] = {}
         self._step_edits: StepEdits | None = None
+        self._op_edits: OpEdits | None = None
+        self._reaches: dict[int, Reach] = {}  # of the slots of first parts; of those that have more than that part
         self._tables = SlotTables(sites, self._buffer) if has_tables else None
         self._lock = threading.RLock()
 
@@ -136,19 +142,25 @@ class DeviceTier:
         placement = self._placements[digest]
         twice: list[Rows] = []
         with self._lock:
-            slot = self._make_slot(digest, placement)
-            if self._tables is not None:
-                self._tables.put(slot)
+            slots = self._make_slots(digest, placement)
+            for slot in slots:
+                if self._tables is not None:
+                    self._tables.put(slot)
             del self._placements[digest]  # from here on nothing can fail
             for content_hash, rows in placement.own.items():
                 known = self._shared.setdefault(content_hash, rows)
                 if known is not rows:  # another adapter has brought it meanwhile
                     known.num_users += rows.num_users
                     twice.append(rows)
-            self._slots[slot.number] = slot
-            self._slot_of[digest] = slot.number
+            self._slots.update({slot.number: slot for slot in slots})
+            first = self._slot_of[digest] = slots[0].number
+            self._note_reach(placement.adapter, [slot.number for slot in slots])
         self._free(twice)
-        return slot.number
+        return first
+
+    def reach(self, slot: int) -> Reach | None:
+        """What the adapter of this slot does to a sequence's positions; None: one part, everywhere."""
+        return self._reaches.get(slot)
 
     def abandon(self, digest: str) -> None:
         """Gives back what was reserved, copied or not."""
@@ -159,13 +171,11 @@ class DeviceTier:
     def release(self, digest: str) -> int:
         """Frees the adapter's slot and the rows that nobody else uses; returns the bytes freed."""
         with self._lock:
-            slot = self._slots.pop(self._slot_of.pop(digest))
+            first = self._slot_of.pop(digest)
+            reach = self._reaches.pop(first, None)
             before = self._allocator.used_elements
-            self._let_go(slot.hashes)
-            if self._step_edits is not None:
-                self._step_edits.vacate(slot.number)
-            if self._tables is not None:
-                self._tables.drop(slot.number)
+            for number in (first,) if reach is None else reach.slots:
+                self._vacate(self._slots.pop(number))
             return (before - self._allocator.used_elements) * self.dtype.itemsize
 
     def batch(self, slots: Collection[int]) -> StepEdits:
@@ -183,6 +193,19 @@ class DeviceTier:
                 edits = StepEdits(self, wanted)
             self._step_edits = edits
             return edits
+
+    def ops(
+        self, slots: Sequence[int], kept: Sequence[int], num_mixed: int, ids: torch.Tensor, keep: torch.Tensor
+    ) -> StepOps | None:
+        """What the adapters of a step do beside the normal form, with the arguments of `StepOps`; None for nothing."""
+        with self._lock:
+            numbers = tuple(number for number in sorted({*slots} - {0}) if self._slots[number].has_ops)
+            if not numbers:
+                return None
+            if self._op_edits is None or self._op_edits.numbers != numbers:
+                self._op_edits = None  # first, so that there are never two
+                self._op_edits = OpEdits(self, self._sites.by_index, [self._slots[number] for number in numbers])
+            return StepOps(self._op_edits, slots, kept, num_mixed, ids, keep)
 
     def tables(self, slots: Sequence[int], kept: Sequence[int]) -> StepTables | None:
         """What kernels need for a step: the slot of each token, and of each row that the head computes, 0 for the base.
@@ -203,8 +226,10 @@ class DeviceTier:
         return self._buffer[: num * step].view(num, step)[:, :width]
 
     def _as_rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(rows, width) of the buffer's dtype. A vector is one row that holds its float32 bits, whatever that dtype."""
-        return tensor if tensor.dim() == 2 else tensor.view(self.dtype)[None]
+        """(rows, width) of the buffer's dtype. What is no rank rows lies there in its float32 bits, whatever that is;
+        a vector is one row."""
+        rows = tensor[None] if tensor.dim() == 1 else tensor.view(-1, tensor.shape[-1])
+        return rows if rows.dtype == self.dtype else rows.view(self.dtype)
 
     def _allocate(self, matrices: Mapping[bytes, torch.Tensor]) -> dict[bytes, Rows]:
         """Rows for all of these or, raising NoRoom, for none."""
@@ -251,12 +276,29 @@ class DeviceTier:
             yield
         copies.synchronize()
 
-    def _make_slot(self, digest: str, placement: _Placement) -> Slot:
-        number = next(n for n in range(1, len(self._slots) + 2) if n not in self._slots)
-        named = placement.adapter.edits.items()
-        edits = {self._sites.by_path[path].index: self._slot_edit(edit) for path, edit in named}
+    def _make_slots(self, digest: str, placement: _Placement) -> list[Slot]:
+        """One for each part; the first one answers for the rows of all."""
         rows = {h: self._shared[h] if h in self._shared else placement.own[h] for h in placement.hashes}
-        return Slot(number, digest, edits, rows, placement.hashes)
+        free = (number for number in count(1) if number not in self._slots)
+        slots: list[Slot] = []
+        for part in placement.adapter.parts:
+            edits = {self._sites.by_path[path].index: self._slot_edit(edit) for path, edit in part.items()}
+            slots.append(Slot(next(free), digest, edits, rows, () if slots else placement.hashes))
+        return slots
+
+    def _note_reach(self, adapter: HostAdapter, slots: Sequence[int]) -> None:
+        if adapter.positions is not None or adapter.num_virtual_tokens:
+            self._reaches[slots[0]] = Reach(tuple(slots), adapter.positions, adapter.num_virtual_tokens)
+
+    def _vacate(self, slot: Slot) -> None:
+        """Lets go of what a slot that has left the table held."""
+        self._let_go(slot.hashes)
+        if self._step_edits is not None:
+            self._step_edits.vacate(slot.number)
+        if self._op_edits is not None and slot.number in self._op_edits.numbers:
+            self._op_edits = None
+        if self._tables is not None:
+            self._tables.drop(slot.number)
 
     def _slot_edit(self, edit: HostEdit) -> SlotEdit:
         vectors = {name: getattr(edit, name) for name in VECTORS}
@@ -267,13 +309,25 @@ class DeviceTier:
             vectors={name: vector.content_hash for name, vector in vectors.items() if vector is not None},
             mid_scale=edit.mid_scale.tensor.to(self.device) if edit.mid_scale else None,
             mid_shift=edit.mid_shift.tensor.to(self.device) if edit.mid_shift else None,
+            ops={op: {name: self._stored(t) for name, t in own.items()} for op, own in edit.ops.items()},
         )
+
+    def _stored(self, tensor: HostTensor) -> StoredTensor:
+        beside = None if _is_buffered(tensor) else tensor.tensor.to(self.device)
+        return StoredTensor(tensor.content_hash, tuple(tensor.tensor.shape), beside)
 
 
 def _buffered(adapter: HostAdapter) -> list[HostTensor]:
-    """The adapter's tensors that live in the buffer: rank rows, and vectors as wide as a site."""
-    named = [pair for edit in adapter.edits.values() for pair in edit.tensors().items()]
-    return [t for name, tensors in named if name not in ("mid_scale", "mid_shift") for t in tensors]
+    """The adapter's tensors that live in the buffer: rank rows, vectors as wide as a site, large ones of ops."""
+    edits = list(adapter.all_edits())
+    named = [pair for edit in edits for pair in edit.tensors().items()]
+    own = [t for name, tensors in named if name not in ("mid_scale", "mid_shift") for t in tensors]
+    return own + [t for edit in edits for op in edit.ops.values() for t in op.values() if _is_buffered(t)]
+
+
+def _is_buffered(tensor: HostTensor) -> bool:
+    """Whether an op's tensor is worth rows: a width of its own takes a slab."""
+    return tensor.tensor.numel() >= _MIN_BUFFERED
 
 
 def _num_rows(matrices: Iterable[torch.Tensor]) -> dict[int, int]:

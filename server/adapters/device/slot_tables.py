@@ -14,7 +14,7 @@ import torch
 from server.adapters.device.rows import stride
 from server.adapters.device.step_edits import Slot, SlotEdit
 from server.model.site import SiteKind
-from server.model.sites import SiteTable
+from server.model.site_table import SiteTable
 from server.ops.runs import TokenRuns
 from server.ops.sheets import (
     IN_SCALE,
@@ -54,7 +54,7 @@ class SlotTables:
     def __init__(self, sites: SiteTable, buffer: torch.Tensor) -> None:
         self._sites = sites
         self._buffer = buffer
-        self._num_sites = len(sites.sites)
+        self._num_sites = sites.num_sites
         self._head = _bits(site.index for site in sites.sites if site.is_head)
         self._blank = make_sheet(self._num_sites, {}).to(buffer.device)
         self._addresses = torch.full((_FIRST_NUM_SLOTS,), self._blank.data_ptr(), device=buffer.device)

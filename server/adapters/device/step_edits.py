@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from server.model.site import SiteKind
-from server.model.sites import SiteGroup
+from server.model.site_table import SiteGroup
 from server.ops import GroupEdits, SiteEdits, Stack
 
 VECTORS = ("in_scale", "up_scale", "out_scale", "out_shift")
@@ -33,6 +33,15 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of an op: by the hash of its rows in the buffer, which hold its float32 bits, or beside the buffer."""
+
+    content_hash: bytes
+    shape: tuple[int, ...]
+    tensor: torch.Tensor | None = None  # where it is too small for rows
+
+
+@dataclass(frozen=True, slots=True)
 class SlotEdit:
     """One slot's edit at one site: content hashes name shared rows; rank-wide vectors are kept beside the buffer.
 
@@ -45,17 +54,22 @@ class SlotEdit:
     vectors: Mapping[str, bytes]
     mid_scale: torch.Tensor | None
     mid_shift: torch.Tensor | None
+    ops: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A numbered row of the adapter table: the edits of one resident adapter by site index."""
+    """A numbered row of the adapter table: the edits of one part of a resident adapter by site index."""
 
     number: int
     digest: str
     edits: Mapping[int, SlotEdit]
     rows: Mapping[bytes, Rows]
-    hashes: tuple[bytes, ...]  # one per use, so that releasing undoes exactly what admitting did
+    hashes: tuple[bytes, ...]  # one per use, so that releasing undoes exactly what admitting did; the first part's
+
+    @property
+    def has_ops(self) -> bool:
+        return any(edit.ops for edit in self.edits.values())
 
 
 class RowStore(Protocol):

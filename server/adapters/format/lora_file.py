@@ -17,7 +17,7 @@ from server.adapters.format.contradictions import contradictions
 from server.adapters.format.module_paths import SiteFinder
 from server.adapters.format.patterns import ModulePatterns
 from server.ground.errors import AdapterRejected
-from server.model.site import Site, SiteKind
+from server.model.site import PRODUCTS, Site, SiteKind
 
 # Fields that are read below, and fields that only say how the adapter was trained.
 _KNOWN = {
@@ -195,6 +195,8 @@ def _parts(checkpoint: Checkpoint, sites: Mapping[str, Site]) -> tuple[tuple[Par
             continue
         module, role, name = key[: -len(ending) - 1], _ROLES[ending], checkpoint.name(key)
         part = parts.setdefault((site := finder.find(module, name)).path, Part(module, site))
+        if role != "bias" and site.kind not in PRODUCTS:
+            raise AdapterRejected(f"{name}: {site.path} is no linear or embedding, which this is for.")
         if role in part.keys or part.module != module:
             twin = checkpoint.name(next(iter(part.keys.values())))
             raise AdapterRejected(f"{name} and {twin} are for one module, {site.path}. Save one adapter per file.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from server.adapters.method import Edit
+from server.adapters.method import Edit, Lowered
 
 _NOISE = 1e-6  # of the largest bias: below it, a change of biases is float32's rounding
 
@@ -70,6 +70,16 @@ class Change:
             assert only is not None
             return only - 1
         return rows * columns - 1
+
+
+def what_is_no_change(lowered: Lowered) -> str | None:
+    """Why an adapter is no change of weights and biases, to stand behind a colon; None where it is one."""
+    if lowered.num_virtual_tokens:
+        return f"its {lowered.method} puts virtual tokens before the prompt"
+    if lowered.positions is not None:
+        return f"its {lowered.method} edits some positions of a sequence, and not others"
+    names = sorted({name for edit in lowered.edits.values() for name in edit.ops})
+    return f"its {lowered.method} has {' and '.join(names)} beside the normal form" if names else None
 
 
 def change_of(edit: Edit) -> Change:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.lowering import lower
-from server.adapters.merging.change import Change, change_of
+from server.adapters.merging.change import Change, change_of, what_is_no_change
 from server.adapters.merging.lora_folder import new_folder
 from server.adapters.merging.merge import foreign_base
 from server.adapters.method import Edit, Lowered
@@ -81,6 +81,8 @@ def fuse(
         tokenizer = _tokenizer(options.model)
         base = make_plain(DenseBase.load(options))
         lowered = lower(Checkpoint.open(adapter), base.sites)
+        if reason := what_is_no_change(lowered):
+            raise AdapterRejected(f"The adapter cannot be fused: {reason}. Serve it beside its base.")
         changes = {path: change_of(edit) for path, edit in lowered.edits.items()}
         _refuse_new_biases(lowered, changes, base)
         ids = torch.randint(0, len(tokenizer), (1, _NUM_TOKENS), generator=torch.Generator().manual_seed(0))

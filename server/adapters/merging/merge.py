@@ -14,7 +14,7 @@ import torch
 
 from server.adapters.format.checkpoint import Checkpoint, CheckpointLimits
 from server.adapters.lowering import lower
-from server.adapters.merging.change import Change, change_of
+from server.adapters.merging.change import Change, change_of, what_is_no_change
 from server.adapters.merging.combine import combine
 from server.adapters.merging.lora_folder import Part, new_folder, write_lora
 from server.adapters.merging.recipe import Ingredient, Recipe, Strategy, check_ingredients
@@ -193,6 +193,8 @@ def read_input(ingredient: Ingredient, base: MergeBase) -> Input:
         raise AdapterRejected(
             f"{ingredient.name}: its files cannot be read ({error.strerror or error}).", param="adapters"
         ) from error
+    if reason := what_is_no_change(lowered):
+        raise AdapterRejected(f"{ingredient.name} cannot be merged: {reason}. Leave it out.", param="adapters")
     changes = {path: change_of(edit) for path, edit in lowered.edits.items()}
     needing = asked[:1] or [path for path, change in changes.items() if not change.is_low_rank]
     if base.weight_of is None and needing:

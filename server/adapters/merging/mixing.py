@@ -22,9 +22,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from server.adapters.merging.change import what_is_no_change
 from server.adapters.merging.rescale import can_divide, merged_scale
 from server.adapters.method import Edit, Lowered
 from server.ground.errors import BadRequest
+from server.ops.site_ops import Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class MixedEdit:
 
     rows: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # (down, up) of each part that has some
     vectors: Mapping[str, torch.Tensor]  # by the names of the `Edit`'s fields; those of the rank are of all rows
+    ops: Mapping[str, Tensors] = field(default_factory=dict)  # as in `Edit`: what has them is not mixed
 
     def stored(self) -> dict[str, tuple[torch.Tensor, ...]]:
         """The fields that are present, by name."""
@@ -58,6 +61,9 @@ class Mixed:
     edits: Mapping[str, MixedEdit]
     method: str = "mix"
     warnings: tuple[str, ...] = field(default=())
+    positions: None = None  # these three as in `Lowered`: what has them is not mixed
+    last_edits: Mapping[str, MixedEdit] = field(default_factory=dict)
+    num_virtual_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +80,20 @@ def mix(parts: Sequence[Part]) -> Mixed:
 
     Raises BadRequest, naming the adapters and the site, for a sum that cannot be applied exactly.
     """
+    for part in parts:
+        _check_is_sum(part)
     paths = dict.fromkeys(path for part in parts for path in part.lowered.edits)
     edits = {path: _mixed(path, _shares(parts, path)) for path in paths}
     ranks = [sum(down.shape[0] for down, _ in edit.rows) for edit in edits.values()]
     return Mixed(max(ranks, default=0), sum(part.lowered.num_parameters for part in parts), edits)
+
+
+def _check_is_sum(part: Part) -> None:
+    reason = what_is_no_change(part.lowered)
+    if reason is not None:
+        raise BadRequest(
+            f"{part.name} cannot be mixed with others: {reason}. Ask for it alone, without a weight.", param="adapter"
+        )
 
 
 def _shares(parts: Sequence[Part], path: str) -> list[_Share]:

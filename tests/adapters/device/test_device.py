@@ -280,7 +280,7 @@ def test_what_could_not_be_placed_can_be_abandoned(base: Base, host: HostTier, m
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(device, "_make_slot", fail)
+    monkeypatch.setattr(device, "_make_slots", fail)
     with pytest.raises(torch.OutOfMemoryError):
         device.place("one")
     device.abandon("one")

@@ -1,0 +1,142 @@
+"""All sites of a base: finding them, and grouping those that share an input.
+
+Owns which modules of a model are sites, and of what kind. Knows nothing about adapters, and applies no edits.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from server.model.attention import is_attention
+from server.model.context import Scope
+from server.model.fused import FusedLinear, can_pack
+from server.model.site import Site, SiteKind
+from server.model.sites import BaseSite
+from server.model.sublayers import AttentionSite, BlockSite, NormSite
+from server.ops.site_ops import OpSite
+
+
+@dataclass(frozen=True, slots=True)
+class SiteGroup:
+    """Sites fed by the same input, in the order in which the model calls them."""
+
+    index: int
+    sites: tuple[BaseSite, ...]
+
+
+class SiteTable:
+    """All sites of a base by path, and their groups."""
+
+    def __init__(self, model: nn.Module, scope: Scope) -> None:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        self.sites = tuple(_sites(model, scope, head))
+        self.attention = _attention_sites(model, len(self.sites))
+        found: list[BaseSite | AttentionSite] = [*self.sites, *self.attention.values()]
+        self.by_path: Mapping[str, Site] = {site.path: site for site in found}
+        self.by_index: Mapping[int, OpSite] = {site.index: site for site in found}
+        self.groups: tuple[SiteGroup, ...] = ()
+
+    @property
+    def num_sites(self) -> int:
+        """One more than the largest index of a site."""
+        return len(self.sites) + len(self.attention)
+
+    def note_kv_shape(self, layer: int, kv_heads: int, head_dim: int) -> None:
+        """What a layer caches for each token."""
+        self.attention[layer].d_in = 2 * kv_heads * head_dim
+
+    def group_by_input(self, calls: Sequence[tuple[BaseSite, torch.Tensor]], num_tokens: int) -> None:
+        """Forms the groups from one observed forward pass over `num_tokens` tokens: (site, its input) in call order.
+
+        Sites that the pass never called, called more than once or with other rows than the batch's tokens (experts)
+        cannot be edited token by token and leave the table.
+        """
+        by_input: dict[tuple[int, int], list[BaseSite]] = {}
+        counts = Counter(site.index for site, _ in calls)
+        for site, x in calls:
+            if counts[site.index] == 1 and (site.is_head or site.num_rows(x) == num_tokens):
+                # Embeddings stay alone: their tables are as wide as their vocabularies, whatever the ids. And so does
+                # what is no product, and changes what it reads in its place.
+                own = -1 if site.kind is SiteKind.LINEAR else site.index
+                by_input.setdefault((id(x), own), []).append(site)
+        self.groups = tuple(SiteGroup(i, tuple(sites)) for i, sites in enumerate(by_input.values()))
+        for group in self.groups:
+            for member, site in enumerate(group.sites):
+                site.group, site.member = group.index, member
+        grouped = {site.path: site for group in self.groups for site in group.sites}
+        self.by_path = grouped | {site.path: site for site in self.attention.values() if site.d_in}
+
+    def fuse(self) -> None:
+        """One base product per group where all members are plain linears alike in dtype, input and having a bias.
+
+        In bfloat16 on a CPU their weights are packed as well, those of groups of one, too. A weight that an embedding
+        shares stays as it is.
+        """
+        embeddings = {s.module.weight.data_ptr() for s in self.sites if isinstance(s.module, nn.Embedding)}
+        for group in self.groups:
+            linears = [site.module for site in group.sites if type(site.module) is nn.Linear]
+            if len(linears) < len(group.sites) or len({(m.weight.dtype, m.bias is None) for m in linears}) != 1:
+                continue
+            weight = linears[0].weight
+            is_shared = any(m.weight.data_ptr() in embeddings for m in linears)
+            is_packed = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and not is_shared and can_pack()
+            if len(linears) > 1 or is_packed:
+                fused = FusedLinear(linears, is_packed=is_packed)
+                for site in group.sites:
+                    site.fused = fused
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the weights that the model's own parameters no longer hold."""
+        return sum(fused.packed_bytes for fused in {id(s.fused): s.fused for s in self.sites if s.fused}.values())
+
+
+def _sites(model: nn.Module, scope: Scope, head: nn.Module | None) -> Iterator[BaseSite]:
+    """Products, norms and blocks, each in the order of the modules."""
+    modules = list(model.named_modules())
+    products = [(path, m) for path, m in modules if _is_site(m)]
+    norms = [(path, m) for path, m in modules if _is_norm(m)]
+    number = count()
+    yield from (BaseSite(next(number), path, m, scope, is_head=m is head) for path, m in products)
+    yield from (NormSite(next(number), path, m, scope) for path, m in norms)
+    config: Any = getattr(model, "config", None)
+    for path, block in _blocks(model, config):
+        yield BlockSite(next(number), path, block, scope, int(config.get_text_config().hidden_size))
+
+
+def _is_site(module: nn.Module) -> bool:
+    """A linear or an embedding that is called with its input alone (OPT's position embedding is not)."""
+    is_kind = isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+    return is_kind and len(inspect.signature(type(module).forward).parameters) == 2
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A norm over the last dimension, called with its input alone."""
+    weight = getattr(module, "weight", None)
+    is_named = type(module).__name__.endswith(("Norm", "LayerNorm"))
+    is_vector = isinstance(weight, nn.Parameter) and weight.dim() == 1
+    return is_named and is_vector and len(inspect.signature(type(module).forward).parameters) == 2
+
+
+def _blocks(model: nn.Module, config: Any) -> list[tuple[str, nn.Module]]:
+    """The decoder layers: the model's list of as many modules as it says that it has layers."""
+    num_layers = None if config is None else getattr(config.get_text_config(), "num_hidden_layers", None)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return [(f"{path}.{number}", block) for number, block in enumerate(module)]
+    return []
+
+
+def _attention_sites(model: nn.Module, first_index: int) -> dict[int, AttentionSite]:
+    """By layer. Their widths are noted once attention has been seen at work."""
+    found = [(path, m) for path, m in model.named_modules() if is_attention(m)]
+    return {
+        int(module.layer_idx): AttentionSite(first_index + number, path) for number, (path, module) in enumerate(found)
+    }

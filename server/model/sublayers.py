@@ -1,0 +1,105 @@
+"""Sites that are no products: norms, the residual stream after a decoder layer, and a layer's keys and values.
+
+Owns what the base does at each of them, seen as a site. Knows nothing about adapters or about how a site is found.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from server.model.context import Scope
+from server.model.site import SiteKind
+from server.model.sites import BaseSite
+
+
+class NormSite(BaseSite):
+    """A norm: y = weight * normalized(x) + bias, however its model writes that (Gemma: 1 + weight)."""
+
+    def _kind(self) -> SiteKind:
+        return SiteKind.NORM
+
+    def _widths(self) -> tuple[int, int]:
+        width = int(self.module.get_parameter("weight").shape[0])
+        return width, width
+
+    def normalized(self, x: torch.Tensor) -> torch.Tensor:
+        """What the norm multiplies by its weight, (tokens, width) -> the same, without edits."""
+        out: torch.Tensor = self._bare(x)
+        return out
+
+    @cached_property
+    def _bare(self) -> nn.Module:
+        """A copy of the norm without weight and bias. A weight of zeros tells whether the model adds one to it."""
+        bare = copy.copy(self.module)
+        vars(bare).pop("forward", None)  # this site's own
+        own = self.module._parameters
+        zeros = {name: None if p is None else nn.Parameter(torch.zeros_like(p), False) for name, p in own.items()}
+        vars(bare)["_parameters"] = zeros
+        probe = torch.arange(1.0, self.d_in + 1, dtype=own["weight"].dtype, device=own["weight"].device)  # type: ignore[union-attr]
+        with torch.inference_mode():
+            is_multiplied = not bool(bare(probe[None]).any())
+        if is_multiplied:
+            vars(bare)["_parameters"] = zeros | {"weight": nn.Parameter(torch.ones_like(own["weight"]), False)}  # type: ignore[arg-type]
+        return bare
+
+
+class BlockSite(BaseSite):
+    """The residual stream as a decoder layer gives it: the base's part is the identity, and edits come after it."""
+
+    def __init__(self, index: int, path: str, module: nn.Module, scope: Scope, width: int) -> None:
+        self._width = width
+        super().__init__(index, path, module, scope)
+        self._layer: Callable[..., Any] = self._base
+        self._base = _identity
+        module.forward = self.run_layer
+
+    def _kind(self) -> SiteKind:
+        return SiteKind.BLOCK
+
+    def _widths(self) -> tuple[int, int]:
+        return self._width, self._width
+
+    def run_layer(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward; of a tuple, the first is the residual stream."""
+        out: Any = self._layer(*args, **kwargs)
+        if isinstance(out, tuple):
+            return self.forward(out[0]), *out[1:]
+        return self.forward(out)
+
+
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+@dataclass(slots=True)
+class AttentionSite:
+    """The keys and values of a layer as they are cached, side by side (satisfies the `Site` protocol).
+
+    Attention itself asks for what is edited here. The width is 2 * kv_heads * head_dim; 0 until it has been seen.
+    """
+
+    index: int
+    path: str
+    d_in: int = 0
+    kind: SiteKind = SiteKind.ATTENTION
+    bias: torch.Tensor | None = None
+    gain: float = 1.0
+
+    @property
+    def d_out(self) -> int:
+        return self.d_in
+
+    @property
+    def row_norms_squared(self) -> torch.Tensor:
+        raise TypeError(f"{self.path} has no weight")
+
+    def project(self, rows: torch.Tensor) -> torch.Tensor:
+        raise TypeError(f"{self.path} has no weight")
+
+    def normalized(self, x: torch.Tensor) -> torch.Tensor:
+        raise TypeError(f"{self.path} is no norm")

@@ -1,0 +1,41 @@
+"""Keys and values of an adapter's own for its virtual tokens: what prefix tuning puts before every prompt.
+
+Owns the op at a layer's attention, whose input is keys and values side by side, heads under one another. Knows nothing
+about caches: what is computed for a virtual token is replaced before it is stored, and rotated no more.
+
+Semantics, for a virtual token t (its id is -1 - i) of a lane with `rows` (n, width):
+    x[t] = rows[i]
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from server.ops.site_ops.site_op import OpSite, OpTokens, SiteShape, Tensors
+
+
+class KvRows:
+    name = "kv_rows"
+
+    def check(self, tensors: Tensors, site: SiteShape) -> None:
+        shape = tuple(tensors["rows"].shape)
+        if len(shape) != 2 or shape[1] != site.d_in:
+            raise ValueError(
+                f"its rows have the shape {list(shape)}, and this base needs [virtual tokens, {site.d_in}]"
+            )
+
+    def stack(self, of_lane: Sequence[Tensors], site: OpSite) -> Tensors:
+        like = of_lane[0]["rows"]
+        num = max(len(own["rows"]) for own in of_lane)
+        rows = like.new_zeros(len(of_lane) + 1, num, like.shape[1])
+        for lane, own in enumerate(of_lane, start=1):
+            rows[lane, : len(own["rows"])] = own["rows"]
+        return {"rows": rows}
+
+    def before(self, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
+        is_own = (tokens.ids < 0) & (tokens.lanes > 0)
+        rows = stacked["rows"][tokens.lanes, (-1 - tokens.ids).clamp_min(0).clamp_max(stacked["rows"].shape[1] - 1)]
+        return torch.where(is_own[:, None], rows.to(x.dtype), x)
+
+    def after(self, y: torch.Tensor, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
+        return y
