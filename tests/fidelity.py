@@ -16,7 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from server.assemble import Server
 from server.engine.sequence import SamplingParams
 from server.model.quantize import Quantization, dequantized_weight, is_quantized, quantization_config
-from tests.adapters.peft_adapters import make_adapter, peft_logits, save_trained
+from tests.adapters.peft_adapters import INVOCATION, make_adapter, peft_logits, save_trained
+from tests.adapters.reft import KINDS as REFT_KINDS
+from tests.adapters.reft import make_reft, reft_logits
 from tests.models import VOCAB_SIZE
 from tests.serving import Answer, Ask, answer_all, logprob_rows, serving
 
@@ -46,7 +48,8 @@ class Case:
         generator = torch.Generator().manual_seed(5)
         names = [None, *self.folders]
         lengths = [140 if number % 20 == 0 else 3 + 11 * (number % 5) for number in range(len(names))]
-        return self._ask(names, [torch.randint(0, 256, (n,), generator=generator).tolist() for n in lengths])
+        prompts = [torch.randint(0, 256, (n,), generator=generator).tolist() for n in lengths]
+        return self._ask(names, [_invoking(*pair) for pair in zip(names, prompts, strict=True)])
 
     def overall_errors(self, num_prompts: int = 4) -> dict[str | None, float]:
         """By adapter: norm of the error over norm of the log-probabilities, all on the same prompts."""
@@ -85,10 +88,20 @@ class Case:
         if name is None:
             with torch.no_grad():
                 logits = self.dense(input_ids=ids).logits
+        elif name in REFT_KINDS:
+            logits = reft_logits(self.dense, self.folders[name], ids, len(answers[0][0]))
         else:
             logits = peft_logits(self.dense, self.folders[name], ids)
         actual = [logprob_rows([*got.prompt_logprobs[1:], *got.logprobs], VOCAB_SIZE) for _, got in answers]
         return torch.stack(actual).double(), torch.log_softmax(logits[:, :-1].double(), dim=-1)
+
+
+def _invoking(name: str | None, prompt: list[int]) -> list[int]:
+    """The prompt of an activated LoRA has its invocation, here twice where there is room: the last one counts."""
+    if name is None or not name.startswith("alora") or len(prompt) < 2 * len(INVOCATION):
+        return prompt
+    middle, size = len(prompt) // 2, len(INVOCATION)
+    return [*INVOCATION, *prompt[size:middle], *INVOCATION, *prompt[middle + size :]]
 
 
 @contextmanager
@@ -110,6 +123,8 @@ def serve_kinds(
 
 
 def _adapter(dense: PreTrainedModel, kind: str, folder: Path, seed: int, strength: float) -> Path:
+    if kind in REFT_KINDS:
+        return make_reft(dense, kind, folder, seed)
     if kind in DEFAULTS:
         return save_trained(dense, DEFAULTS[kind](), folder, seed, strength)
     return make_adapter(dense, kind, folder, seed, strength)

@@ -12,7 +12,8 @@ import torch
 
 from server.adapters.methods import discover
 from server.model.quantize import Quantization
-from tests.adapters.peft_adapters import BIASED_KINDS, KINDS, LLAMA_KINDS
+from tests.adapters.peft_adapters import BIASED_KINDS, KINDS, LLAMA_KINDS, SAVED_KINDS, SEQUENCE_KINDS
+from tests.adapters.reft import KINDS as REFT_KINDS
 from tests.fidelity import DEFAULTS, dense_model, dequantized_twin, serve_kinds
 from tests.models import ARCHITECTURES
 
@@ -23,15 +24,17 @@ _MAIN = (
     "lora", "lora-wide", "lora-patterns", "lora-bias-of-b", "lora-embedding-and-head", "rslora", "dora",
     "dora-embedding-and-head", "vera", "vera-drawn", "ia3", "ia3-attention",
 )  # fmt: skip
+# What PEFT's prompt methods cannot run on, or what they leave out there.
+_OF_SEQUENCES = (*SEQUENCE_KINDS, *REFT_KINDS)
 KINDS_OF: Mapping[str, tuple[str, ...]] = {
-    "llama": (*KINDS, *BIASED_KINDS, *LLAMA_KINDS, *DEFAULTS),
+    "llama": (*KINDS, *BIASED_KINDS, *LLAMA_KINDS, *DEFAULTS, *_OF_SEQUENCES, *SAVED_KINDS),
     "mistral": (*_MAIN, *DEFAULTS),
     "qwen2": (*_MAIN, *BIASED_KINDS, *DEFAULTS),
     "qwen3": (*KINDS, *DEFAULTS),
-    "gemma2": (*_MAIN, *DEFAULTS),
+    "gemma2": (*_MAIN, *DEFAULTS, *_OF_SEQUENCES, *SAVED_KINDS),
     "gemma3": (*_MAIN, *DEFAULTS),
-    "phi3": tuple(KINDS),  # PEFT has no defaults for it
-    "gpt2": (*KINDS, *_ONLY, *DEFAULTS),
+    "phi3": (*KINDS, *_OF_SEQUENCES, *SAVED_KINDS),  # PEFT has no defaults for it
+    "gpt2": (*KINDS, *_ONLY, *DEFAULTS, *_OF_SEQUENCES),
     "opt": (*_MAIN, *_ONLY, *DEFAULTS),
     "gpt_neox": (*_MAIN, *_ONLY, *DEFAULTS),
     # PEFT's own defaults match nothing in these.

@@ -5,7 +5,7 @@ batches or HTTP; a method never learns of them either.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -50,6 +50,13 @@ class Edit:
     def stored(self) -> dict[str, tuple[torch.Tensor, ...]]:
         """The same as a mix tells them, whose rows are those of several tensors: see `mixing.py`."""
         return {name: (tensor,) for name, tensor in self.tensors().items()}
+
+
+def add_ops(edits: dict[str, Edit], ops: Mapping[str, Mapping[str, Tensors]]) -> None:
+    """Adds ops, by site path, to the edits of their sites."""
+    for path, own in ops.items():
+        edit = edits.get(path, Edit())
+        edits[path] = replace(edit, ops={**edit.ops, **own})
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,8 @@ class Runner:
         )
         self._base.attention.cache = self.cache
         self._base.attention.kernels = self._kernels
+        if context.ops is not None:
+            input_ids = input_ids.clamp_min(0)  # the ops know which tokens are virtual
         logits = self._base.forward(input_ids, torch.tensor(positions, device=device), kept, context)
         return _split(items, logits)
 

@@ -31,6 +31,7 @@ class DenseSite:
     d_in: int
     d_out: int
     module: nn.Module
+    table_of: str | None
 
     @property
     def is_transposed(self) -> bool:
@@ -76,7 +77,9 @@ class DenseBase:
         known = outline(options)
         model = _load(options, known.dtype)
         sites = {
-            path: DenseSite(site.index, path, site.kind, site.d_in, site.d_out, model.get_submodule(path))
+            path: DenseSite(
+                site.index, path, site.kind, site.d_in, site.d_out, model.get_submodule(path), site.table_of
+            )
             for path, site in known.sites.items()
         }
         return cls(known.name, known.fingerprint, known.dtype, model, sites)

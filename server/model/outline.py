@@ -54,6 +54,10 @@ class OutlinedSite:
         return self.site.d_out
 
     @property
+    def table_of(self) -> str | None:
+        return self.site.table_of
+
+    @property
     def bias(self) -> torch.Tensor | None:
         """A stand-in where the base has a bias, float32 (d_out,), or None; another one at each site."""
         return self.site.bias

@@ -41,6 +41,10 @@ class Site(Protocol):
     def d_out(self) -> int: ...
 
     @property
+    def table_of(self) -> str | None:
+        """The path of the embedding whose weight this site shares (tied heads), or None."""
+
+    @property
     def bias(self) -> torch.Tensor | None:
         """The base's own bias, float32 on the CPU, (d_out,), or None."""
 

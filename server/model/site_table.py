@@ -37,6 +37,7 @@ class SiteTable:
     def __init__(self, model: nn.Module, scope: Scope) -> None:
         head = model.get_output_embeddings()  # type: ignore[operator]
         self.sites = tuple(_sites(model, scope, head))
+        _note_tied(self.sites)
         self.attention = _attention_sites(model, len(self.sites))
         found: list[BaseSite | AttentionSite] = [*self.sites, *self.attention.values()]
         self.by_path: Mapping[str, Site] = {site.path: site for site in found}
@@ -96,6 +97,13 @@ class SiteTable:
     def packed_bytes(self) -> int:
         """Bytes of the weights that the model's own parameters no longer hold."""
         return sum(fused.packed_bytes for fused in {id(s.fused): s.fused for s in self.sites if s.fused}.values())
+
+
+def _note_tied(sites: Sequence[BaseSite]) -> None:
+    tables = {id(site.module.weight): site.path for site in sites if site.kind is SiteKind.EMBEDDING}
+    for site in sites:
+        if site.kind is SiteKind.LINEAR:
+            site.table_of = tables.get(id(site.module.weight))
 
 
 def _sites(model: nn.Module, scope: Scope, head: nn.Module | None) -> Iterator[BaseSite]:

@@ -53,6 +53,7 @@ class BaseSite:
         # Read once: reading waits for a GPU. A base of shapes alone (`outline`) has no number here, and no forward.
         has_number = not getattr(embed_scale, "is_meta", False)
         self.gain = float(embed_scale) if embed_scale is not None and has_number else 1.0
+        self.table_of: str | None = None  # set by SiteTable
         # Set by SiteTable once groups are known.
         self.group = -1
         self.member = 0
@@ -71,6 +72,11 @@ class BaseSite:
     def num_rows(self, x: torch.Tensor) -> int:
         """Rows of an input: tokens, at a site that is called once for each."""
         return x.numel() if self.kind is SiteKind.EMBEDDING else x.numel() // x.shape[-1]
+
+    @property
+    def weight_offset(self) -> float:
+        """What a norm adds to its weight; 0 elsewhere."""
+        return 0.0
 
     def normalized(self, x: torch.Tensor) -> torch.Tensor:
         raise TypeError(f"{self.path} is no norm")

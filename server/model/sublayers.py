@@ -27,6 +27,11 @@ class NormSite(BaseSite):
         width = int(self.module.get_parameter("weight").shape[0])
         return width, width
 
+    @cached_property
+    def weight_offset(self) -> float:
+        """1 where the model adds it: then a weight of zeros leaves something over."""
+        return float(bool(self._with_weight(0.0)(self._probe).any()))
+
     def normalized(self, x: torch.Tensor) -> torch.Tensor:
         """What the norm multiplies by its weight, (tokens, width) -> the same, without edits."""
         out: torch.Tensor = self._bare(x)
@@ -34,17 +39,23 @@ class NormSite(BaseSite):
 
     @cached_property
     def _bare(self) -> nn.Module:
-        """A copy of the norm without weight and bias. A weight of zeros tells whether the model adds one to it."""
+        return self._with_weight(1.0 - self.weight_offset)
+
+    @property
+    def _probe(self) -> torch.Tensor:
+        weight = self.module.get_parameter("weight")
+        return torch.arange(1.0, self.d_in + 1, dtype=weight.dtype, device=weight.device)[None]
+
+    def _with_weight(self, value: float) -> nn.Module:
+        """A copy of the norm with this weight everywhere, and a bias of zeros where it has one."""
         bare = copy.copy(self.module)
         vars(bare).pop("forward", None)  # this site's own
-        own = self.module._parameters
-        zeros = {name: None if p is None else nn.Parameter(torch.zeros_like(p), False) for name, p in own.items()}
-        vars(bare)["_parameters"] = zeros
-        probe = torch.arange(1.0, self.d_in + 1, dtype=own["weight"].dtype, device=own["weight"].device)  # type: ignore[union-attr]
-        with torch.inference_mode():
-            is_multiplied = not bool(bare(probe[None]).any())
-        if is_multiplied:
-            vars(bare)["_parameters"] = zeros | {"weight": nn.Parameter(torch.ones_like(own["weight"]), False)}  # type: ignore[arg-type]
+        values = {"weight": value, "bias": 0.0}
+        own = {
+            name: nn.Parameter(torch.full_like(p, values[name]), requires_grad=False)
+            for name, p in self.module.named_parameters()
+        }
+        vars(bare)["_parameters"] = dict.fromkeys(self.module._parameters) | own
         return bare
 
 
@@ -87,8 +98,10 @@ class AttentionSite:
     path: str
     d_in: int = 0
     kind: SiteKind = SiteKind.ATTENTION
+    table_of: str | None = None
     bias: torch.Tensor | None = None
     gain: float = 1.0
+    weight_offset: float = 0.0
 
     @property
     def d_out(self) -> int:

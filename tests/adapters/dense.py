@@ -42,6 +42,10 @@ class DenseSite:
         return self.weight.shape[0]
 
     @property
+    def table_of(self) -> str | None:
+        return None
+
+    @property
     def bias(self) -> torch.Tensor | None:
         bias = getattr(self.module, "bias", None)
         return None if bias is None else bias.detach()

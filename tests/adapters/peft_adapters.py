@@ -14,7 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.tuners.lora.config import BdLoraConfig
 from torch import nn
 from transformers import PreTrainedModel
@@ -68,10 +79,6 @@ TARGETS: Mapping[str, Targets] = {
 Recipe = Callable[[Targets], PeftConfig]
 
 
-def _lora(**fields: Any) -> Recipe:
-    return _configured(LoraConfig, {"target_modules": lambda t: t.all, "r": 4, "lora_alpha": 7} | fields)
-
-
 def _configured(kind: type[PeftConfig], fields: dict[str, Any]) -> Recipe:
     """A config whose callable fields are filled in with the names of the architecture."""
 
@@ -80,6 +87,10 @@ def _configured(kind: type[PeftConfig], fields: dict[str, Any]) -> Recipe:
         return kind(task_type="CAUSAL_LM", **values)
 
     return config
+
+
+def _lora(**fields: Any) -> Recipe:
+    return _configured(LoraConfig, {"target_modules": lambda t: t.all, "r": 4, "lora_alpha": 7} | fields)
 
 
 def _attention(targets: Targets) -> list[str]:
@@ -148,6 +159,29 @@ LLAMA_KINDS: Mapping[str, Recipe] = {
     "lora-blocks": _lora(target_modules=lambda t: [t.query, t.attention_out], use_bdlora=_BLOCKS),
 }
 
+# Kinds that are more than edits of a forward pass: their effect depends on where a token stands in its sequence. The
+# reference for LoReFT is `reft.py`, since PEFT does not know it.
+INVOCATION = (11, 13)
+SEQUENCE_KINDS: Mapping[str, Recipe] = {
+    "prompt_tuning": _configured(PromptTuningConfig, {"num_virtual_tokens": 5}),
+    "p_tuning": _configured(PromptEncoderConfig, {"num_virtual_tokens": 3, "encoder_hidden_size": 24}),
+    "prefix_tuning": _configured(PrefixTuningConfig, {"num_virtual_tokens": 21}),
+    "prefix_tuning-encoded": _configured(
+        PrefixTuningConfig, {"num_virtual_tokens": 4, "prefix_projection": True, "encoder_hidden_size": 24}
+    ),
+    "alora": _lora(alora_invocation_tokens=list(INVOCATION)),
+    "alora-query-only": _lora(alora_invocation_tokens=list(INVOCATION), target_modules=lambda t: [t.query], r=8),
+}
+# Kinds with modules or rows of tables of their own.
+SAVED_KINDS: Mapping[str, Recipe] = {
+    "trainable_tokens": _configured(
+        TrainableTokensConfig, {"token_indices": [3, 7, 101], "target_modules": lambda t: [t.embedding]}
+    ),
+    "lora-token-rows": _lora(trainable_token_indices=lambda t: {t.embedding: [2, 3, 60, 200]}),
+    "lora-saved-head": _lora(modules_to_save=lambda t: [t.head]),
+    "dora-saved-norms": _lora(use_dora=True, modules_to_save=["norm"]),
+}
+
 
 def make_adapter(
     base: PreTrainedModel | Callable[[], PreTrainedModel], kind: str, folder: Path, seed: int, strength: float = 1.0
@@ -158,7 +192,7 @@ def make_adapter(
     at strength 1 an adapter outweighs its base, which no training does.
     """
     model = base if isinstance(base, PreTrainedModel) else base()
-    recipe = {**KINDS, **BIASED_KINDS, **LLAMA_KINDS}[kind]
+    recipe = {**KINDS, **BIASED_KINDS, **LLAMA_KINDS, **SEQUENCE_KINDS, **SAVED_KINDS}[kind]
     with _peft_warnings_off():
         config = recipe(TARGETS[model.config.model_type])
     return save_trained(model, config, folder, seed, strength)
@@ -176,12 +210,15 @@ def save_trained(base: PreTrainedModel, config: PeftConfig, folder: Path, seed: 
 
 
 def peft_logits(base: PreTrainedModel, folder: Path, input_ids: torch.Tensor) -> torch.Tensor:
-    """PEFT's logits (batch, length, vocabulary) with the saved adapter alone on a copy of `base`."""
+    """PEFT's logits (batch, length, vocabulary) with the saved adapter alone on a copy of `base`.
+
+    Those of virtual tokens before the input are left out.
+    """
     with _peft_warnings_off():
         adapted = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
     with torch.no_grad():
-        logits: torch.Tensor = adapted(input_ids=input_ids).logits
-    return logits
+        logits: torch.Tensor = adapted(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits
+    return logits[:, -input_ids.shape[1] :]
 
 
 def _train(adapted: nn.Module, strength: float) -> None:

@@ -18,8 +18,8 @@ NEUTRAL = frozenset({
 
 # Fields that mean the same in many methods, and that are refused when they are set.
 REFUSED = {
-    "modules_to_save": "fully trained copies of modules are not served yet; train without them, or merge them",
-    "trainable_token_indices": "trained token rows are not served yet",
+    "modules_to_save": "fully trained copies of modules are served beside LoRA and DoRA only; train without them",
+    "trainable_token_indices": "trained token rows are served beside LoRA and DoRA, and alone as TRAINABLE_TOKENS",
     "target_parameters": "adapters on bare parameters (expert stacks) are not served yet; target modules instead",
     "layer_replication": "it changes the number of layers, which makes another model than the base",
 }

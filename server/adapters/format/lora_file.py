@@ -15,19 +15,22 @@ from server.adapters.format import fields
 from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.format.contradictions import contradictions
 from server.adapters.format.module_paths import SiteFinder
+from server.adapters.format.own_rows import own_rows
 from server.adapters.format.patterns import ModulePatterns
+from server.adapters.positions import FromInvocation, Positions
 from server.ground.errors import AdapterRejected
 from server.model.site import PRODUCTS, Site, SiteKind
+from server.ops.site_ops import Tensors
 
 # Fields that are read below, and fields that only say how the adapter was trained.
 _KNOWN = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias", "use_bdlora",
     "init_lora_weights", "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "velora_config", "monteclora_config", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config",
+    "alora_invocation_tokens", "trainable_token_indices", "modules_to_save",
     "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr",  # ms-swift's, for training with LoRA+
 }  # fmt: skip
-_REFUSED = fields.REFUSED | {
-    "alora_invocation_tokens": "activated LoRA, which starts inside the prompt, is not served yet",
+_REFUSED = {name: why for name, why in fields.REFUSED.items() if name not in _KNOWN} | {
     "arrow_config": "routing between adapters per token is not served",
     "kasa_config": "it changes the base's weights, so the adapter does not fit the unchanged base",
     "use_qalora": "QA-LoRA pools its inputs by quantization group and is not served",
@@ -48,6 +51,8 @@ _ROLES = {
     "base_layer.bias": "bias",
     "bias": "bias",
     "base_layer.weight": "base_table",
+    "token_adapter.trainable_tokens_delta": "token_rows",
+    "weight": "saved_weight",
 }
 _TRAINING_ONLY = (".lora_velora_embed", ".lora_monteclora_sampler")
 
@@ -88,6 +93,8 @@ class LoraFile:
         self.parts, warnings = _parts(checkpoint, sites)
         modules = [part.module for part in self.parts if part.keys.keys() & {"down", "embedding_down"}]
         has_up_bias = any("up_bias" in part.keys for part in self.parts)
+        self.positions = _positions(config)
+        self._sites = sites
         self.warnings = warnings + contradictions(config, modules, has_up_bias=has_up_bias)
 
     def pair(self, part: Part) -> Pair | None:
@@ -112,7 +119,12 @@ class LoraFile:
         return None if key is None else self._checkpoint.take(key, (part.site.d_out,))
 
     def bias_change(self, part: Part) -> torch.Tensor | None:
-        """The file's bias, which is the whole new one, less the base's (d_out,); None if the file has none."""
+        """The file's bias, which is the whole new one, less the base's (d_out,); None if the file has none.
+
+        That of a module saved as a whole is in its op.
+        """
+        if "saved_weight" in part.keys:
+            return None
         trained = self.vector(part, "bias")
         if trained is None:
             return None
@@ -120,6 +132,33 @@ class LoraFile:
             name = self._checkpoint.name(part.keys["bias"])
             raise AdapterRejected(f"{name}: {part.site.path} has no bias in this base. Train with bias='none'.")
         return trained - part.site.bias
+
+    def ops(self, part: Part) -> dict[str, dict[str, Tensors]]:
+        """What of a part is the adapter's own, whatever the base has: ops by site path.
+
+        Rows of an embedding's table are those of a head, too, that shares it.
+        """
+        if "token_rows" in part.keys:
+            named = self._checkpoint.config.get("trainable_token_indices")
+            ids = named.get(part.module.rpartition(".")[2]) if isinstance(named, dict) else named
+            rows = own_rows(
+                self._checkpoint, part.keys["token_rows"], ids, "trainable_token_indices", part.site, self._sites
+            )
+            return {path: {"token_rows": tensors} for path, tensors in rows.items()}
+        if "saved_weight" in part.keys:
+            op = "norm_weight" if part.site.kind is SiteKind.NORM else "own_weight"
+            return {part.site.path: {op: self._saved(part)}}
+        return {}
+
+    def _saved(self, part: Part) -> Tensors:
+        """The weight, and the bias where the site has one, of a module that was saved as a whole."""
+        site, weight = part.site, self._checkpoint.take(part.keys["saved_weight"])
+        weight = weight.T.contiguous() if site.kind is SiteKind.EMBEDDING else weight
+        saved = self.vector(part, "bias")
+        bias = site.bias if saved is None else saved
+        if bias is None and site.kind is SiteKind.NORM:
+            bias = torch.zeros(site.d_out)
+        return {"weight": weight} | ({} if bias is None else {"bias": bias})
 
     def _check_rank(self, key: str, rank: int, site: Site) -> None:
         name, limit = self._checkpoint.name(key), self._checkpoint.limits.max_rank
@@ -167,6 +206,16 @@ def _check_config(config: Mapping[str, Any]) -> None:
         raise AdapterRejected(f"bias = {bias!r:.40} in adapter_config.json must be none, all or lora_only.")
 
 
+def _positions(config: Mapping[str, Any]) -> Positions | None:
+    """Activated LoRA (Greenewald et al. 2025, arXiv:2504.12397) begins at its invocation."""
+    tokens = config.get("alora_invocation_tokens")
+    if not tokens:
+        return None
+    if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens):
+        raise AdapterRejected("alora_invocation_tokens in adapter_config.json must be a list of token ids.")
+    return FromInvocation(tuple(tokens))
+
+
 def _by_pattern(
     config: Mapping[str, Any], name: str, pattern_name: str, read: Callable[[Any, str], float], default: int
 ) -> Callable[[str], float]:
@@ -194,8 +243,10 @@ def _parts(checkpoint: Checkpoint, sites: Mapping[str, Site]) -> tuple[tuple[Par
         if ending is None:
             continue
         module, role, name = key[: -len(ending) - 1], _ROLES[ending], checkpoint.name(key)
+        if role == "saved_weight" and not checkpoint.config.get("modules_to_save"):
+            continue
         part = parts.setdefault((site := finder.find(module, name)).path, Part(module, site))
-        if role != "bias" and site.kind not in PRODUCTS:
+        if role not in ("bias", "saved_weight") and site.kind not in PRODUCTS:
             raise AdapterRejected(f"{name}: {site.path} is no linear or embedding, which this is for.")
         if role in part.keys or part.module != module:
             twin = checkpoint.name(next(iter(part.keys.values())))

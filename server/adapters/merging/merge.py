@@ -160,6 +160,7 @@ class _WatchedSite:
         self._site = site
         self._asked = asked
         self.index, self.path, self.kind = site.index, site.path, site.kind
+        self.table_of = site.table_of
         self.d_in, self.d_out = site.d_in, site.d_out
 
     @property

@@ -12,7 +12,7 @@ import torch
 
 from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.format.lora_file import LoraFile, Pair, Part
-from server.adapters.method import Edit, Lowered
+from server.adapters.method import Edit, Lowered, add_ops
 from server.ground.errors import AdapterRejected
 from server.model.site import Site
 
@@ -28,6 +28,10 @@ class Dora:
 
     def lower_weighed(self, checkpoint: Checkpoint, sites: Mapping[str, Site], weight: float) -> Lowered:
         file = LoraFile(checkpoint, sites)
+        if file.positions is not None:
+            raise AdapterRejected(
+                "alora_invocation_tokens and use_dora in adapter_config.json: PEFT has no such method."
+            )
         edits: dict[str, Edit] = {}
         for part in file.parts:
             pair, change = file.pair(part), file.bias_change(part)
@@ -35,6 +39,7 @@ class Dora:
                 edits[part.site.path] = _edit(file, part, pair, change, weight)
             elif change is not None:
                 edits[part.site.path] = Edit(out_shift=weight * change)
+            add_ops(edits, file.ops(part))
         rank = max((edit.rank for edit in edits.values()), default=0)
         return Lowered(self.name, rank, checkpoint.num_parameters, edits, file.warnings)
 

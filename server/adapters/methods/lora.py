@@ -1,4 +1,4 @@
-"""LoRA and what is LoRA once trained: rsLoRA, LoRA+, LoRA-FA, QLoRA, EVA, block-diagonal LoRA, trained biases.
+"""LoRA and what is LoRA once trained: rsLoRA, LoRA+, LoRA-FA, QLoRA, EVA, block-diagonal LoRA, trained biases; aLoRA.
 
 Owns y = base(x) + s (B (A x) + beta) + (new bias - base's bias). The reading of the file is `lora_file.py`'s.
 Hu et al. 2021, arXiv:2106.09685; s = lora_alpha / sqrt(r): Kalajdzievski 2023, arXiv:2312.03732.
@@ -11,7 +11,7 @@ import torch
 
 from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.format.lora_file import LoraFile, Pair, Part
-from server.adapters.method import Edit, Lowered
+from server.adapters.method import Edit, Lowered, add_ops
 from server.model.site import Site
 
 
@@ -31,9 +31,10 @@ class Lora:
                 edits[part.site.path] = Edit(down=pair.down, up=pair.up, out_shift=shift)
             elif shift is not None:
                 edits[part.site.path] = Edit(out_shift=shift)
-        method = "rslora" if checkpoint.config.get("use_rslora") else self.name
+            add_ops(edits, file.ops(part))
+        method = "alora" if file.positions else "rslora" if checkpoint.config.get("use_rslora") else self.name
         rank = max((edit.rank for edit in edits.values()), default=0)
-        return Lowered(method, rank, checkpoint.num_parameters, edits, file.warnings)
+        return Lowered(method, rank, checkpoint.num_parameters, edits, file.warnings, positions=file.positions)
 
 
 def _shift(file: LoraFile, part: Part, pair: Pair | None) -> torch.Tensor | None:

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 
 from server.ops.site_ops.kv_rows import KvRows
 from server.ops.site_ops.norm_weight import NormWeight
+from server.ops.site_ops.own_weight import OwnWeight
 from server.ops.site_ops.site_op import OpSite, OpTokens, SiteOp, SiteShape, Tensors
 from server.ops.site_ops.token_rows import TokenRows
 
 __all__ = ["SITE_OPS", "OpSite", "OpTokens", "SiteOp", "SiteShape", "Tensors"]
 
-_OPS: tuple[SiteOp, ...] = (TokenRows(), KvRows(), NormWeight())
+_OPS: tuple[SiteOp, ...] = (OwnWeight(), TokenRows(), KvRows(), NormWeight())
 SITE_OPS: Mapping[str, SiteOp] = {op.name: op for op in _OPS}

@@ -3,7 +3,7 @@
 Owns the op at a norm. Knows nothing about what the norm computes before its weight.
 
 Semantics, for a token t of a lane with `weight` (width,) and `bias` (width,):
-    y[t] = weight * normalized(x)[t] + bias
+    y[t] = (weight + what the model adds to a weight) * normalized(x)[t] + bias
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ class NormWeight:
                 raise ValueError(f"its {field} has the shape {list(tensor.shape)}, and this base needs {[site.d_out]}")
 
     def stack(self, of_lane: Sequence[Tensors], site: OpSite) -> Tensors:
-        like = of_lane[0]["weight"]
-        blank = torch.zeros_like(like)
-        return {field: torch.stack([blank, *(own[field] for own in of_lane)]) for field in ("weight", "bias")}
+        blank = torch.zeros_like(of_lane[0]["weight"])
+        weight, bias = (torch.stack([blank, *(own[field] for own in of_lane)]) for field in ("weight", "bias"))
+        return {"weight": weight + site.weight_offset, "bias": bias}
 
     def before(self, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
         return x

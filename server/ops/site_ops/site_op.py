@@ -35,6 +35,10 @@ class OpSite(SiteShape, Protocol):
     def gain(self) -> float:
         """By which an embedding multiplies its rows (Gemma: the root of the width); else 1."""
 
+    @property
+    def weight_offset(self) -> float:
+        """What a norm adds to its weight (Gemma: 1); else 0."""
+
     def normalized(self, x: torch.Tensor) -> torch.Tensor:
         """At a norm: what it multiplies by its weight, (tokens, width) -> the same."""
 

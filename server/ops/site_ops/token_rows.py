@@ -43,15 +43,15 @@ class TokenRows:
         return {"ids": ids, "rows": rows}
 
     def before(self, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
-        return x.clamp_min(0) if site.kind == "embedding" else x
+        return x
 
     def after(self, y: torch.Tensor, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
         if site.kind == "embedding":
-            return self._embed(y, x, stacked, tokens)
+            return self._embed(y, stacked, tokens)
         return self._score(y, x, stacked, tokens)
 
-    def _embed(self, y: torch.Tensor, ids: torch.Tensor, stacked: Tensors, tokens: OpTokens) -> torch.Tensor:
-        is_own = stacked["ids"].index_select(0, tokens.lanes) == ids[:, None]  # (tokens, n)
+    def _embed(self, y: torch.Tensor, stacked: Tensors, tokens: OpTokens) -> torch.Tensor:
+        is_own = stacked["ids"].index_select(0, tokens.lanes) == tokens.ids[:, None]  # (tokens, n)
         own = stacked["rows"][tokens.lanes, is_own.int().argmax(1)]
         return torch.where(is_own.any(1)[:, None], own.to(y.dtype), y)
 
