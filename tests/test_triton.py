@@ -35,6 +35,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLAGS = {"ops": "triton", "device": DEVICE, "adapter_memory": "2MiB", "kv_memory": "2MiB"}
 # One of each method, both ends of the base, and a rank of each site's own.
 KINDS = ("lora-embedding-and-head", "lora-patterns", "dora", "vera", "ia3")
+# Ops beside the kernels, parts at some positions, virtual tokens.
+SEQUENCE_KINDS = ("loreft", "alora", "prompt_tuning", "prefix_tuning", "dora-saved-norms", "lora-token-rows")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,7 +58,8 @@ def check_fidelity(folder: Path, scratch: Path, kinds: tuple[str, ...]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # of computing without a pause; other processes may have the cores
 @pytest.mark.parametrize(
-    ("architecture", "kinds"), [("llama", KINDS), ("gemma2", (KINDS[0], "dora")), ("gpt2", ("lora", "vera"))]
+    ("architecture", "kinds"),
+    [("llama", KINDS), ("gemma2", (KINDS[0], "dora")), ("gpt2", ("lora", "vera")), ("llama", SEQUENCE_KINDS)],
 )
 def test_every_method_in_one_batch_equals_peft_alone(
     architecture: str, kinds: tuple[str, ...], model_folder: Callable[[str], Path], tmp_path: Path
