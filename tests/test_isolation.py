@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from server.assemble import Server
 from server.engine.sequence import SamplingParams
-from tests.adapters.peft_adapters import KINDS, make_adapter
+from tests.adapters.peft_adapters import KINDS, LINEAR_KINDS, make_adapter
 from tests.models import ARCHITECTURES
 from tests.serving import Answer, Ask, answer_all, serving
 
 NEAR_TIE = 1e-4
-NUM_REQUESTS = 32
+NUM_REQUESTS = 32  # or as many as there are kinds
+ALL_KINDS = (*KINDS, *LINEAR_KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory):  # type:
     """Small chunks and few seats, so that prefills, decodes and waiting requests meet."""
     scratch = tmp_path_factory.mktemp("isolation")
     dense = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    for seed, kind in enumerate(KINDS):
+    for seed, kind in enumerate(ALL_KINDS):
         make_adapter(dense, kind, scratch / "adapters" / kind, seed)
     with serving(
         tiny_llama, scratch, adapters=str(scratch / "adapters"), max_sequences="20", max_batch_tokens="64"
@@ -35,10 +36,10 @@ def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory):  # type:
         yield server
 
 
-def asks(rng: random.Random, kinds: Sequence[str] = tuple(KINDS), max_tokens: int = 40) -> list[Ask]:
+def asks(rng: random.Random, kinds: Sequence[str] = ALL_KINDS, max_tokens: int = 40) -> list[Ask]:
     """Requests over the base and every adapter, in random order, with prompts of all lengths."""
     names = [None, *kinds]
-    chosen = [names[i % len(names)] for i in range(NUM_REQUESTS)]
+    chosen = [names[i % len(names)] for i in range(max(NUM_REQUESTS, len(names)))]
     rng.shuffle(chosen)
     prompts = [tuple(rng.randrange(256) for _ in range(rng.choice((1, 2, 7, 30, 90, 150)))) for _ in chosen]
     return [

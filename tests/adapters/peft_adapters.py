@@ -149,6 +149,9 @@ KINDS: Mapping[str, Recipe] = {
     ),
 }
 
+# Kinds that PEFT makes for nn.Linear, and not for GPT-2's Conv1D.
+LINEAR_KINDS: Mapping[str, Recipe] = {}
+
 # Kinds that need more of the base than modules by role: biases on the linears, or the Llama names.
 BIASED_KINDS: Mapping[str, Recipe] = {
     "lora-bias-only": _lora(bias="lora_only", target_modules=_attention),
@@ -192,7 +195,7 @@ def make_adapter(
     at strength 1 an adapter outweighs its base, which no training does.
     """
     model = base if isinstance(base, PreTrainedModel) else base()
-    recipe = {**KINDS, **BIASED_KINDS, **LLAMA_KINDS, **SEQUENCE_KINDS, **SAVED_KINDS}[kind]
+    recipe = {**KINDS, **LINEAR_KINDS, **BIASED_KINDS, **LLAMA_KINDS, **SEQUENCE_KINDS, **SAVED_KINDS}[kind]
     with _peft_warnings_off():
         config = recipe(TARGETS[model.config.model_type])
     return save_trained(model, config, folder, seed, strength)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Set
 from math import isfinite
 from typing import Any
 
+from server.adapters.format.patterns import ModulePatterns
 from server.ground.errors import AdapterRejected
 
 # Fields of every PEFT config that say nothing about the result: book-keeping, or a choice of modules, layers and inits
@@ -99,3 +100,27 @@ def table(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise AdapterRejected(f"{name} in adapter_config.json must be an object, not {value!r:.40}.")
     return value
+
+
+def by_pattern(
+    config: Mapping[str, Any], name: str, pattern_name: str, read: Callable[[Any, str], float], default: int
+) -> Callable[[str], float]:
+    """A field's value for a module path: that of the first pattern in the file that matches, else the field's own."""
+    general = read(config.get(name, default), name)
+    special = {pattern: read(value, pattern_name) for pattern, value in table(config, pattern_name).items()}
+    patterns = ModulePatterns(special, pattern_name)
+
+    def value(module: str) -> float:
+        pattern = patterns.first(module)
+        return general if pattern is None else special[pattern]
+
+    return value
+
+
+def check_no_bias(config: Mapping[str, Any], method: str) -> None:
+    """Refuses `bias` other than none, for methods whose trained biases are not read."""
+    if config.get("bias") not in (None, "none"):
+        raise AdapterRejected(
+            f"bias = {config['bias']!r:.40} in adapter_config.json: {method}'s biases are not served yet. "
+            "Train with bias = 'none'."
+        )

@@ -5,7 +5,7 @@ nothing about edits: what is computed from A and B is each method's own.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,6 @@ from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.format.contradictions import contradictions
 from server.adapters.format.module_paths import SiteFinder
 from server.adapters.format.own_rows import own_rows
-from server.adapters.format.patterns import ModulePatterns
 from server.adapters.positions import FromInvocation, Positions
 from server.ground.errors import AdapterRejected
 from server.model.site import PRODUCTS, Site, SiteKind
@@ -86,8 +85,8 @@ class LoraFile:
         config = checkpoint.config
         _check_config(config)
         self._checkpoint = checkpoint
-        self._rank = _by_pattern(config, "r", "rank_pattern", fields.count, default=8)
-        self._alpha = _by_pattern(config, "lora_alpha", "alpha_pattern", fields.number, default=8)
+        self._rank = fields.by_pattern(config, "r", "rank_pattern", fields.count, default=8)
+        self._alpha = fields.by_pattern(config, "lora_alpha", "alpha_pattern", fields.number, default=8)
         self._use_rslora = fields.flag(config, "use_rslora")
         self._num_blocks = fields.count(fields.table(config, "use_bdlora").get("nblocks", 1), "use_bdlora.nblocks")
         self.parts, warnings = _parts(checkpoint, sites)
@@ -214,21 +213,6 @@ def _positions(config: Mapping[str, Any]) -> Positions | None:
     if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens):
         raise AdapterRejected("alora_invocation_tokens in adapter_config.json must be a list of token ids.")
     return FromInvocation(tuple(tokens))
-
-
-def _by_pattern(
-    config: Mapping[str, Any], name: str, pattern_name: str, read: Callable[[Any, str], float], default: int
-) -> Callable[[str], float]:
-    """A field's value for a module path: that of the first pattern in the file that matches, else the field's own."""
-    general = read(config.get(name, default), name)
-    special = {pattern: read(value, pattern_name) for pattern, value in fields.table(config, pattern_name).items()}
-    patterns = ModulePatterns(special, pattern_name)
-
-    def value(module: str) -> float:
-        pattern = patterns.first(module)
-        return general if pattern is None else special[pattern]
-
-    return value
 
 
 def _parts(checkpoint: Checkpoint, sites: Mapping[str, Site]) -> tuple[tuple[Part, ...], tuple[str, ...]]:

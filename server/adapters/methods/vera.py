@@ -71,10 +71,7 @@ class Shared:
 def _rank(checkpoint: Checkpoint) -> int:
     config = checkpoint.config
     fields.check_known(config, _KNOWN)
-    if config.get("bias") not in (None, "none"):
-        raise AdapterRejected(
-            f"bias = {config['bias']!r:.40} in adapter_config.json: VeRA's biases are not served yet."
-        )
+    fields.check_no_bias(config, "VeRA")
     rank, limit = fields.count(config.get("r", 256), "r"), checkpoint.limits.max_rank
     if rank > limit:
         raise AdapterRejected(f"r = {rank} in adapter_config.json; the limit is {limit}. Use a smaller r.")
