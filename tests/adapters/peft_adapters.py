@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import (
+    AdaLoraConfig,
     IA3Config,
     LoraConfig,
     PeftConfig,
@@ -93,6 +94,11 @@ def _lora(**fields: Any) -> Recipe:
     return _configured(LoraConfig, {"target_modules": lambda t: t.all, "r": 4, "lora_alpha": 7} | fields)
 
 
+def _adalora(**fields: Any) -> Recipe:
+    schedule = {"target_r": 2, "init_r": 4, "lora_alpha": 7, "total_step": 10}
+    return _configured(AdaLoraConfig, {"target_modules": lambda t: t.all} | schedule | fields)
+
+
 def _attention(targets: Targets) -> list[str]:
     return targets.attention
 
@@ -147,6 +153,7 @@ KINDS: Mapping[str, Recipe] = {
     "ia3-feedforward": _configured(
         IA3Config, {"target_modules": lambda t: t.feedforward, "feedforward_modules": lambda t: t.feedforward}
     ),
+    "adalora": _adalora(),
 }
 
 # Kinds that PEFT makes for nn.Linear, and not for GPT-2's Conv1D.
@@ -159,6 +166,13 @@ BIASED_KINDS: Mapping[str, Recipe] = {
     "dora-bias-only": _lora(bias="lora_only", use_dora=True),
 }
 LLAMA_KINDS: Mapping[str, Recipe] = {
+    # Pruned: what is left of the rank of 4 at each module that is named.
+    "adalora-pruned": _adalora(
+        rank_pattern={
+            "model.layers.0.self_attn.q_proj.lora_E": [True, False, False, True],
+            "model.layers.1.mlp.down_proj.lora_E": [False, True, False, False],
+        }
+    ),
     "lora-blocks": _lora(target_modules=lambda t: [t.query, t.attention_out], use_bdlora=_BLOCKS),
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import BeftConfig, IA3Config, LoraConfig, PeftConfig, VeraConfig
+from peft import AdaLoraConfig, BeftConfig, IA3Config, LoraConfig, PeftConfig, VeraConfig
 from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2Config,
@@ -144,6 +144,7 @@ def adapter(originals: Copies, tmp_path: Path) -> Copies:
         ("dora-rslora", "dora", 4, 0),
         ("vera", "vera", 12, 0),
         ("ia3", "ia3", 0, 0),
+        ("adalora-pruned", "adalora", 4, 0),
     ],
 )
 def test_a_lowered_adapter_says_what_it_is(
@@ -333,6 +334,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], st
     "ia3 on an embedding": (
         "ia3", {}, {"base_model.model.model.embed_tokens.ia3_l": torch.ones(64, 1)}, r"embed_tokens \(embedding\)"
     ),
+    "adalora of more rank than it began with": ("adalora", {"init_r": 3}, {}, "has rank 4, .* at most init_r = 3"),
+    "adalora of no rank": ("adalora", {}, {f"{Q}.lora_E": torch.tensor(1.0)}, r"lora_E has the shape \[\]"),
+    "adalora without singular values": ("adalora", {}, {f"{Q}.lora_E": None}, r"no partner: .* no .*q_proj.lora_E"),
+    "adalora on an embedding": (
+        "adalora", {}, {"base_model.model.model.embed_tokens.lora_A": torch.ones(4, 96)}, "is no linear module"
+    ),
+    "adalora with dora": ("adalora", {"use_dora": True}, {}, "use_dora = True .* AdaLoRA has no such option"),
+    "bias in adalora": ("adalora", {"bias": "all"}, {}, "bias = 'all' .* AdaLoRA's biases are not served yet"),
 }  # fmt: skip
 
 
@@ -394,6 +403,7 @@ CONFIGS: list[tuple[str, type[PeftConfig]]] = [
     ("lora", LoraConfig),
     ("vera", VeraConfig),
     ("ia3", IA3Config),
+    ("adalora", AdaLoraConfig),
 ]
 
 
