@@ -17,6 +17,7 @@ import torch
 from peft import (
     AdaLoraConfig,
     IA3Config,
+    LoHaConfig,
     LoraConfig,
     PeftConfig,
     PeftModel,
@@ -157,7 +158,13 @@ KINDS: Mapping[str, Recipe] = {
 }
 
 # Kinds that PEFT makes for nn.Linear, and not for GPT-2's Conv1D.
-LINEAR_KINDS: Mapping[str, Recipe] = {}
+LINEAR_KINDS: Mapping[str, Recipe] = {
+    "loha": _configured(LoHaConfig, {"target_modules": lambda t: t.all, "r": 3, "alpha": 7}),
+    "loha-patterns": _configured(
+        LoHaConfig,
+        {"target_modules": lambda t: t.attention, "rank_pattern": _by_layer, "alpha_pattern": lambda t: {t.value: 29}},
+    ),
+}
 
 # Kinds that need more of the base than modules by role: biases on the linears, or the Llama names.
 BIASED_KINDS: Mapping[str, Recipe] = {

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, BeftConfig, IA3Config, LoraConfig, PeftConfig, VeraConfig
+from peft import AdaLoraConfig, BeftConfig, IA3Config, LoHaConfig, LoraConfig, PeftConfig, VeraConfig
 from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2Config,
@@ -145,6 +145,7 @@ def adapter(originals: Copies, tmp_path: Path) -> Copies:
         ("vera", "vera", 12, 0),
         ("ia3", "ia3", 0, 0),
         ("adalora-pruned", "adalora", 4, 0),
+        ("loha", "loha", 9, 0),
     ],
 )
 def test_a_lowered_adapter_says_what_it_is(
@@ -342,6 +343,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], st
     ),
     "adalora with dora": ("adalora", {"use_dora": True}, {}, "use_dora = True .* AdaLoRA has no such option"),
     "bias in adalora": ("adalora", {"bias": "all"}, {}, "bias = 'all' .* AdaLoRA's biases are not served yet"),
+    "loha of other rank": ("loha", {"r": 4}, {}, "has rank 3, and r or rank_pattern .* says 4"),
+    "loha of a scalar": ("loha", {}, {f"{Q}.hada_w1_b": torch.tensor(1.0)}, "hada_w1_b has rank 0"),
+    "loha of other width": ("loha", {}, {f"{Q}.hada_w2_a": torch.ones(63, 3)}, r"hada_w2_a has the shape \[63, 3\]"),
+    "loha of r^2 beyond the limit": (
+        "loha", {"rank_pattern": {"0.self_attn.q_proj": 23}}, {f"{Q}.hada_w1_b": torch.ones(23, 64)},
+        r"has rank 529; the limit is 512. A LoHa of r = 23 is a LoRA of r\^2. Train with .* or merge it",
+    ),
+    "loha of a convolution": ("loha", {}, {f"{Q}.hada_t1": torch.ones(3, 3, 1, 1)}, "no use for .*hada_t1"),
 }  # fmt: skip
 
 
@@ -404,6 +413,7 @@ CONFIGS: list[tuple[str, type[PeftConfig]]] = [
     ("vera", VeraConfig),
     ("ia3", IA3Config),
     ("adalora", AdaLoraConfig),
+    ("loha", LoHaConfig),
 ]
 
 
