@@ -178,6 +178,7 @@ LLAMA_KINDS: Mapping[str, Recipe] = {
         rank_pattern={
             "model.layers.0.self_attn.q_proj.lora_E": [True, False, False, True],
             "model.layers.1.mlp.down_proj.lora_E": [False, True, False, False],
+            "model.layers.1.mlp.up_proj.lora_E": [False, False, False, False],
         }
     ),
     "lora-blocks": _lora(target_modules=lambda t: [t.query, t.attention_out], use_bdlora=_BLOCKS),

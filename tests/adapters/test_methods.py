@@ -337,6 +337,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], st
     ),
     "adalora of more rank than it began with": ("adalora", {"init_r": 3}, {}, "has rank 4, .* at most init_r = 3"),
     "adalora of no rank": ("adalora", {}, {f"{Q}.lora_E": torch.tensor(1.0)}, r"lora_E has the shape \[\]"),
+    "adalora with a module half pruned": ("adalora", {}, {f"{Q}.lora_E": torch.ones(0, 1)}, "lora_E is empty, shape"),
     "adalora without singular values": ("adalora", {}, {f"{Q}.lora_E": None}, r"no partner: .* no .*q_proj.lora_E"),
     "adalora on an embedding": (
         "adalora", {}, {"base_model.model.model.embed_tokens.lora_A": torch.ones(4, 96)}, "is no linear module"

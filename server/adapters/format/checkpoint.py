@@ -98,15 +98,21 @@ class Checkpoint:
         """The key as the file spells it, for messages."""
         return self._entries[key].name
 
+    def is_empty(self, key: str) -> bool:
+        """Whether the tensor holds no number: all that is left of a module that was pruned away."""
+        return 0 in self._entries[key].shape
+
     def shape(self, key: str) -> tuple[int, ...]:
-        return self._entries[key].shape
+        """Raises AdapterRejected for a tensor that is empty, as `take` does."""
+        return _filled(self._entries[key]).shape
 
     def take(self, key: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         """The tensor, float32 on the CPU, and marks its key as used. Reads this one tensor from disk.
 
-        Raises AdapterRejected if the tensor has another shape than the given one, is not floating, or is not finite.
+        Raises AdapterRejected if the tensor has another shape than the given one, is empty, is not floating, or is not
+        finite.
         """
-        entry = self._entries[key]
+        entry = _filled(self._entries[key])
         if shape is not None and entry.shape != shape:
             raise AdapterRejected(
                 f"{entry.name} has the shape {list(entry.shape)}, and this base needs {list(shape)}. "
@@ -126,8 +132,11 @@ class Checkpoint:
         self._used.add(key)
 
     def leftover(self) -> tuple[str, ...]:
-        """The keys neither taken nor ignored so far, as the file spells them."""
-        return tuple(entry.name for key, entry in self._entries.items() if key not in self._used)
+        """The keys neither taken nor ignored so far, as the file spells them.
+
+        Raises AdapterRejected if one of their tensors is empty.
+        """
+        return tuple(_filled(entry).name for key, entry in self._entries.items() if key not in self._used)
 
     @property
     def num_parameters(self) -> int:
@@ -278,11 +287,6 @@ def _entry(name: str, described: Any, data_begin: int) -> _Entry:
         )
     if not _are_counts(shape) or len(shape) > _MAX_DIMENSIONS:
         raise AdapterRejected(f"{name}: shape must be at most {_MAX_DIMENSIONS} whole numbers.")
-    if 0 in shape:
-        raise AdapterRejected(
-            f"{name} is empty, shape {shape}: it was saved without gathering the shards of the training run. "
-            "Save it again with the full parameters (DeepSpeed: zero.GatheredParameters; FSDP: summon_full_params)."
-        )
     if not _are_counts(offsets) or len(offsets) != 2:
         raise AdapterRejected(f"{name}: data_offsets must be two whole numbers.")
     begin, end = offsets
@@ -292,6 +296,17 @@ def _entry(name: str, described: Any, data_begin: int) -> _Entry:
     return _Entry(name, dtype, tuple(shape), data_begin + begin, data_begin + end)
 
 
+def _filled(entry: _Entry) -> _Entry:
+    """The entry, unless its tensor is empty."""
+    if 0 in entry.shape:
+        raise AdapterRejected(
+            f"{entry.name} is empty, shape {list(entry.shape)}: it was saved without gathering the shards of the "
+            "training run. Save it again with the full parameters (DeepSpeed: zero.GatheredParameters; FSDP: "
+            "summon_full_params)."
+        )
+    return entry
+
+
 def _are_counts(values: Any) -> bool:
     """Whether `values` is a list of whole numbers in 0 .. 2^53 - 1, so that no product of them grows without bound."""
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 53 for value in values)
@@ -299,7 +314,7 @@ def _are_counts(values: Any) -> bool:
 
 def _check_contiguous(entries: list[_Entry], data_begin: int, size: int) -> None:
     position = data_begin
-    for entry in sorted(entries, key=lambda entry: entry.begin):
+    for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
         if entry.begin != position:
             fault = "overlaps another tensor's" if entry.begin < position else "leaves a gap before it"
             raise AdapterRejected(f"{entry.name}: its data {fault}. Upload the file as it was saved.")

@@ -46,7 +46,12 @@ class AdaLora:
         return lower_by_module(self.name, checkpoint, modules, lambda module: _edit(module, init_r, scaling))
 
 
-def _edit(module: ModuleTensors, init_r: int, scaling: float) -> Edit:
+def _edit(module: ModuleTensors, init_r: int, scaling: float) -> Edit | None:
+    keys = module.keys.values()
+    if all(module.checkpoint.is_empty(key) for key in keys):  # pruned to nothing
+        for key in keys:
+            module.checkpoint.ignore(key)
+        return None
     rank = next(iter(module.shape(_E)), 0)
     module.check_rank(rank, "Use a smaller init_r.")
     if rank > init_r:

@@ -119,7 +119,6 @@ BAD_WEIGHTS: dict[str, tuple[bytes, str]] = {
     "shape of floats": (packed({"a": described(shape=[2.0])}, b"\0" * 8), "a: shape must be"),
     "shape of words": (packed({"a": described(shape="2")}, b"\0" * 8), "a: shape must be"),
     "nine dimensions": (packed({"a": described(shape=[1] * 9)}, b"\0" * 4), "at most 8 whole numbers"),
-    "empty shard": (packed({"a": described(shape=[0], offsets=[0, 0])}), "without gathering the shards"),
     "three offsets": (packed({"a": described(offsets=[0, 4, 8])}, b"\0" * 8), "must be two whole numbers"),
     "backward offsets": (packed({"a": described(offsets=[8, 0])}, b"\0" * 8), "span -8 bytes"),
     "other length": (packed({"a": described(offsets=[0, 4])}, b"\0" * 4), "span 4 bytes, its shape and type need 8"),
@@ -139,6 +138,21 @@ def test_weights_that_do_not_hold_together_are_refused(tmp_path: Path, weights: 
         Checkpoint.open(folder_with(tmp_path, weights))
     assert words in refused.value.message
     assert len(refused.value.message) < 400
+
+
+def test_an_empty_tensor_opens_and_is_refused_once_it_is_asked_for(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(folder_with(tmp_path, packed({"a": described(shape=[0], offsets=[0, 0])})))
+    assert checkpoint.is_empty("a")
+    asks: tuple[Callable[[], object], ...] = (
+        lambda: checkpoint.shape("a"),
+        lambda: checkpoint.take("a"),
+        checkpoint.leftover,
+    )
+    for ask in asks:
+        with pytest.raises(AdapterRejected, match="a is empty, shape .* without gathering the shards"):
+            ask()
+    checkpoint.ignore("a")
+    assert checkpoint.leftover() == ()
 
 
 BAD_CONFIGS: dict[str, tuple[str, str]] = {
