@@ -40,6 +40,15 @@ class ModuleTensors:
         """The tensor, float32 on the CPU; a refusal that names it if it has another shape than the given one."""
         return self.checkpoint.take(self.keys[parameter], shape)
 
+    def check_saved_rank(self, parameter: str, place: int, rank: int, fields: str = "r") -> None:
+        """Refuses a tensor whose shape has another rank at `place` than the config's `fields` say."""
+        saved = next(iter(self.shape(parameter)[place:]), 0)
+        if saved != rank:
+            raise AdapterRejected(
+                f"{self.name(parameter)} has rank {saved}, and {fields} in adapter_config.json says {rank}, so its "
+                "scaling is not known. Save the config that belongs to the weights."
+            )
+
     def check_rank(self, rank: int, remedy: str = "Use a smaller r.") -> None:
         """Refuses a rank above the limit before anything of that size is made."""
         if rank > self.checkpoint.limits.max_rank:

@@ -12,7 +12,6 @@ from server.adapters.by_module import ModuleTensors, lower_by_module, modules_of
 from server.adapters.format import fields
 from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.method import Edit, Lowered
-from server.ground.errors import AdapterRejected
 from server.model.site import Site
 
 _W1A, _W1B, _W2A, _W2B = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
@@ -40,12 +39,7 @@ class LoHa:
 
 
 def _edit(module: ModuleTensors, rank: int, alpha: float) -> Edit:
-    saved = next(iter(module.shape(_W1B)), 0)
-    if saved != rank:
-        raise AdapterRejected(
-            f"{module.name(_W1B)} has rank {saved}, and r or rank_pattern in adapter_config.json says {rank}, so its "
-            "scaling is not known. Save the config that belongs to the weights."
-        )
+    module.check_saved_rank(_W1B, 0, rank, "r or rank_pattern")
     module.check_rank(
         rank * rank,
         f"A LoHa of r = {rank} is a LoRA of r^2. Train with a smaller r, or merge it into the base (PEFT's "
