@@ -17,6 +17,7 @@ from tests.adapters.peft_adapters import (
     KINDS,
     LINEAR_KINDS,
     LLAMA_KINDS,
+    OWN_KINDS,
     SAVED_KINDS,
     SEQUENCE_KINDS,
 )
@@ -33,13 +34,13 @@ _MAIN = (
 )  # fmt: skip
 _OF_SEQUENCES = (*SEQUENCE_KINDS, *REFT_KINDS)
 KINDS_OF: Mapping[str, tuple[str, ...]] = {
-    "llama": (*KINDS, *LINEAR_KINDS, *BIASED_KINDS, *LLAMA_KINDS, *DEFAULTS, *_OF_SEQUENCES, *SAVED_KINDS),
+    "llama": (*KINDS, *LINEAR_KINDS, *OWN_KINDS, *BIASED_KINDS, *LLAMA_KINDS, *DEFAULTS, *_OF_SEQUENCES, *SAVED_KINDS),
     "mistral": (*_MAIN, *DEFAULTS),
     "qwen2": (*_MAIN, *BIASED_KINDS, *DEFAULTS),
-    "qwen3": (*KINDS, *LINEAR_KINDS, *DEFAULTS),
+    "qwen3": (*KINDS, *LINEAR_KINDS, *OWN_KINDS, *DEFAULTS),
     "gemma2": (*_MAIN, *DEFAULTS, *_OF_SEQUENCES, *SAVED_KINDS),
     "gemma3": (*_MAIN, *DEFAULTS),
-    "phi3": (*KINDS, *LINEAR_KINDS, *_OF_SEQUENCES, *SAVED_KINDS),  # PEFT has no defaults for it
+    "phi3": (*KINDS, *LINEAR_KINDS, *OWN_KINDS, *_OF_SEQUENCES, *SAVED_KINDS),  # PEFT has no defaults for it
     "gpt2": (*KINDS, *_ONLY, *DEFAULTS, *_OF_SEQUENCES),
     "opt": (*_MAIN, *_ONLY, *DEFAULTS),
     "gpt_neox": (*_MAIN, *_ONLY, *DEFAULTS),
@@ -77,7 +78,7 @@ def test_every_architecture_is_compared() -> None:
 
 def test_every_method_is_among_the_kinds() -> None:
     """A method file without test data here is not served with a promise."""
-    named = {kind.split("-")[0] for kind in (*KINDS, *LINEAR_KINDS, *_OF_SEQUENCES, *SAVED_KINDS)}
+    named = {kind.split("-")[0] for kind in (*KINDS, *LINEAR_KINDS, *OWN_KINDS, *_OF_SEQUENCES, *SAVED_KINDS)}
     assert {method.name for method in discover()} <= named
 
 

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from server.assemble import Server
 from server.engine.sequence import SamplingParams
-from tests.adapters.peft_adapters import KINDS, LINEAR_KINDS, make_adapter
+from tests.adapters.peft_adapters import KINDS, LINEAR_KINDS, OWN_KINDS, make_adapter
 from tests.models import ARCHITECTURES
 from tests.serving import Answer, Ask, answer_all, serving
 
 NEAR_TIE = 1e-4
 NUM_REQUESTS = 32
-ALL_KINDS = (*KINDS, *LINEAR_KINDS)
+ALL_KINDS = (*KINDS, *LINEAR_KINDS, *OWN_KINDS)
 
 
 @pytest.fixture(scope="module")

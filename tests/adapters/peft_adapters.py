@@ -6,8 +6,9 @@ architecture in `TARGETS`.
 """
 
 import copy
+import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from peft import (
 from peft.tuners.lora.config import BdLoraConfig
 from torch import nn
 from transformers import PreTrainedModel
+
+from tests.adapters.delta_lora_adapters import save_delta_lora_adapter, with_moved_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +169,13 @@ LINEAR_KINDS: Mapping[str, Recipe] = {
     ),
 }
 
+# Formats that PEFT does not have: how one is saved for (base, target modules, folder, seed, strength), and by peft_type
+# the dense model that answers as base and adapter do.
+OWN_KINDS: Mapping[str, Callable[[PreTrainedModel, Sequence[str], Path, int, float], Path]] = {
+    "delta_lora": save_delta_lora_adapter,
+}
+_ORACLES: Mapping[str, Callable[[PreTrainedModel, Path], PreTrainedModel]] = {"DELTALORA": with_moved_weights}
+
 # Kinds that need more of the base than modules by role: biases on the linears, or the Llama names.
 BIASED_KINDS: Mapping[str, Recipe] = {
     "lora-bias-only": _lora(bias="lora_only", target_modules=_attention),
@@ -217,6 +227,8 @@ def make_adapter(
     at strength 1 an adapter outweighs its base, which no training does.
     """
     model = base if isinstance(base, PreTrainedModel) else base()
+    if kind in OWN_KINDS:
+        return OWN_KINDS[kind](model, TARGETS[model.config.model_type].all, folder, seed, strength)
     recipe = {**KINDS, **LINEAR_KINDS, **BIASED_KINDS, **LLAMA_KINDS, **SEQUENCE_KINDS, **SAVED_KINDS}[kind]
     with _peft_warnings_off():
         config = recipe(TARGETS[model.config.model_type])
@@ -239,8 +251,9 @@ def peft_logits(base: PreTrainedModel, folder: Path, input_ids: torch.Tensor) ->
 
     Those of virtual tokens before the input are left out.
     """
+    oracle = _ORACLES.get(json.loads((folder / "adapter_config.json").read_text())["peft_type"])
     with _peft_warnings_off():
-        adapted = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+        adapted = oracle(base, folder) if oracle else PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
     with torch.no_grad():
         logits: torch.Tensor = adapted(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits
     return logits[:, -input_ids.shape[1] :]

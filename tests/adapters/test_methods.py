@@ -38,6 +38,7 @@ from tests.adapters.peft_adapters import (
     KINDS,
     LINEAR_KINDS,
     LLAMA_KINDS,
+    OWN_KINDS,
     make_adapter,
     peft_logits,
     save_trained,
@@ -101,7 +102,7 @@ SOME_KINDS = (
     "ia3-attention",
 )
 CASES = [
-    *[(llama, kind) for kind in (*KINDS, *LINEAR_KINDS, *BIASED_KINDS, *LLAMA_KINDS)],
+    *[(llama, kind) for kind in (*KINDS, *LINEAR_KINDS, *OWN_KINDS, *BIASED_KINDS, *LLAMA_KINDS)],
     *[(gpt2, kind) for kind in (*KINDS, "lora-bias-only", "dora-bias-only")],
     *[(make, kind) for make in (phi3, qwen3) for kind in SOME_KINDS],
 ]
@@ -146,6 +147,7 @@ def adapter(originals: Copies, tmp_path: Path) -> Copies:
         ("ia3", "ia3", 0, 0),
         ("adalora-pruned", "adalora", 4, 0),
         ("loha", "loha", 9, 0),
+        ("delta_lora", "delta_lora", 6, 0),
     ],
 )
 def test_a_lowered_adapter_says_what_it_is(
@@ -352,6 +354,19 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], st
         r"has rank 529; the limit is 512. A LoHa of r = 23 is a LoRA of r\^2. Train with .* or merge it",
     ),
     "loha of a convolution": ("loha", {}, {f"{Q}.hada_t1": torch.ones(3, 3, 1, 1)}, "no use for .*hada_t1"),
+    "delta-lora without the pair of its start": (
+        "delta_lora", {}, {f"{Q}.lora_start_A.weight": None, f"{Q}.lora_start_B.weight": None},
+        "q_proj has no lora_start_A and lora_start_B, .* save it with the adapter",
+    ),
+    "delta-lora with half a start": (
+        "delta_lora", {"start_step": 0}, {f"{Q}.lora_start_A.weight": None}, "has no lora_start_A"
+    ),
+    "delta-lora without its step size": ("delta_lora", {"delta_lambda": None}, {}, "delta_lambda .* finite number"),
+    "delta-lora without alpha": ("delta_lora", {"lora_alpha": None}, {}, "lora_alpha .* finite number"),
+    "delta-lora from a step of words": ("delta_lora", {"start_step": "5"}, {}, "start_step .* whole number"),
+    "delta-lora of other rank": ("delta_lora", {"r": 4}, {}, "lora_A.weight has rank 3, and r in .* says 4"),
+    "delta-lora of a rank beyond the limit": ("delta_lora", {"r": 257}, {}, "has rank 514; .* it counts twice"),
+    "delta-lora with biases": ("delta_lora", {"bias": "all"}, {}, "Delta-LoRA's biases"),
 }  # fmt: skip
 
 
