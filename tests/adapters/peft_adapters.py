@@ -28,8 +28,10 @@ from peft import (
     TrainableTokensConfig,
     VeraConfig,
     get_peft_model,
+    get_peft_model_state_dict,
 )
 from peft.tuners.lora.config import BdLoraConfig
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -162,6 +164,8 @@ KINDS: Mapping[str, Recipe] = {
 
 # Kinds that PEFT makes for nn.Linear, and not for GPT-2's Conv1D.
 LINEAR_KINDS: Mapping[str, Recipe] = {
+    "lora-pissa": _lora(init_lora_weights="pissa"),
+    "dora-olora": _lora(init_lora_weights="olora", use_dora=True, use_rslora=True),
     "loha": _configured(LoHaConfig, {"target_modules": lambda t: t.all, "r": 3, "alpha": 7}),
     "loha-patterns": _configured(
         LoHaConfig,
@@ -240,10 +244,31 @@ def save_trained(base: PreTrainedModel, config: PeftConfig, folder: Path, seed: 
     with torch.random.fork_rng(), _peft_warnings_off():
         torch.manual_seed(seed)
         adapted = get_peft_model(copy.deepcopy(base), config)
-        _train(adapted, strength)
+        changed_base = getattr(config, "init_lora_weights", None) in ("pissa", "olora")
+        initial = initial_pair(adapted) if changed_base else {}
+        move_away(adapted, strength)
         adapted.create_or_update_model_card = lambda _: None  # half the time of saving, and nobody reads it
         adapted.save_pretrained(str(folder))
+    if initial:
+        add_initial_pair(folder, initial)
     return folder
+
+
+def initial_pair(adapted: PeftModel) -> dict[str, torch.Tensor]:
+    """A and B of a model before it is trained, by the keys that they have in a file of ours."""
+    state = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(adapted).items()}
+    return {key.replace("lora_A", "lora_initial_A").replace("lora_B", "lora_initial_B"): t for key, t in state.items()}
+
+
+def add_initial_pair(folder: Path, initial: Mapping[str, torch.Tensor]) -> None:
+    """To what PEFT has saved: docs/initial-pair.md."""
+    weights = folder / "adapter_model.safetensors"
+    own = {
+        key: tensor
+        for key, tensor in initial.items()
+        if key.endswith(("lora_initial_A.weight", "lora_initial_B.weight"))
+    }
+    save_file(load_file(weights) | own, weights)
 
 
 def peft_logits(base: PreTrainedModel, folder: Path, input_ids: torch.Tensor) -> torch.Tensor:
@@ -259,7 +284,7 @@ def peft_logits(base: PreTrainedModel, folder: Path, input_ids: torch.Tensor) ->
     return logits[:, -input_ids.shape[1] :]
 
 
-def _train(adapted: nn.Module, strength: float) -> None:
+def move_away(adapted: nn.Module, strength: float) -> None:
     """A random stand-in for training: moves each trainable tensor by an amount that suits what it is."""
     for name, parameter in adapted.named_parameters():
         if not parameter.requires_grad:

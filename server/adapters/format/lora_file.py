@@ -5,6 +5,7 @@ nothing about edits: what is computed from A and B is each method's own.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,11 +37,15 @@ _REFUSED = {name: why for name, why in fields.REFUSED.items() if name not in _KN
     "ensure_weight_tying": "adapters tied between the embedding and the head are not served yet",
 }
 _NEUTRAL_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+# W became W - s B0 A0 before training, so the pair that it began with is needed, too (docs/initial-pair.md).
+_BASE_CHANGING_INITS = re.compile(r"pissa(_niter_\d{1,4})?|olora|corda|lora_ga|loftq")
 _BIASES = (None, "none", "all", "lora_only")
 
 # How a key ends -> the role of its tensor at a module. A longer ending stands before the one that it ends in.
 _ROLES = {
     "lora_A.weight": "down",
+    "lora_initial_A.weight": "initial_down",
+    "lora_initial_B.weight": "initial_up",
     "lora_B.weight": "up",
     "lora_embedding_A": "embedding_down",
     "lora_embedding_B": "embedding_up",
@@ -53,6 +58,10 @@ _ROLES = {
     "token_adapter.trainable_tokens_delta": "token_rows",
     "weight": "saved_weight",
 }
+_LOFTQ_WARNING = (
+    "LoftQ trained on a base that it had rounded. With the initial pair the adapter stands on this base's weights "
+    "instead, so the answers differ from the training's by that rounding."
+)
 _TRAINING_ONLY = (".lora_velora_embed", ".lora_monteclora_sampler")
 
 
@@ -67,10 +76,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A and s B of one site, paired by row."""
+    """A and s B of one site, paired by row; A0 and -s B0 below them where the base's weight was changed by its init."""
 
-    down: torch.Tensor  # (r, d_in)
-    up: torch.Tensor  # (r, d_out), the scaling s folded in
+    down: torch.Tensor  # (r or 2r, d_in)
+    up: torch.Tensor  # (r or 2r, d_out), the scaling s folded in
     scaling: float
 
 
@@ -87,6 +96,8 @@ class LoraFile:
         self._checkpoint = checkpoint
         self._rank = fields.by_pattern(config, "r", "rank_pattern", fields.count, default=8)
         self._alpha = fields.by_pattern(config, "lora_alpha", "alpha_pattern", fields.number, default=8)
+        init = config.get("init_lora_weights")
+        self._base_changing_init = None if init in _NEUTRAL_INITS else str(init)
         self._use_rslora = fields.flag(config, "use_rslora")
         self._num_blocks = fields.count(fields.table(config, "use_bdlora").get("nblocks", 1), "use_bdlora.nblocks")
         self.parts, warnings = _parts(checkpoint, sites)
@@ -95,6 +106,8 @@ class LoraFile:
         self.positions = _positions(config)
         self._sites = sites
         self.warnings = warnings + contradictions(config, modules, has_up_bias=has_up_bias)
+        if self._base_changing_init == "loftq":
+            self.warnings += (_LOFTQ_WARNING,)
 
     def pair(self, part: Part) -> Pair | None:
         """A and s B; None for a module without them. With half a pair, or a rank other than the config's: rejected."""
@@ -110,6 +123,9 @@ class LoraFile:
         scaling = self._alpha(part.module) / (math.sqrt(rank) if self._use_rslora else rank)
         down = self._matrix(down_key, rank, part.site.d_in)
         up = self._matrix(up_key, part.site.d_out, rank)
+        if self._base_changing_init is not None:
+            initial_down, initial_up = self._initial(part, rank)
+            down, up = torch.cat([down, initial_down]), torch.cat([up, -initial_up], dim=1)
         return Pair(down, (up * scaling).T.contiguous(), scaling)
 
     def vector(self, part: Part, role: str) -> torch.Tensor | None:
@@ -159,6 +175,17 @@ class LoraFile:
             bias = torch.zeros(site.d_out)
         return {"weight": weight} | ({} if bias is None else {"bias": bias})
 
+    def _initial(self, part: Part, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A0 (r, d_in) and B0 (d_out, r), without which W - s B0 A0 cannot be told from W."""
+        down_key, up_key = part.keys.get("initial_down"), part.keys.get("initial_up")
+        if down_key is None or up_key is None:
+            raise AdapterRejected(
+                f"init_lora_weights = {self._base_changing_init!r:.40} in adapter_config.json: this init changed the "
+                f"base's weights, and the file has no lora_initial_A and lora_initial_B for {part.module}. Save them "
+                "along, or convert it with PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=...)."
+            )
+        return self._matrix(down_key, rank, part.site.d_in), self._matrix(up_key, part.site.d_out, rank)
+
     def _check_rank(self, key: str, rank: int, site: Site) -> None:
         name, limit = self._checkpoint.name(key), self._checkpoint.limits.max_rank
         shape = self._checkpoint.shape(key)
@@ -195,11 +222,10 @@ def _check_config(config: Mapping[str, Any]) -> None:
     fields.check_known(config, _KNOWN, _REFUSED)
     fields.flag(config, "use_dora")
     init, bias = config.get("init_lora_weights"), config.get("bias")
-    if init not in _NEUTRAL_INITS:
+    if init not in _NEUTRAL_INITS and not (isinstance(init, str) and _BASE_CHANGING_INITS.fullmatch(init)):
         raise AdapterRejected(
-            f"init_lora_weights = {init!r:.40} in adapter_config.json: this init changed the base's weights, so the "
-            "adapter does not fit the unchanged base. Convert it with PEFT: save_pretrained(folder, "
-            "path_initial_model_for_weight_conversion=...)."
+            f"init_lora_weights = {init!r:.40} in adapter_config.json is none of PEFT's inits, and it might have "
+            "changed the base's weights. Where it did not, set it to true."
         )
     if bias not in _BIASES:
         raise AdapterRejected(f"bias = {bias!r:.40} in adapter_config.json must be none, all or lora_only.")
