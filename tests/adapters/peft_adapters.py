@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft import (
     AdaLoraConfig,
+    BeftConfig,
     IA3Config,
     LoHaConfig,
     LoraConfig,
@@ -171,6 +172,7 @@ LINEAR_KINDS: Mapping[str, Recipe] = {
         LoHaConfig,
         {"target_modules": lambda t: t.attention, "rank_pattern": _by_layer, "alpha_pattern": lambda t: {t.value: 29}},
     ),
+    "beft": _configured(BeftConfig, {"target_modules": lambda t: t.all}),
 }
 
 # Formats that PEFT does not have: how one is saved for (base, target modules, folder, seed, strength), and by peft_type

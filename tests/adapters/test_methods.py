@@ -368,6 +368,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], st
     "delta-lora of other rank": ("delta_lora", {"r": 4}, {}, "lora_A.weight has rank 3, and r in .* says 4"),
     "delta-lora of a rank beyond the limit": ("delta_lora", {"r": 257}, {}, "has rank 514; .* it counts twice"),
     "delta-lora with biases": ("delta_lora", {"bias": "all"}, {}, "Delta-LoRA's biases"),
+    "beft of other width": ("beft", {}, {f"{Q}.beft_bias": torch.ones(1, 63)}, r"beft_bias has the shape \[1, 63\]"),
+    "beft with a rank": ("beft", {"r": 4}, {}, "r = 4 .* not known"),
 }  # fmt: skip
 
 
@@ -431,6 +433,7 @@ CONFIGS: list[tuple[str, type[PeftConfig]]] = [
     ("ia3", IA3Config),
     ("adalora", AdaLoraConfig),
     ("loha", LoHaConfig),
+    ("beft", BeftConfig),
 ]
 
 
