@@ -18,6 +18,7 @@ import torch
 from peft import (
     AdaLoraConfig,
     BeftConfig,
+    HRAConfig,
     IA3Config,
     LoHaConfig,
     LoraConfig,
@@ -173,6 +174,8 @@ LINEAR_KINDS: Mapping[str, Recipe] = {
         {"target_modules": lambda t: t.attention, "rank_pattern": _by_layer, "alpha_pattern": lambda t: {t.value: 29}},
     ),
     "beft": _configured(BeftConfig, {"target_modules": lambda t: t.all}),
+    "hra": _configured(HRAConfig, {"target_modules": lambda t: t.all, "r": 5}),
+    "hra-orthogonal": _configured(HRAConfig, {"target_modules": _attention, "r": 4, "apply_GS": True}),
 }
 
 # Formats that PEFT does not have: how one is saved for (base, target modules, folder, seed, strength), and by peft_type

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, BeftConfig, IA3Config, LoHaConfig, LoraConfig, PeftConfig, VeraConfig
+from peft import AdaLoraConfig, BeftConfig, HRAConfig, IA3Config, LoHaConfig, LoraConfig, PeftConfig, VeraConfig
 from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2Config,
@@ -370,6 +370,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], st
     "delta-lora with biases": ("delta_lora", {"bias": "all"}, {}, "Delta-LoRA's biases"),
     "beft of other width": ("beft", {}, {f"{Q}.beft_bias": torch.ones(1, 63)}, r"beft_bias has the shape \[1, 63\]"),
     "beft with a rank": ("beft", {"r": 4}, {}, "r = 4 .* not known"),
+    "hra of other rank": ("hra", {"r": 4}, {}, "hra_u has rank 5, and r in .* says 4"),
+    "hra of a scalar": ("hra", {}, {f"{Q}.hra_u": torch.tensor(1.0)}, "hra_u has rank 0"),
+    "hra without a direction": ("hra", {}, {f"{Q}.hra_u": torch.zeros(64, 5)}, "hra_u has a column of length zero"),
+    "bias in hra": ("hra", {"bias": "hra_only"}, {}, "HRA's biases are not served yet"),
 }  # fmt: skip
 
 
@@ -434,6 +438,7 @@ CONFIGS: list[tuple[str, type[PeftConfig]]] = [
     ("adalora", AdaLoraConfig),
     ("loha", LoHaConfig),
     ("beft", BeftConfig),
+    ("hra", HRAConfig),
 ]
 
 
