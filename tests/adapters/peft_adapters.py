@@ -22,6 +22,7 @@ from peft import (
     IA3Config,
     LoHaConfig,
     LoraConfig,
+    MissConfig,
     PeftConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -176,6 +177,8 @@ LINEAR_KINDS: Mapping[str, Recipe] = {
     "beft": _configured(BeftConfig, {"target_modules": lambda t: t.all}),
     "hra": _configured(HRAConfig, {"target_modules": lambda t: t.all, "r": 5}),
     "hra-orthogonal": _configured(HRAConfig, {"target_modules": _attention, "r": 4, "apply_GS": True}),
+    "miss": _configured(MissConfig, {"target_modules": lambda t: t.all, "r": 6}),
+    "miss-mini": _configured(MissConfig, {"target_modules": _attention, "r": 8, "mini_r": 4, "init_weights": "mini"}),
 }
 
 # Formats that PEFT does not have: how one is saved for (base, target modules, folder, seed, strength), and by peft_type

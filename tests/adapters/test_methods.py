@@ -13,7 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, BeftConfig, HRAConfig, IA3Config, LoHaConfig, LoraConfig, PeftConfig, VeraConfig
+from peft import (
+    AdaLoraConfig,
+    BeftConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    MissConfig,
+    PeftConfig,
+    VeraConfig,
+)
 from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2Config,
@@ -374,6 +384,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], st
     "hra of a scalar": ("hra", {}, {f"{Q}.hra_u": torch.tensor(1.0)}, "hra_u has rank 0"),
     "hra without a direction": ("hra", {}, {f"{Q}.hra_u": torch.zeros(64, 5)}, "hra_u has a column of length zero"),
     "bias in hra": ("hra", {"bias": "hra_only"}, {}, "HRA's biases are not served yet"),
+    "miss of other rank": ("miss", {"r": 5}, {}, "miss_block has rank 6, and r in .* says 5"),
+    "miss of other width": ("miss", {}, {f"{Q}.miss_block": torch.ones(6, 4)}, r"miss_block has the shape \[6, 4\]"),
+    "miss, bat": ("miss", {"init_weights": "bat"}, {}, "'bat' .* of full rank; .* Merge the adapter"),
+    "miss, mini, of no divisor": ("miss-mini", {"mini_r": 5}, {}, "mini_r = 5 .* does not divide 64"),
 }  # fmt: skip
 
 
@@ -439,6 +453,7 @@ CONFIGS: list[tuple[str, type[PeftConfig]]] = [
     ("loha", LoHaConfig),
     ("beft", BeftConfig),
     ("hra", HRAConfig),
+    ("miss", MissConfig),
 ]
 
 
