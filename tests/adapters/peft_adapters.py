@@ -18,6 +18,7 @@ import torch
 from peft import (
     AdaLoraConfig,
     BeftConfig,
+    DeloraConfig,
     HRAConfig,
     IA3Config,
     LoHaConfig,
@@ -179,6 +180,7 @@ LINEAR_KINDS: Mapping[str, Recipe] = {
     "hra-orthogonal": _configured(HRAConfig, {"target_modules": _attention, "r": 4, "apply_GS": True}),
     "miss": _configured(MissConfig, {"target_modules": lambda t: t.all, "r": 6}),
     "miss-mini": _configured(MissConfig, {"target_modules": _attention, "r": 8, "mini_r": 4, "init_weights": "mini"}),
+    "delora": _configured(DeloraConfig, {"target_modules": lambda t: t.all, "r": 4, "rank_pattern": _by_layer}),
 }
 
 # Formats that PEFT does not have: how one is saved for (base, target modules, folder, seed, strength), and by peft_type

@@ -16,6 +16,7 @@ import torch
 from peft import (
     AdaLoraConfig,
     BeftConfig,
+    DeloraConfig,
     HRAConfig,
     IA3Config,
     LoHaConfig,
@@ -388,6 +389,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], st
     "miss of other width": ("miss", {}, {f"{Q}.miss_block": torch.ones(6, 4)}, r"miss_block has the shape \[6, 4\]"),
     "miss, bat": ("miss", {"init_weights": "bat"}, {}, "'bat' .* of full rank; .* Merge the adapter"),
     "miss, mini, of no divisor": ("miss-mini", {"mini_r": 5}, {}, "mini_r = 5 .* does not divide 64"),
+    "delora of other rank": ("delora", {"r": 5}, {}, "delora_A has rank 4, and r or rank_pattern .* says 5"),
+    "delora without norms": ("delora", {}, {f"{Q}.delora_w_norm": None}, r"no partner: .*q_proj.delora_w_norm"),
+    "delora of two strengths": ("delora", {}, {f"{Q}.delora_lambda": torch.ones(2)}, "delora_lambda has the shape"),
 }  # fmt: skip
 
 
@@ -454,6 +458,7 @@ CONFIGS: list[tuple[str, type[PeftConfig]]] = [
     ("beft", BeftConfig),
     ("hra", HRAConfig),
     ("miss", MissConfig),
+    ("delora", DeloraConfig),
 ]
 
 
