@@ -19,6 +19,7 @@ from peft import (
     AdaLoraConfig,
     BeftConfig,
     DeloraConfig,
+    GraloraConfig,
     HRAConfig,
     IA3Config,
     LoHaConfig,
@@ -181,6 +182,10 @@ LINEAR_KINDS: Mapping[str, Recipe] = {
     "miss": _configured(MissConfig, {"target_modules": lambda t: t.all, "r": 6}),
     "miss-mini": _configured(MissConfig, {"target_modules": _attention, "r": 8, "mini_r": 4, "init_weights": "mini"}),
     "delora": _configured(DeloraConfig, {"target_modules": lambda t: t.all, "r": 4, "rank_pattern": _by_layer}),
+    "gralora": _configured(GraloraConfig, {"target_modules": lambda t: t.all, "r": 4, "alpha": 7}),
+    "gralora-hybrid": _configured(
+        GraloraConfig, {"target_modules": _attention, "r": 8, "gralora_k": 4, "hybrid_r": 3, "alpha": 7}
+    ),
 }
 
 # Formats that PEFT does not have: how one is saved for (base, target modules, folder, seed, strength), and by peft_type

@@ -17,6 +17,7 @@ from peft import (
     AdaLoraConfig,
     BeftConfig,
     DeloraConfig,
+    GraloraConfig,
     HRAConfig,
     IA3Config,
     LoHaConfig,
@@ -392,6 +393,17 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], st
     "delora of other rank": ("delora", {"r": 5}, {}, "delora_A has rank 4, and r or rank_pattern .* says 5"),
     "delora without norms": ("delora", {}, {f"{Q}.delora_w_norm": None}, r"no partner: .*q_proj.delora_w_norm"),
     "delora of two strengths": ("delora", {}, {f"{Q}.delora_lambda": torch.ones(2)}, "delora_lambda has the shape"),
+    "gralora of other rank": ("gralora", {"r": 8}, {}, "gralora_A has rank 4, and r in .* says 8"),
+    "gralora of no divisor": ("gralora", {"gralora_k": 3}, {}, "gralora_k = 3 .* does not divide r = 4"),
+    "gralora of blocks that do not fit": (
+        "gralora", {"gralora_k": 60, "r": 60}, {f"{Q}.gralora_A": torch.ones(60, 1, 60)}, "gralora_A has rank 4"
+    ),
+    "gralora without the hybrid pair": ("gralora", {"hybrid_r": 3}, {}, "hybrid_r is set .* no .*A_general"),
+    "gralora of a hybrid that is not set": ("gralora-hybrid", {"hybrid_r": 0}, {}, "no use for .*general"),
+    "gralora beyond the limit": (
+        "gralora", {"r": 512}, {"base_model.model.model.layers.0.mlp.down_proj.gralora_A": torch.ones(2, 80, 512)},
+        "has rank 1024; the limit is 512. GraLoRA's is gralora_k times r",
+    ),
 }  # fmt: skip
 
 
@@ -459,6 +471,7 @@ CONFIGS: list[tuple[str, type[PeftConfig]]] = [
     ("hra", HRAConfig),
     ("miss", MissConfig),
     ("delora", DeloraConfig),
+    ("gralora", GraloraConfig),
 ]
 
 
