@@ -31,6 +31,7 @@ from peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     TrainableTokensConfig,
+    VBLoRAConfig,
     VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
@@ -185,6 +186,9 @@ LINEAR_KINDS: Mapping[str, Recipe] = {
     "gralora": _configured(GraloraConfig, {"target_modules": lambda t: t.all, "r": 4, "alpha": 7}),
     "gralora-hybrid": _configured(
         GraloraConfig, {"target_modules": _attention, "r": 8, "gralora_k": 4, "hybrid_r": 3, "alpha": 7}
+    ),
+    "vblora": _configured(
+        VBLoRAConfig, {"target_modules": lambda t: t.all, "r": 3, "num_vectors": 20, "vector_length": 8, "topk": 3}
     ),
 }
 

@@ -24,6 +24,7 @@ from peft import (
     LoraConfig,
     MissConfig,
     PeftConfig,
+    VBLoRAConfig,
     VeraConfig,
 )
 from safetensors.torch import load_file, save_file
@@ -404,6 +405,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], st
         "gralora", {"r": 512}, {"base_model.model.model.layers.0.mlp.down_proj.gralora_A": torch.ones(2, 80, 512)},
         "has rank 1024; the limit is 512. GraLoRA's is gralora_k times r",
     ),
+    "vblora of other rank": ("vblora", {"r": 4}, {}, "vblora_logits_A has rank 3, and r in .* says 4"),
+    "vblora without its bank": ("vblora", {}, {"base_model.vblora_vector_bank": None}, "no vblora_vector_bank"),
+    "vblora of other bank": ("vblora", {"num_vectors": 21}, {}, r"vector_bank has the shape \[20, 8\]"),
+    "vblora of too many": ("vblora", {"topk": 21}, {}, "topk = 21 .* more than num_vectors = 20"),
+    "vblora of weights": ("vblora", {"save_only_topk_weights": True}, {}, "save the logits instead"),
 }  # fmt: skip
 
 
@@ -472,6 +478,7 @@ CONFIGS: list[tuple[str, type[PeftConfig]]] = [
     ("miss", MissConfig),
     ("delora", DeloraConfig),
     ("gralora", GraloraConfig),
+    ("vblora", VBLoRAConfig),
 ]
 
 
