@@ -281,7 +281,7 @@ BIAS = f"{Q}.base_layer.bias"
 
 # kind, config fields to set, tensors to set, words of the sentence
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], str]] = {
-    "method": ("lora", {"peft_type": "LILY"}, {}, "peft_type = 'LILY' .* the methods are "),
+    "method": ("lora", {"peft_type": "NEW"}, {}, "peft_type = 'NEW' .* the methods are "),
     "no method": ("lora", {"peft_type": None}, {}, "peft_type = None"),
     "layer_replication": ("lora", {"layer_replication": [[0, 2]]}, {}, "layer_replication .* number of layers"),
     "pissa": ("lora", {"init_lora_weights": "pissa"}, {}, "'pissa' .* no lora_initial_A .* path_initial_model"),

@@ -58,6 +58,8 @@ _ROLES = {
     "token_adapter.trainable_tokens_delta": "token_rows",
     "weight": "saved_weight",
 }
+_CONVERT = "convert it with PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
+_SERVE_ROUNDED = "serve the base that LoftQ rounded, and set init_lora_weights to true"
 _LOFTQ_WARNING = (
     "LoftQ trained on a base that it had rounded. With the initial pair the adapter stands on this base's weights "
     "instead, so the answers differ from the training's by that rounding."
@@ -179,10 +181,11 @@ class LoraFile:
         """A0 (r, d_in) and B0 (d_out, r), without which W - s B0 A0 cannot be told from W."""
         down_key, up_key = part.keys.get("initial_down"), part.keys.get("initial_up")
         if down_key is None or up_key is None:
+            init = self._base_changing_init
             raise AdapterRejected(
-                f"init_lora_weights = {self._base_changing_init!r:.40} in adapter_config.json: this init changed the "
-                f"base's weights, and the file has no lora_initial_A and lora_initial_B for {part.module}. Save them "
-                "along, or convert it with PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=...)."
+                f"init_lora_weights = {init!r:.40} in adapter_config.json: this init changed the base's weights, and "
+                f"the file has no lora_initial_A and lora_initial_B for {part.module}. Save them along, or "
+                f"{_SERVE_ROUNDED if init == 'loftq' else _CONVERT}."
             )
         return self._matrix(down_key, rank, part.site.d_in), self._matrix(up_key, part.site.d_out, rank)
 

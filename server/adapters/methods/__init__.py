@@ -10,6 +10,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from server.adapters.format.unserved import why_unserved
 from server.adapters.method import Method
 from server.ground.errors import AdapterRejected
 
@@ -29,16 +30,19 @@ def method_for(config: Mapping[str, Any]) -> Method:
     """
     claiming = [method for method in discover() if method.claims(config)]
     if not claiming:
-        names = ", ".join(method.name for method in discover())
-        given = config.get("peft_type")
-        if isinstance(given, str) and given != given.upper():
-            raise AdapterRejected(
-                f"peft_type = {given!r:.60} in adapter_config.json is not served: PEFT writes it in capitals."
-            )
-        raise AdapterRejected(
-            f"peft_type = {given!r:.60} in adapter_config.json is not served; the methods are "
-            f"{names}. Train with one of them, or merge the adapter into the base."
-        )
+        raise _refusal(config.get("peft_type"))
     if len(claiming) > 1:
         raise RuntimeError(f"several methods claim one config: {', '.join(method.name for method in claiming)}")
     return claiming[0]
+
+
+def _refusal(given: Any) -> AdapterRejected:
+    start = f"peft_type = {given!r:.60} in adapter_config.json is not served"
+    if reason := why_unserved(given):
+        return AdapterRejected(f"{start}: {reason}.")
+    if isinstance(given, str) and given != given.upper():
+        return AdapterRejected(f"{start}: PEFT writes it in capitals.")
+    names = ", ".join(method.name for method in discover())
+    return AdapterRejected(
+        f"{start}; the methods are {names}. Train with one of them, or merge the adapter into the base."
+    )
