@@ -20,10 +20,12 @@ import shutil
 import struct
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -38,8 +40,9 @@ from server.adapters.device.device import DeviceTier
 from server.adapters.format.content import CONFIG_FILE, WEIGHTS_FILE
 from server.adapters.host import HostTier
 from server.adapters.method import Lowered
-from server.adapters.registry import FAILURE_MEMORY_S, NUM_COPIERS, Lease, Registry
+from server.adapters.registry import FAILURE_MEMORY_S, Lease, Registry
 from server.adapters.store.folder_store import INCOMING_FOLDER, Incoming, Store, folder_digest
+from server.adapters.workers import Workers
 from server.ground.errors import AdapterNotFound, AdapterRejected, BadRequest, Conflict, Overloaded
 from server.model.context import Scope
 from server.model.site_table import SiteTable
@@ -127,11 +130,26 @@ def one_site() -> SiteTable:
 class Loads:
     """The registry's `load`: it can be made to wait, and to fail for some contents."""
 
-    is_open: threading.Event = field(default_factory=threading.Event)
+    moved: threading.Condition = field(default_factory=threading.Condition)  # over the next two fields
+    is_open: bool = True
+    num_held: int = 0
     broken: set[str] = field(default_factory=set)  # keys
 
+    def open(self) -> None:
+        with self.moved:
+            self.is_open = True
+            self.moved.notify_all()
+
+    def close(self) -> None:
+        with self.moved:
+            self.is_open = False
+
     def __call__(self, folder: Path) -> Lowered:
-        assert self.is_open.wait(PATIENCE_S)
+        with self.moved:
+            self.num_held += 1
+            self.moved.notify_all()
+            assert self.moved.wait_for(lambda: self.is_open, PATIENCE_S)
+            self.num_held -= 1
         key = json.loads((folder / CONFIG_FILE).read_bytes())["key"]
         if key in self.broken:
             raise AdapterRejected("broken on purpose")
@@ -145,7 +163,6 @@ class House:
         self.root = root
         self.now_s = 0.0
         self.loads = Loads()
-        self.loads.is_open.set()
         self.store = Store(root, create=True)
         self.host = HostTier(MAX_HOST_BYTES, torch.float32)
         self.sites = one_site()
@@ -154,15 +171,43 @@ class House:
             self.store, (), self.host, self.device, self.loads, NUM_LOADERS,
             max_versions=MAX_VERSIONS, clock=lambda: self.now_s,
         )  # fmt: skip
+        self.tasks = self._watched(self.registry._workers)
+        self.copies = self._watched(self.registry._copiers)
+
+    def _watched(self, workers: Workers) -> set[Future[object]]:
+        """What is given to the workers and has not ended, from now on."""
+        tasks: set[Future[object]] = set()
+        submit, moved = workers.submit, self.loads.moved
+
+        def note_end(task: Future[object]) -> None:
+            with moved:
+                tasks.remove(task)
+                moved.notify_all()
+
+        def watched(*arguments: Any, **named: Any) -> Future[Any]:
+            task = submit(*arguments, **named)
+            with moved:
+                tasks.add(task)
+            task.add_done_callback(note_end)
+            return task
+
+        workers.submit = watched  # type: ignore[method-assign]
+        return tasks
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether each worker has a load that is held, so that removals wait behind them. Once all has settled."""
+        return not self.loads.is_open and self.loads.num_held == NUM_LOADERS
 
     def settle(self) -> None:
-        """Waits until the workers have done all that was given to them: each has to come to one barrier."""
-        for workers, num_threads in ((self.registry._workers, NUM_LOADERS), (self.registry._copiers, NUM_COPIERS)):
-            barrier = threading.Barrier(num_threads + 1)
-            with self.registry._books.lock:
-                for _ in range(num_threads):
-                    workers.submit(barrier.wait, PATIENCE_S)
-            barrier.wait(PATIENCE_S)
+        """Waits until the workers have done what they can: all, but for loads that are held and what waits behind."""
+        with self.loads.moved:
+            assert self.loads.moved.wait_for(self._is_settled, PATIENCE_S)
+
+    def _is_settled(self) -> bool:
+        if self.loads.is_open:
+            return not self.tasks and not self.copies
+        return self.loads.num_held in (len(self.tasks), NUM_LOADERS) and not self.copies
 
     def incoming(self, content: Content) -> Incoming:
         incoming = self.store.incoming()
@@ -225,6 +270,7 @@ class Laws(RuleBasedStateMachine):
         self.versions: dict[str, list[str]] = {}  # digests, the current one last
         self.pins: set[tuple[str, str]] = set()
         self.held: list[Held] = []
+        self.leaving: list[Lease] = []  # released, and nobody can ask for their versions any more
         self.uploads: list[tuple[Incoming, Content]] = []
 
     def _new_root(self) -> Path:
@@ -241,7 +287,7 @@ class Laws(RuleBasedStateMachine):
 
     @property
     def is_loading_held(self) -> bool:
-        return not self.house.loads.is_open.is_set()
+        return not self.house.loads.is_open
 
     @property
     def running(self) -> set[str]:
@@ -439,6 +485,8 @@ class Laws(RuleBasedStateMachine):
         held.lease.release()
         held.lease.release()  # the second time means nothing
         self.held.remove(held)
+        if not held.is_listed:
+            self.leaving.append(held.lease)
 
     # By hand
 
@@ -485,12 +533,12 @@ class Laws(RuleBasedStateMachine):
     @precondition(lambda self: not self.is_loading_held)
     @rule()
     def hold_loads(self) -> None:
-        self.house.loads.is_open.clear()
+        self.house.loads.close()
 
     @precondition(lambda self: self.is_loading_held)
     @rule()
     def let_loads_go(self) -> None:
-        self.house.loads.is_open.set()
+        self.house.loads.open()
 
     @rule(content=st.sampled_from(CONTENTS))
     def break_loads(self, content: Content) -> None:
@@ -539,7 +587,7 @@ class Laws(RuleBasedStateMachine):
 
     def _leave(self) -> None:
         """The end of a process: sequences and requests end, uploads break off, pins are forgotten."""
-        self.house.loads.is_open.set()
+        self.house.loads.open()
         for held in tuple(self.held):
             if held.slot is not None:
                 self._retire(held)
@@ -559,8 +607,9 @@ class Laws(RuleBasedStateMachine):
     def a_moment_passes(self) -> None:
         """So much that failures are forgotten: what is refused now has a reason now."""
         self.num_steps += 1
-        if not self.is_loading_held:
-            self.house.settle()
+        self.house.settle()
+        if not self.house.is_blocked:
+            self.leaving.clear()
         self.house.now_s += FAILURE_MEMORY_S
 
     @invariant()
@@ -585,7 +634,7 @@ class Laws(RuleBasedStateMachine):
             assert sorted(os.listdir(root / name)) == sorted(["current.json", *digests])
             assert all(folder_digest(self.house.store.folder(name, digest)).digest == digest for digest in digests)
         assert set(os.listdir(root)) <= {INCOMING_FOLDER, *self.versions}
-        if not self.is_loading_held:  # removals wait behind loads
+        if not self.house.is_blocked:
             orphans = {(held.name, held.lease.copy) for held in self.held if not held.is_listed}
             assert len(work_in_progress(root)) == len(orphans) + len(self.uploads)
 
@@ -619,11 +668,11 @@ class Laws(RuleBasedStateMachine):
     def _on_device(self) -> set[str]:
         infos = [info for name in self.versions for info in self.registry.versions(name)]
         listed = {info.digest for info in infos if "device" in info.tiers}
-        copies = [held.lease.copy for held in self.held if held.lease.copy is not None]
-        return listed | {copy.version.digest for copy in copies if copy.content.slot is not None}
+        leases = [*(held.lease for held in self.held), *self.leaving]
+        return listed | {lease.version.digest for lease in leases if lease.content.slot is not None}
 
     def teardown(self) -> None:
-        self.house.loads.is_open.set()
+        self.house.loads.open()
         while self.versions:
             self.delete(0)
         self._leave()
@@ -658,3 +707,29 @@ def test_a_load_that_failed_is_forgotten_where_nothing_has_to_be_loaded(tmp_path
     assert house.registry.load("a").info.tiers == ("store", "device")
     assert house.registry.verify("a").digest == content.digest
     house.registry.close()
+
+
+@pytest.mark.parametrize("num_held", [1, NUM_LOADERS])
+def test_what_nobody_can_ask_for_any_more_leaves_beside_a_held_load_or_behind_as_many_as_there_are_loaders(
+    tmp_path: Path, num_held: int
+) -> None:
+    house = House(tmp_path)
+    registry = house.registry
+    for name, content in zip(NAMES, CONTENTS, strict=False):
+        with house.incoming(content) as incoming:
+            registry.register(incoming, name, replace=False)
+        registry.unload(name)
+    registry.load(NAMES[0])
+    last = registry.lease(NAMES[0])
+    house.loads.close()
+    cold = [registry.lease(name) for name in NAMES[1 : num_held + 1]]
+    registry.delete(NAMES[0])
+    last.release()
+    house.settle()
+    assert house.is_blocked == (house.device.used_bytes > 0) == (num_held == NUM_LOADERS)
+    house.loads.open()
+    house.settle()
+    assert house.device.used_bytes == 0
+    for lease in cold:
+        lease.release()
+    registry.close()
