@@ -89,6 +89,9 @@ class Table:
         with self._alone():
             del self.coming[digest]
 
+    def reach(self, slot: int) -> None:
+        assert slot in self.slots.values()
+
     def release(self, digest: str) -> int:
         with self._alone():
             del self.slots[digest]
