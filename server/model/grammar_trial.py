@@ -133,14 +133,19 @@ class GrammarTrial:
 
     def _started(self) -> "subprocess.Popen[bytes]":
         with self._lock:
-            if self._is_stopped:
-                raise Overloaded("The server is ending.")
+            self._check_goes_on()
             process = self._process = _spawned()
         answer = self._answer(process, asdict(self._tokenizer) | {"limits": dict(GRAMMAR_LIMITS)})
         if answer is None or "error" in answer:
             self._end()
+            self._check_goes_on()
             raise GrammarsUnavailable("the process that compiles grammars does not start")
         return process
+
+    def _check_goes_on(self) -> None:
+        """Raises Overloaded once stopped: what a process says that was killed for it tells nothing of the grammar."""
+        if self._is_stopped:
+            raise Overloaded("The server is ending.")
 
     def _answer(self, process: "subprocess.Popen[bytes]", request: Mapping[str, Any]) -> dict[str, Any] | None:
         """None where the process is gone."""
@@ -153,8 +158,7 @@ class GrammarTrial:
     def _lost(self, process: "subprocess.Popen[bytes]") -> Exception:
         _reap(process)  # without a signal of our own: its last one tells what was wrong
         self._end()
-        if self._is_stopped:
-            return Overloaded("The server is ending.")
+        self._check_goes_on()
         if process.returncode == -signal.SIGPROF:
             return GrammarRefused(f"it takes more than {_CPU_S:g} s to compile; make it simpler")
         return GrammarRefused("it is nested too deeply, or too large to compile")

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from jsonschema import Draft202012Validator
 from load_tests.schema_corpus import corpus
 from server.ground.errors import Overloaded
 from server.model import grammar as module
+from server.model import grammar_trial
 from server.model.grammar import Form, Grammars, GrammarSource, choice, expression, json_schema, json_value, literal
 from server.model.grammar_trial import GrammarRefused, GrammarsUnavailable, TokenizerText
 from server.model.tokenizer import Tokenizer
@@ -296,8 +298,14 @@ def stopped_process(grammars: Grammars) -> int:
     assert grammars._trial is not None
     process = grammars._trial._process
     assert process is not None
-    os.kill(process.pid, signal.SIGSTOP)
+    stop(process.pid)
     return process.pid
+
+
+def stop(pid: int) -> None:
+    """Returns when every thread of a child has stopped: until one of them takes the signal, the others go on."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED)
 
 
 def test_a_process_that_is_silent_is_ended_and_the_next_grammar_has_another(
@@ -327,6 +335,25 @@ def test_a_process_that_is_silent_holds_up_no_end(bench: Bench) -> None:
     assert isinstance(waiting.exception(), Overloaded)
     with pytest.raises(ProcessLookupError):
         os.kill(stopped, 0)
+
+
+def test_an_end_while_a_process_starts_says_nothing_of_the_tokenizer(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawned, is_stopped = grammar_trial._spawned, threading.Event()
+
+    def stopped() -> "subprocess.Popen[bytes]":
+        process = spawned()
+        stop(process.pid)
+        is_stopped.set()
+        return process
+
+    monkeypatch.setattr(grammar_trial, "_spawned", stopped)
+    grammars = Grammars(lambda: bench.text)
+    waiting = grammars.compiled(json_schema(PERSON))
+    assert is_stopped.wait(60)
+    grammars.close()
+    assert isinstance(waiting.exception(), Overloaded)
 
 
 def test_a_process_knows_nothing_of_the_servers_environment(bench: Bench) -> None:
