@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from demo.prompts import UNSEEN_CHATS, UNSEEN_PROMPTS
-from server.drift import add_arguments, measure, run
+from server.drift import add_arguments, encoding, run
 from server.drift.divergence import NO_TARGET, token_drift
 from server.drift.figures import Figures, Subject, beside_base, breaches, figures
 from server.drift.passes import plan
@@ -132,7 +132,7 @@ def test_the_figures_are_those_of_transformers_and_peft(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """NF4 in float32 dequantizes to exact values, so the direct computation on the dequantized twin must be met."""
-    monkeypatch.setattr(measure, "_MAX_ROWS", max_rows)
+    monkeypatch.setattr(encoding, "MAX_ROWS", max_rows)
     named = [f"{name}={folder}" for name, folder in tiny.items()]
     prompts = write_lines(tmp_path, TEXTS)
     status, report = measured(

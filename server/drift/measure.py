@@ -14,18 +14,16 @@ from pathlib import Path
 
 import torch
 
-from server.assemble import Server, assemble
+from server.assemble import Server
 from server.drift.divergence import TokenDrift, token_drift
+from server.drift.encoding import Encoded, encode
 from server.drift.figures import Figures, Subject, beside_base, breaches, figures
-from server.drift.passes import Pass, Side, plan
-from server.drift.request import ALL, DriftRequest, Prompt, PromptFile
+from server.drift.passes import Side
+from server.drift.request import ALL, DriftRequest
 from server.drift.room import Shape, check_room
 from server.ground.config import Settings
 from server.ground.errors import AdapterNotFound, GraftError, StartupRefused
-from server.model.tokenizer import Tokenizer
 
-_MAX_LOGITS_BYTES = 1 << 28  # of one pass on one side, in float32
-_MAX_ROWS = 1024  # tokens of one pass
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 Say = Callable[[str], None]
@@ -54,45 +52,27 @@ class Report:
     breaches: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    """The prompts as tokens, and how they are run."""
-
-    num_truncated: int
-    longest: int
-    max_sequences: int  # prompts to a pass
-    passes: tuple[Pass, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(chunk.num_tokens for chunks in self.passes for chunk in chunks)
-
-    @property
-    def num_prompts(self) -> int:
-        return sum(chunk.start == 0 for chunks in self.passes for chunk in chunks)
-
-
 def measure(request: DriftRequest, say: Say) -> Report:
     """Loads both bases and compares them on every prompt, alone and with each adapter; progress goes to `say`.
 
     Raises a GraftError, before the first pass, for a prompt, an adapter or a base that cannot be measured.
     """
     shape = _check_shapes(request)
-    encoded = _encode(request, shape)
+    encoded = encode(request.settings.model, request.prompts, shape, request.max_tokens_per_prompt)
     with ExitStack() as held:
         served_settings, reference_settings = _both_settings(request, encoded, held)
         say(f"loading {request.settings.model} as served ...")
-        served = _side(served_settings, encoded, held)
+        served = encoded.side(served_settings, held)
         adapters = _adapters(request, served.server)
         say(f"loading the reference {request.reference} in {request.reference_dtype} ...")
-        reference = _side(reference_settings, encoded, held)
+        reference = encoded.side(reference_settings, held)
         subjects: list[str | None] = [None, *adapters]
         rows = beside_base([_measure_one(spec, reference, served, encoded, say) for spec in subjects])
         found = tuple(sentence for row in rows for sentence in breaches(row, request.limits))
         return Report(request, _ran(reference.server), _ran(served.server), encoded.num_truncated, rows, found)
 
 
-def _measure_one(spec: str | None, reference: Side, served: Side, encoded: _Encoded, say: Say) -> Figures:
+def _measure_one(spec: str | None, reference: Side, served: Side, encoded: Encoded, say: Say) -> Figures:
     """All prompts through both sides with one adapter (None: the bare base)."""
     parts: list[TokenDrift] = []
     quarters: list[int] = []
@@ -149,54 +129,13 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if is_cuda else "cpu")
 
 
-def _encode(request: DriftRequest, shape: Shape) -> _Encoded:
-    """Tokens of every prompt, cut where that was asked for. Raises StartupRefused naming the line."""
-    tokenizer = Tokenizer.load(request.settings.model, frozenset())
-    prompts, num_truncated = [], 0
-    for prompt in request.prompts.prompts:
-        ids = _ids(tokenizer, prompt, request.prompts)
-        cut = ids[: request.max_tokens_per_prompt]
-        if len(cut) > shape.max_context:
-            raise _bad_line(
-                request.prompts, prompt,
-                f"it has {len(cut)} tokens, and the base reads at most {shape.max_context}; give "
-                f"--max-tokens-per-prompt {shape.max_context} or less, or shorten it",
-            )  # fmt: skip
-        num_truncated += len(cut) < len(ids)
-        prompts.append(cut)
-    longest = max(map(len, prompts))
-    max_rows = max(1, min(_MAX_ROWS, _MAX_LOGITS_BYTES // (4 * shape.vocab_size)))
-    max_sequences = max(1, max_rows // longest)
-    return _Encoded(num_truncated, longest, max_sequences, tuple(plan(prompts, max_rows, max_sequences)))
-
-
-def _ids(tokenizer: Tokenizer, prompt: Prompt, file: PromptFile) -> tuple[int, ...]:
-    try:
-        ids = tokenizer.chat(prompt.messages) if prompt.messages is not None else tokenizer.encode(prompt.text or "")
-    except GraftError as error:
-        raise _bad_line(file, prompt, error.message) from error
-    if not ids:
-        raise _bad_line(file, prompt, "it has no token")
-    return tuple(ids)
-
-
-def _bad_line(file: PromptFile, prompt: Prompt, problem: str) -> StartupRefused:
-    return StartupRefused(f"--prompts {file.path}, line {prompt.line}: {problem}")
-
-
-def _both_settings(request: DriftRequest, encoded: _Encoded, held: ExitStack) -> tuple[Settings, Settings]:
+def _both_settings(request: DriftRequest, encoded: Encoded, held: ExitStack) -> tuple[Settings, Settings]:
     """(served, reference): what both are assembled from, with a KV cache for one pass."""
     settings = request.settings
     if not settings.has_store:  # assembling would create it, and measuring must leave nothing behind
         scratch = held.enter_context(tempfile.TemporaryDirectory(prefix="graft-drift-"))
         settings = settings.model_copy(update={"store": Path(scratch)})
-    limits = {
-        "max_context": encoded.longest,
-        "max_sequences": encoded.max_sequences,
-        "max_batch_tokens": _MAX_ROWS,
-        "kv_memory": None,
-    }
-    served = settings.model_copy(update=limits)
+    served = encoded.settings_for(settings)
     reference = served.model_copy(
         update={
             "model": request.reference,
@@ -210,12 +149,6 @@ def _both_settings(request: DriftRequest, encoded: _Encoded, held: ExitStack) ->
         }
     )
     return served, reference
-
-
-def _side(settings: Settings, encoded: _Encoded, held: ExitStack) -> Side:
-    server = assemble(settings)
-    held.callback(server.close)
-    return Side(server, encoded.max_sequences, encoded.longest)
 
 
 def _adapters(request: DriftRequest, server: Server) -> list[str]:
