@@ -15,6 +15,7 @@ from server.cli.adapters import ADAPTERS
 from server.cli.bench import BENCH
 from server.cli.command import Command, found_in, say
 from server.cli.config import CONFIG
+from server.cli.convert import CONVERT
 from server.cli.drop import DROP
 from server.cli.fuse import FUSE
 from server.cli.merge import MERGE
@@ -30,6 +31,7 @@ COMMANDS: Mapping[str, Command] = {
     "merge": MERGE,
     "fuse": FUSE,
     "drop": DROP,
+    "convert": CONVERT,
     "config": CONFIG,
     "bench": BENCH,
     "chat": found_in("server.cli.chat", "talk to a server, or to two adapters side by side"),
