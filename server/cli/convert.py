@@ -8,9 +8,10 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from server.cli.bars import Bars, check_plot, draw_bars
 from server.cli.command import Command, quieten_libraries, say
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _LAYER = re.compile(r"(?:.*?\.)?[^.]+\.\d+(?=\.)")
 _ALL = "all-linear"
+_LAST_POSITIONS = {name: name for name in ("prompt", "prompt-1")}
 
 
 def _add_words(parser: argparse.ArgumentParser) -> None:
@@ -133,8 +135,103 @@ def _bars(layers: Mapping[str, Sequence["Carried"]], name: str) -> Bars:
     )
 
 
+# reft
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """Something that pyreft does not save: how it is asked for, and the flag that says it."""
+
+    text: str
+    flag: str
+    read: Callable[[str], Any]
+
+
+_QUESTIONS: Mapping[str, _Question] = {
+    "positions": _Question(
+        "Which prompt positions were trained (f7+l7: the first 7 and the last 7)?", "--positions f7+l7", str
+    ),
+    "share_weights": _Question(
+        "Do the first and the last positions share weights (yes or no)?",
+        "--share-weights or --no-share-weights",
+        lambda text: {"yes": True, "y": True, "no": False, "n": False}[text.lower()],
+    ),
+    "activation": _Question(
+        "Which activation (act_fn; linear if none was given)?", "--activation linear", lambda text: text or "linear"
+    ),
+    "last_position": _Question(
+        "Where do prompts end, at their length (prompt) or one before (prompt-1)?",
+        "--last-position prompt or --last-position prompt-1",
+        lambda text: _LAST_POSITIONS[text],
+    ),
+}
+
+
+def _add_reft(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the folder that pyreft's save wrote")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write, which must be new")
+    parser.add_argument("--positions", metavar="f7+l7", help="the first and last prompt positions that were trained")
+    parser.add_argument(
+        "--share-weights", action=argparse.BooleanOptionalAction, help="whether the two have the same weights"
+    )
+    parser.add_argument("--activation", metavar="NAME", help="act_fn of the training: linear, relu, gelu, ...")
+    parser.add_argument(
+        "--last-position", choices=list(_LAST_POSITIONS), help="where the training took a prompt to end: see the page"
+    )
+    parser.add_argument(
+        "--applies-to", choices=["prompt", "generated"],
+        help="prompt: at those positions (default); generated: at each token that is generated",
+    )  # fmt: skip
+    parser.add_argument("--base", metavar="NAME", help="the base that it was trained on, for the config")
+
+
+def _reft(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    # Imported here: they bring torch.
+    from server.adapters.converting.pyreft_folder import PyreftFolder
+    from server.adapters.converting.reft import Positions, Training, convert, open_questions
+
+    given = vars(arguments)
+    folder = PyreftFolder.open(given["folder"].expanduser())
+    names = ("positions", "share_weights", "activation", "last_position", "applies_to")
+    said = {name: given[name] for name in names if name in given}
+    if "positions" in said:
+        said["positions"] = Positions.of(said["positions"])
+    training = Training(base_model=given.get("base"), **said)
+    while questions := open_questions(folder, training):
+        answer = _answer(questions[0])
+        if questions[0] == "positions":
+            answer = Positions.of(answer)
+        training = replace(training, **{questions[0]: answer})
+    out = given["out"].expanduser()
+    converted = convert(folder, training, out)
+    layers = ", ".join(map(str, converted.layers))
+    sys.stdout.write(
+        f"{out}: {converted.kind}, rank {converted.rank}, width {converted.width}, layers {layers}, "
+        f"{converted.num_parameters:,} parameters\n"
+    )
+    return 0
+
+
+def _answer(name: str) -> Any:
+    """What somebody at a terminal says; where there is none, a refusal that names the flag."""
+    question = _QUESTIONS[name]
+    if not sys.stdin.isatty():
+        raise BadRequest(f"pyreft does not save this. {question.text} Say it with {question.flag}.", param=name)
+    while True:
+        sys.stderr.write(f"{question.text} ")
+        sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line:
+            raise BadRequest(f"Not answered: say it with {question.flag}.", param=name)
+        try:
+            return question.read(line.strip())
+        except KeyError:
+            say(f"{line.strip()!r:.40} is no answer")
+
+
 WORDS: Mapping[str, Command] = {
     "extract": Command("the low-rank part of a full fine-tune, as a LoRA", _add_extract, _extract),
+    "reft": Command("a folder of pyreft's, with what it does not say", _add_reft, _reft),
 }
 
 CONVERT = Command("make adapters of what was trained elsewhere: full fine-tunes, ReFT", _add_words, _convert)

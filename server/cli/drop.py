@@ -61,7 +61,7 @@ def _drop(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from server.drop.drop import DropRequest, drop
     from server.drop.importance import kept_energy, kept_share
 
-    told = {
+    told: dict[str, object] = {
         "adapter": version.name if version is not None else folder.resolve().name,
         "version": folder_digest(folder).digest,
         "prompts_sha256": prompts.sha256,

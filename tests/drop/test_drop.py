@@ -102,11 +102,10 @@ def test_a_layers_importance_is_what_pefts_modules_add(
 @pytest.mark.parametrize(
     ("architecture", "kind"),
     [
-        ("llama", "dora-patterns"),
         ("llama", "lora-embedding-and-head"),
         ("llama", "lora-regex-targets"),
         ("llama", "lora-bias-all"),
-        ("gpt2", "rslora"),
+        ("gpt2", "dora-patterns"),
         ("phi3", "lora-patterns"),
         ("opt", "lora"),
     ],

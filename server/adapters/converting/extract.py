@@ -9,6 +9,7 @@ read a tensor at a time: in memory are one pair of them, what its decomposition 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
@@ -88,7 +89,8 @@ def extract(base: str, tuned: str, target: Path, how: Extraction, progress: Prog
     with new_folder(target) as folder:
         config = _one_config(base, tuned)
         known = outline(BaseOptions(base, Quantization.NONE))
-        prefix = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].base_model_prefix
+        built: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        prefix: str = built.base_model_prefix
         files = WeightFiles.open(base, prefix), WeightFiles.open(tuned, prefix)
         check_same(*files)
         linears = {f"{path.removeprefix(f'{prefix}.')}.weight": site for path, site in known.sites.items()}

@@ -113,7 +113,7 @@ def _range(matrix: torch.Tensor, width: int) -> torch.Tensor:
     """An orthonormal basis (d_out, width) of nearly all that the largest singular vectors span."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
-    basis = torch.linalg.qr(matrix @ drawn).Q
+    basis: torch.Tensor = torch.linalg.qr(matrix @ drawn).Q
     for _ in range(_NUM_POWERS):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
     return basis
