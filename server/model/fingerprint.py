@@ -97,6 +97,12 @@ def can_compare(one: str | None, other: str | None) -> bool:
     return one is not None and other is not None and one.startswith(_PACKED) == other.startswith(_PACKED)
 
 
+def differing_fields(one: PreTrainedConfig, other: PreTrainedConfig) -> tuple[str, ...]:
+    """The covered fields in which two configs differ: those by which the same weights compute something else."""
+    first, second = (config.get_text_config().to_dict() for config in (one, other))
+    return tuple(name for name in _COVERED if _plain(first.get(name)) != _plain(second.get(name)))
+
+
 def _canonical(config: Mapping[str, Any]) -> str:
     """The covered fields that are set, as JSON in which 10000 and 10000.0 are one number."""
     covered = {name: _plain(config[name]) for name in _COVERED if config.get(name) is not None}

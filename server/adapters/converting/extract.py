@@ -21,6 +21,7 @@ from server.adapters.lowering import lower
 from server.adapters.merging.lora_folder import Part, new_folder, write_lora
 from server.adapters.merging.truncate import Factors, truncate_dense, truncate_drawn
 from server.ground.errors import BadRequest, StartupRefused
+from server.model.fingerprint import differing_fields
 from server.model.outline import Outline, OutlinedSite, outline
 from server.model.pretrained import BaseOptions, read_config
 from server.model.quantize import Quantization
@@ -67,7 +68,7 @@ class Carried:
 class Left:
     """A tensor that changed and that the adapter does not carry."""
 
-    name: str  # without the prefix of the base model
+    name: str  # as in the base's files
     relative_change: float  # norm of the change over that of the base's tensor; infinite where that is zero
 
 
@@ -120,6 +121,12 @@ def _one_config(base: str, tuned: str) -> PreTrainedConfig:
             f"{base!r} is a {one.model_type} and {tuned!r} a {other.model_type}: they are not of one architecture; "
             "give the base that the tuned model was trained from"
         )
+    if differing := differing_fields(one, other):
+        raise StartupRefused(
+            f"the config.json of {base!r} and of {tuned!r} differ in {', '.join(differing)}: the same weights compute "
+            "something else there, which no LoRA carries; give the base that the tuned model was trained from, or "
+            "serve the tuned model as a base"
+        )
     return one
 
 
@@ -155,7 +162,7 @@ def _left(base: WeightFiles, tuned: WeightFiles, names: Collection[str]) -> tupl
         old, change = _read_change(base, tuned, name)
         if change is not None:
             norm = float(old.double().norm())
-            left.append(Left(name, float(change.double().norm()) / norm if norm else float("inf")))
+            left.append(Left(base.key(name), float(change.double().norm()) / norm if norm else float("inf")))
     return left, len(names) - len(left)
 
 

@@ -8,6 +8,7 @@ Wu et al. 2024, "ReFT: Representation Finetuning for Language Models", arXiv:240
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -191,11 +192,11 @@ def _parts(folder: PyreftFolder, training: Training) -> Sequence[str]:
             f"suffixes, and the folder has {num}, an odd number. Was it trained with --share-weights?",
             param="share_weights",
         )
-    placed = [(intervention.layer, part) for intervention, part in zip(folder.interventions, parts, strict=True)]
-    twice = next((place for place in placed if placed.count(place) > 1), None)
-    if twice is not None:
+    pairs = zip(folder.interventions, parts, strict=True)
+    (layer, _), num_at_most = Counter((one.layer, part) for one, part in pairs).most_common(1)[0]
+    if num_at_most > 1:
         raise BadRequest(
-            f"positions: the folder has two interventions at layer {twice[0]}, which are those of the first and of the "
+            f"positions: the folder has two interventions at layer {layer}, which are those of the first and of the "
             "last positions. Give both, as f7+l7, and --no-share-weights.",
             param="positions",
         )

@@ -66,6 +66,10 @@ class WeightFiles:
         """In the order of the files."""
         return tuple(self._places)
 
+    def key(self, name: str) -> str:
+        """The name as the file spells it."""
+        return self._places[name].key
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._places[name].shape
 
@@ -84,18 +88,19 @@ class WeightFiles:
 
 def check_same(base: WeightFiles, tuned: WeightFiles) -> None:
     """Raises StartupRefused, with names, where the two do not have the same tensors of the same shapes."""
+    remedy = "give the base that the tuned model was trained from"
     for one, other in ((base, tuned), (tuned, base)):
-        if lacking := sorted(set(one.names) - set(other.names)):
+        if lacking := sorted(one.key(name) for name in set(one.names) - set(other.names)):
             more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
             raise StartupRefused(
                 f"{other.folder} lacks {', '.join(lacking[:3])}{more}, which {one.folder} has: they are not of one "
-                "architecture; give the base that the tuned model was trained from"
+                f"architecture; {remedy}"
             )
     for name in base.names:
         if base.shape(name) != tuned.shape(name):
             raise StartupRefused(
-                f"{name} has the shape {list(tuned.shape(name))} in {tuned.folder} and {list(base.shape(name))} in "
-                f"{base.folder}: another model, or a resized vocabulary; give the base that it was trained from"
+                f"{base.key(name)} has the shape {list(tuned.shape(name))} in {tuned.folder} and "
+                f"{list(base.shape(name))} in {base.folder}: another model, or a resized vocabulary; {remedy}"
             )
 
 

@@ -167,8 +167,8 @@ def test_what_a_lora_cannot_carry_is_listed_with_its_change(
     folder = tuned(change_others)
     result = extracted_from(base("llama"), folder, tmp_path / "out", rank=2)
     left = {one.name: one.relative_change for one in result.left}
-    assert left.keys() == {"norm.weight", "layers.0.self_attn.q_proj.bias", "lm_head.weight"}
-    assert left["norm.weight"] == pytest.approx(0.5, rel=1e-4)
+    assert left.keys() == {"model.norm.weight", "model.layers.0.self_attn.q_proj.bias", "lm_head.weight"}
+    assert left["model.norm.weight"] == pytest.approx(0.5, rel=1e-4)
     assert left["lm_head.weight"] == pytest.approx(0.1, rel=1e-4)
     with pytest.raises(BadRequest, match="--strict: 3 tensors changed"):
         extracted_from(base("llama"), folder, tmp_path / "strict", rank=2, is_strict=True)
@@ -185,7 +185,7 @@ def test_only_named_modules_are_carried_the_head_too(
     assert {module.path for module in result.carried} == {
         "model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj", "model.layers.1.mlp.up_proj", "lm_head",
     }  # fmt: skip
-    assert "layers.0.mlp.up_proj.weight" in {one.name for one in result.left}
+    assert "model.layers.0.mlp.up_proj.weight" in {one.name for one in result.left}
 
 
 def test_modules_that_are_the_same_are_left_out(
@@ -236,10 +236,17 @@ def quantize(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
 
 
+def stretch(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_bytes())
+    config["rope_parameters"]["rope_theta"] = 500_000.0
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (drop_tensor, "lacks norm.weight"),
+        (stretch, "differ in rope_parameters: the same weights compute something else"),
+        (drop_tensor, "lacks model.norm.weight"),
         (grow_vocabulary, r"embed_tokens.weight has the shape \[300, 64\]"),
         (add_nan, "NaN or infinity"),
         (cut, "is not whole"),
@@ -300,7 +307,7 @@ def test_the_command_prints_the_energy_by_layer_and_draws_it(
     assert first.split()[:3] == ["model.layers.0", "7", "1"]
     assert second.split()[:3] == ["model.layers.1", "7", "1"]
     assert last.startswith(f"{out}: lora, 14 modules, rank 1, ")
-    assert "norm.weight" in captured.err
+    assert "model.norm.weight" in captured.err
     assert plot.read_text().startswith("<?xml")
 
 
