@@ -7,13 +7,13 @@ Knows nothing about scheduling or where adapters come from.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from server.ops import DecodeBatch, GroupEdits, PrefillSpan, StackHidden, TokenLayout
 from server.ops.runs import DecodeLists
-from server.ops.site_ops import OpTokens, SiteOp, Tensors
+from server.ops.site_ops import OpTokens, SiteOp
 
 
 class BatchEdits(Protocol):
@@ -31,7 +31,7 @@ class PlacedOp:
     """An op at one site, for the adapters of a step that have it there."""
 
     op: SiteOp
-    stacked: Tensors
+    stacked: Any  # what the op's own `stack` made
     tokens: OpTokens
 
 

@@ -5,13 +5,14 @@ Owns the lanes of every op's stack. Knows nothing about what an op means, what i
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 
 from server.adapters.device.step_edits import RowStore, Slot, StoredTensor
 from server.model.context import PlacedOp
 from server.ops import Run
-from server.ops.site_ops import SITE_OPS, OpSite, OpTokens, Tensors
+from server.ops.site_ops import SITE_OPS, OpSite, OpTokens
 
 
 class OpEdits:
@@ -22,20 +23,20 @@ class OpEdits:
         self._store = store
         self._sites = sites
         self._slots = tuple(slots)
-        self._at: dict[int, tuple[tuple[str, tuple[int, ...], Tensors], ...]] = {}
+        self._at: dict[int, tuple[tuple[str, tuple[int, ...], Any], ...]] = {}
 
     @property
     def numbers(self) -> tuple[int, ...]:
         return tuple(slot.number for slot in self._slots)
 
-    def at(self, site: int) -> tuple[tuple[str, tuple[int, ...], Tensors], ...]:
+    def at(self, site: int) -> tuple[tuple[str, tuple[int, ...], Any], ...]:
         """(op, the slots that have it here in the order of its lanes, its stack), in the order of the closed list."""
         if site not in self._at:
             self._at[site] = tuple(self._made(site))
         return self._at[site]
 
     @torch.inference_mode()
-    def _made(self, site: int) -> Iterable[tuple[str, tuple[int, ...], Tensors]]:
+    def _made(self, site: int) -> Iterable[tuple[str, tuple[int, ...], Any]]:
         edits = [(slot, slot.edits[site].ops) for slot in self._slots if site in slot.edits]
         for name, op in SITE_OPS.items():
             having = [(slot, ops[name]) for slot, ops in edits if name in ops]
@@ -89,6 +90,7 @@ class StepOps:
                 num_mixed=num_mixed,
                 runs=_runs(lanes, num_mixed),
                 ids=self._ids[ids] if is_head else ids,
+                mixed_lanes=tuple(lanes[:num_mixed]),
             )
         return self._tokens[key]
 

@@ -7,13 +7,18 @@ has it. Where a site has several they come in the order of the list.
 
 from collections.abc import Mapping
 
+from server.ops.site_ops.block_rotation import BlockRotation
+from server.ops.site_ops.kronecker import Kronecker
 from server.ops.site_ops.kv_rows import KvRows
 from server.ops.site_ops.norm_weight import NormWeight
 from server.ops.site_ops.own_weight import OwnWeight
+from server.ops.site_ops.pair_rotation import PairRotation
 from server.ops.site_ops.site_op import OpSite, OpTokens, SiteOp, SiteShape, Tensors
 from server.ops.site_ops.token_rows import TokenRows
 
 __all__ = ["SITE_OPS", "OpSite", "OpTokens", "SiteOp", "SiteShape", "Tensors"]
 
-_OPS: tuple[SiteOp, ...] = (OwnWeight(), TokenRows(), KvRows(), NormWeight())
+_OPS: tuple[SiteOp, ...] = (
+    OwnWeight(), TokenRows(), KvRows(), NormWeight(), BlockRotation(), Kronecker(), PairRotation(),
+)  # fmt: skip
 SITE_OPS: Mapping[str, SiteOp] = {op.name: op for op in _OPS}

@@ -5,8 +5,8 @@ stored.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
@@ -56,26 +56,43 @@ class OpTokens:
     num_mixed: int
     runs: tuple[Run, ...]  # after the mixed tokens; `adapter` is the lane
     ids: torch.Tensor  # (tokens,) int64; virtual tokens have -1, -2, ...
+    # The lanes of the mixed tokens once more, where they can be read without waiting for a device.
+    mixed_lanes: tuple[int, ...] | None = None
+    _found: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def mixed(self) -> torch.Tensor:
         """(num_mixed,) the lanes of the mixed tokens."""
         return self.lanes[: self.num_mixed]
 
+    def mixed_of(self, lanes: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mixed tokens of some lanes, and for each the place of its lane among them, both (found,) int64.
+
+        Kept: many sites ask for the same.
+        """
+        if lanes not in self._found:
+            of_token = self.mixed.tolist() if self.mixed_lanes is None else self.mixed_lanes
+            place_of = {lane: place for place, lane in enumerate(lanes)}
+            found = [(token, place_of[lane]) for token, lane in enumerate(of_token) if lane in place_of]
+            both = torch.tensor(found, dtype=torch.int64).view(-1, 2).t().contiguous().to(self.lanes.device)
+            self._found[lanes] = both[0], both[1]
+        return self._found[lanes]
+
 
 class SiteOp(Protocol):
-    """One op. `stacked` is what `stack` made: its tensors by name, with a lane's number as the first index."""
+    """One op. `stacked` is what its own `stack` made, and nobody else looks into it: mostly its tensors by name, with a
+    lane's number as the first index."""
 
     name: str
 
     def check(self, tensors: Tensors, site: SiteShape) -> None:
         """Raises ValueError, with a sentence, for tensors (float32) that cannot be applied at the site."""
 
-    def stack(self, of_lane: Sequence[Tensors], site: OpSite) -> Tensors:
+    def stack(self, of_lane: Sequence[Tensors], site: OpSite) -> Any:
         """The tensors of lanes 1, 2, ... side by side, with lane 0 before them, which changes nothing."""
 
-    def before(self, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
+    def before(self, x: torch.Tensor, stacked: Any, tokens: OpTokens, site: OpSite) -> torch.Tensor:
         """What the site reads in place of x (tokens, d_in); for an embedding ids (tokens,). Never written in place."""
 
-    def after(self, y: torch.Tensor, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
+    def after(self, y: torch.Tensor, x: torch.Tensor, stacked: Any, tokens: OpTokens, site: OpSite) -> torch.Tensor:
         """What the site gives in place of y (tokens, d_out), which may be written to; x as the site was given it."""
