@@ -4,17 +4,20 @@ Owns the grouping of a checkpoint's keys by module, and what is refused for ever
 module twice, a module that is no linear, a rank above the limit. Knows nothing about what the tensors mean.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.format.contradictions import contradictions
+from server.adapters.format.lora_file import ignore_base_table
 from server.adapters.format.module_paths import SiteFinder
 from server.adapters.method import Edit, Lowered
 from server.ground.errors import AdapterRejected
 from server.model.site import Site, SiteKind
+
+_BASE_TABLE = "base_layer.weight"  # PEFT's copy of a whole embedding or head that is edited
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +61,20 @@ class ModuleTensors:
 
 
 def modules_of(
-    checkpoint: Checkpoint, sites: Mapping[str, Site], required: Sequence[str], optional: Sequence[str] = ()
+    checkpoint: Checkpoint,
+    sites: Mapping[str, Site],
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    kinds: Collection[SiteKind] = (SiteKind.LINEAR,),
 ) -> tuple[ModuleTensors, ...]:
-    """The linears for which the file has tensors, in its order.
+    """The linears, or sites of `kinds`, for which the file has tensors, in its order.
 
     A parameter is how a key ends after the path of its module; keys that end otherwise stay unused in the checkpoint.
-    Raises AdapterRejected, naming the key, for a module that is not a linear of the base, comes twice, or lacks one of
+    Raises AdapterRejected, naming the key, for a module that is no such site of the base, comes twice, or lacks one of
     the `required` parameters.
     """
     finder = SiteFinder(sites)
-    parameters = (*required, *optional)
+    parameters = (*required, *optional, _BASE_TABLE)
     found: dict[str, ModuleTensors] = {}
     for key in checkpoint:
         parameter = next((one for one in parameters if key.endswith("." + one)), None)
@@ -75,12 +82,16 @@ def modules_of(
             continue
         path, name = key[: -len(parameter) - 1], checkpoint.name(key)
         site = finder.find(path, name)
-        if site.kind is not SiteKind.LINEAR:
-            raise AdapterRejected(f"{name}: {site.path} is no linear module, and this method edits no other.")
+        if site.kind not in kinds:
+            raise AdapterRejected(
+                f"{name}: {site.path} is no {' or '.join(kinds)} module, and this method edits no other."
+            )
         module = found.setdefault(site.path, ModuleTensors(path, site, checkpoint))
         if module.path != path:
             raise AdapterRejected(f"{name}: {site.path} is edited twice in this file. Save one adapter per file.")
         module.keys[parameter] = key
+        if parameter == _BASE_TABLE:
+            ignore_base_table(checkpoint, key, site, sites)
     for module in found.values():
         if missing := next((one for one in required if one not in module), None):
             raise AdapterRejected(
@@ -95,5 +106,10 @@ def lower_by_module(
     """The adapter whose edit at each module's site is `edit` of that module; None where it changes nothing."""
     edits = {module.site.path: made for module in modules if (made := edit(module)) is not None}
     rank = max((made.rank for made in edits.values()), default=0)
-    warnings = contradictions(checkpoint.config, [module.path for module in modules])
+    copies = tuple(
+        f"{module.name(_BASE_TABLE)} is a copy of the base's own table; it is not used."
+        for module in modules
+        if _BASE_TABLE in module
+    )
+    warnings = copies + contradictions(checkpoint.config, [module.path for module in modules])
     return Lowered(method, rank, checkpoint.num_parameters, edits, warnings)

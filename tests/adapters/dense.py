@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from server.adapters.method import Edit
 from server.model.site import SiteKind
+from server.ops.site_ops.alone import run_alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,15 @@ class DenseSite:
     def row_norms_squared(self) -> torch.Tensor:
         return self.weight.square().sum(1)
 
+    @property
+    def gain(self) -> float:
+        return float(getattr(self.module, "embed_scale", 1.0))
+
     def project(self, rows: torch.Tensor) -> torch.Tensor:
         return rows @ self.weight.T
+
+    def normalized(self, x: torch.Tensor) -> torch.Tensor:
+        raise TypeError(f"{self.path} is no norm")
 
 
 def sites_of(model: nn.Module) -> dict[str, DenseSite]:
@@ -93,8 +101,7 @@ def edited(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
     """The model with the edits in place, until the block ends."""
     modules = {path: model.get_submodule(path) for path in edits}
     for path, module in modules.items():
-        embed_scale = getattr(module, "embed_scale", 1.0)
-        module.forward = _with_edit(edits[path], module.forward, isinstance(module, nn.Embedding), embed_scale)
+        module.forward = _with_edit(edits[path], module.forward, DenseSite(0, path, module))
     try:
         yield
     finally:
@@ -103,12 +110,12 @@ def edited(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
 
 
 def _with_edit(
-    edit: Edit,
-    base: Callable[[torch.Tensor], torch.Tensor],
-    is_embedding: bool,
-    embed_scale: torch.Tensor | float,
+    edit: Edit, base: Callable[[torch.Tensor], torch.Tensor], site: DenseSite
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: apply(edit, base, x, ids=is_embedding, embed_scale=embed_scale)
+    def normal(x: torch.Tensor) -> torch.Tensor:
+        return apply(edit, base, x, ids=site.kind is SiteKind.EMBEDDING, embed_scale=site.gain)
+
+    return lambda x: run_alone(edit.ops, normal, x, site)
 
 
 def edited_logits(model: nn.Module, edits: Mapping[str, Edit], input_ids: torch.Tensor) -> torch.Tensor:

@@ -266,12 +266,12 @@ def _parts(checkpoint: Checkpoint, sites: Mapping[str, Site]) -> tuple[tuple[Par
             raise AdapterRejected(f"{name} and {twin} are for one module, {site.path}. Save one adapter per file.")
         part.keys[role] = key
         if role == "base_table":
-            _ignore_base_table(checkpoint, key, site, sites)
+            ignore_base_table(checkpoint, key, site, sites)
             warnings.append(f"{name} is a copy of the base's own table; it is not used.")
     return tuple(parts.values()), tuple(warnings)
 
 
-def _ignore_base_table(checkpoint: Checkpoint, key: str, site: Site, sites: Mapping[str, Site]) -> None:
+def ignore_base_table(checkpoint: Checkpoint, key: str, site: Site, sites: Mapping[str, Site]) -> None:
     """PEFT saves the whole frozen table beside an adapter on the embedding or on the head."""
     vocabularies = {other.d_in for other in sites.values() if other.kind is SiteKind.EMBEDDING}
     is_embedding = site.kind is SiteKind.EMBEDDING
