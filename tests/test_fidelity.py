@@ -51,7 +51,11 @@ KINDS_OF: Mapping[str, tuple[str, ...]] = {
 QUANTIZED_KINDS = ("lora", "dora", "vera", "ia3", "lora-wide", "rslora", "lora-bias-of-b", "dora-patterns")
 # All of them where linears differ (biases, fused, transposed, none of these); a kind of each method elsewhere.
 LINEARS_DIFFER = ("llama", "qwen3", "phi3", "gpt2")
-QUANTIZED_KINDS_OF = {name: QUANTIZED_KINDS[: 8 if name in LINEARS_DIFFER else 4] for name in KINDS_OF}
+# Of the methods with ops beside the normal form, where q, k and v are one product and where they are three.
+OP_KINDS: Mapping[str, tuple[str, ...]] = dict.fromkeys(("llama", "phi3"), ("road",))
+QUANTIZED_KINDS_OF = {
+    name: QUANTIZED_KINDS[: 8 if name in LINEARS_DIFFER else 4] + OP_KINDS.get(name, ()) for name in KINDS_OF
+}
 _EXACT_NF4_KINDS = (*QUANTIZED_KINDS, *_OF_SEQUENCES, *SAVED_KINDS)
 EXACT_NF4_KINDS_OF = QUANTIZED_KINDS_OF | dict.fromkeys(("llama", "phi3"), _EXACT_NF4_KINDS)
 # Where 16-bit rounding may send a token to another expert, an error says nothing about adapters.

@@ -30,6 +30,7 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    RoadConfig,
     TrainableTokensConfig,
     VBLoRAConfig,
     VeraConfig,
@@ -190,6 +191,9 @@ LINEAR_KINDS: Mapping[str, Recipe] = {
     "vblora": _configured(
         VBLoRAConfig, {"target_modules": lambda t: t.all, "r": 3, "num_vectors": 20, "vector_length": 8, "topk": 3}
     ),
+    "road": _configured(RoadConfig, {"target_modules": lambda t: t.all, "group_size": 8}),
+    "road-2": _configured(RoadConfig, {"target_modules": lambda t: t.all, "group_size": 2, "variant": "road_2"}),
+    "road-4": _configured(RoadConfig, {"target_modules": _attention, "group_size": 32, "variant": "road_4"}),
 }
 
 # Formats that PEFT does not have: how one is saved for (base, target modules, folder, seed, strength), and by peft_type

@@ -24,6 +24,7 @@ from peft import (
     LoraConfig,
     MissConfig,
     PeftConfig,
+    RoadConfig,
     VBLoRAConfig,
     VeraConfig,
 )
@@ -113,6 +114,7 @@ SOME_KINDS = (
     "vera-drawn",
     "ia3",
     "ia3-attention",
+    "road",
 )
 CASES = [
     *[(llama, kind) for kind in (*KINDS, *LINEAR_KINDS, *OWN_KINDS, *BIASED_KINDS, *LLAMA_KINDS)],
@@ -161,6 +163,7 @@ def adapter(originals: Copies, tmp_path: Path) -> Copies:
         ("adalora-pruned", "adalora", 4, 0),
         ("loha", "loha", 9, 0),
         ("delta_lora", "delta_lora", 6, 0),
+        ("road", "road", 0, 0),
     ],
 )
 def test_a_lowered_adapter_says_what_it_is(
@@ -410,6 +413,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], st
     "vblora of other bank": ("vblora", {"num_vectors": 21}, {}, r"vector_bank has the shape \[20, 8\]"),
     "vblora of too many": ("vblora", {"topk": 21}, {}, "topk = 21 .* more than num_vectors = 20"),
     "vblora of weights": ("vblora", {"save_only_topk_weights": True}, {}, "save the logits instead"),
+    "road group": ("road", {"group_size": 24}, {}, "group_size = 24 .* the 64 outputs of model.layers.0"),
+    "road of odd groups": ("road", {"group_size": 1}, {}, "group_size = 1 .* two halves"),
+    "road of another variant": ("road", {"variant": "road_2"}, {}, r"road_theta has the shape \[32\]"),
+    "road of no variant": ("road", {"variant": "road_3"}, {}, "variant = 'road_3' .* one of road_1, road_2, road_4"),
+    "road half": ("road", {}, {f"{Q}.road_alpha": None}, "q_proj.road_theta has no partner"),
+    "road on an embedding": (
+        "road", {}, {"base_model.model.model.embed_tokens.road_theta": torch.ones(32)}, "is no linear module"
+    ),
 }  # fmt: skip
 
 
@@ -421,6 +432,20 @@ def test_what_cannot_be_applied_exactly_is_refused_by_name(
     with pytest.raises(AdapterRejected, match=words) as refused:
         lowered(folder, base(llama))
     assert len(refused.value.message) < 400
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("road", "group_size = 64")],
+)
+def test_a_config_that_says_nothing_means_what_peft_would_take_it_for(kind: str, words: str, adapter: Copies) -> None:
+    """PEFT writes every field; what is missing has PEFT's default, which here is not what was trained with."""
+    folder = adapter(kind)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({"peft_type": config["peft_type"]}))
+    with pytest.raises(AdapterRejected, match=words):
+        lowered(folder, base(llama))
 
 
 def test_a_bias_for_a_linear_without_one_is_refused(tmp_path: Path) -> None:
@@ -479,6 +504,7 @@ CONFIGS: list[tuple[str, type[PeftConfig]]] = [
     ("delora", DeloraConfig),
     ("gralora", GraloraConfig),
     ("vblora", VBLoRAConfig),
+    ("road", RoadConfig),
 ]
 
 
