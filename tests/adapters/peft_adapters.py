@@ -25,6 +25,7 @@ from peft import (
     LoHaConfig,
     LoraConfig,
     MissConfig,
+    OFTConfig,
     PeftConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -194,6 +195,25 @@ LINEAR_KINDS: Mapping[str, Recipe] = {
     "road": _configured(RoadConfig, {"target_modules": lambda t: t.all, "group_size": 8}),
     "road-2": _configured(RoadConfig, {"target_modules": lambda t: t.all, "group_size": 2, "variant": "road_2"}),
     "road-4": _configured(RoadConfig, {"target_modules": _attention, "group_size": 32, "variant": "road_4"}),
+    "oft": _configured(OFTConfig, {"target_modules": lambda t: t.all, "oft_block_size": 16}),
+    "oft-blocks": _configured(
+        OFTConfig,  # 7 is not among the divisors, so PEFT takes another; an exact rotation
+        {"target_modules": lambda t: t.all, "r": 7, "oft_block_size": 0, "use_cayley_neumann": False},
+    ),
+    "oft-shared": _configured(
+        OFTConfig,
+        {"target_modules": _ends, "oft_block_size": 4, "block_share": True, "num_cayley_neumann_terms": 3},
+    ),
+    "oft-constrained": _configured(
+        OFTConfig,
+        {
+            "target_modules": lambda t: t.all,
+            "oft_block_size": 8,
+            "coft": True,
+            "eps": 0.9,
+            "num_cayley_neumann_terms": 9,
+        },
+    ),
 }
 
 # Formats that PEFT does not have: how one is saved for (base, target modules, folder, seed, strength), and by peft_type
@@ -208,6 +228,8 @@ BIASED_KINDS: Mapping[str, Recipe] = {
     "lora-bias-only": _lora(bias="lora_only", target_modules=_attention),
     "lora-bias-all": _lora(bias="all", lora_bias=True, target_modules=_attention),
     "dora-bias-only": _lora(bias="lora_only", use_dora=True),
+    "oft-bias-only": _configured(OFTConfig, {"target_modules": _attention, "oft_block_size": 8, "bias": "oft_only"}),
+    "oft-bias-all": _configured(OFTConfig, {"target_modules": _attention, "oft_block_size": 8, "bias": "all"}),
 }
 LLAMA_KINDS: Mapping[str, Recipe] = {
     # Pruned: what is left of the rank of 4 at each module that is named.
@@ -317,6 +339,8 @@ def move_away(adapted: nn.Module, strength: float) -> None:
             parameter.data.mul_(1 + 0.3 * strength * noise.clamp(-2, 2))
         elif "lora_A" in name or "lora_embedding_A" in name:
             parameter.data.copy_(noise / parameter.shape[-1] ** 0.5)
+        elif "oft_" in name:  # the rows of a triangle are as many as its numbers' root, and long ones turn too far
+            parameter.data.add_(0.5 * strength * noise / parameter.shape[-1] ** 0.5)
         else:
             parameter.data.add_(0.3 * strength * noise)
 

@@ -23,6 +23,7 @@ from peft import (
     LoHaConfig,
     LoraConfig,
     MissConfig,
+    OFTConfig,
     PeftConfig,
     RoadConfig,
     VBLoRAConfig,
@@ -115,6 +116,7 @@ SOME_KINDS = (
     "ia3",
     "ia3-attention",
     "road",
+    "oft",
 )
 CASES = [
     *[(llama, kind) for kind in (*KINDS, *LINEAR_KINDS, *OWN_KINDS, *BIASED_KINDS, *LLAMA_KINDS)],
@@ -164,6 +166,8 @@ def adapter(originals: Copies, tmp_path: Path) -> Copies:
         ("loha", "loha", 9, 0),
         ("delta_lora", "delta_lora", 6, 0),
         ("road", "road", 0, 0),
+        ("oft", "oft", 0, 0),
+        ("oft-shared", "oft", 0, 2),
     ],
 )
 def test_a_lowered_adapter_says_what_it_is(
@@ -281,6 +285,7 @@ A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
 ELSEWHERE = "base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"
 TABLE = "base_model.model.lm_head.base_layer.weight"
 BIAS = f"{Q}.base_layer.bias"
+R = f"{Q}.oft_R.weight"
 
 # kind, config fields to set, tensors to set, words of the sentence
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], str]] = {
@@ -421,6 +426,21 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], st
     "road on an embedding": (
         "road", {}, {"base_model.model.model.embed_tokens.road_theta": torch.ones(32)}, "is no linear module"
     ),
+    "oft shape": ("oft", {}, {R: torch.ones(4, 119)}, r"oft_R.weight has the shape \[4, 119\]: that is not triangles"),
+    "oft of other width": ("oft", {}, {R: torch.ones(5, 120)}, r"\[5, 120\].*blocks of b that make up the 64"),
+    "oft of a scalar": ("oft", {}, {R: torch.tensor(1.0)}, r"oft_R.weight has the shape \[\]"),
+    "oft not shared": ("oft", {"block_share": True}, {}, r"that is not one triangle \(block_share\)"),
+    "oft shared": ("oft-shared", {"block_share": False}, {}, "that is not triangles of"),
+    "oft terms": ("oft", {"num_cayley_neumann_terms": 1 << 40}, {}, "num_cayley_neumann_terms = .* the limit is 64"),
+    "oft of no bound": ("oft-constrained", {"eps": None}, {}, "eps in adapter_config.json must be a finite number"),
+    "oft bias": ("oft", {"bias": "some"}, {}, "bias = 'some' .* none, all or oft_only"),
+    "oft out of range": ("oft", {}, {R: torch.full((4, 120), 1e20)}, "blocks of block_rotation at .* is not finite"),
+    "oft of an embedding on a linear": (
+        "oft", {}, {f"{Q}.oft_embedding_R.weight": torch.ones(4, 120)}, "oft_embedding_R.weight is not for .*q_proj"
+    ),
+    "oft on a norm": (
+        "oft", {}, {"base_model.model.model.norm.oft_R.weight": torch.ones(4, 120)}, "no module model.norm"
+    ),
 }  # fmt: skip
 
 
@@ -434,9 +454,17 @@ def test_what_cannot_be_applied_exactly_is_refused_by_name(
     assert len(refused.value.message) < 400
 
 
+@pytest.mark.parametrize("written_by", ["0.17.1", "0.9", None, "new"])
+def test_an_oft_adapter_from_before_the_present_series_is_warned_of(written_by: str | None, adapter: Copies) -> None:
+    folder = altered(adapter("oft"), {"peft_version": written_by})
+    (warning,) = lowered(folder, base(llama)).warnings
+    assert "does not say that it was written by PEFT 0.18 or later" in warning
+    assert lowered(altered(folder, {"use_cayley_neumann": False}), base(llama)).warnings == ()
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("road", "group_size = 64")],
+    [("road", "group_size = 64"), ("oft", "no oft_block_size: .* before PEFT 0.14")],
 )
 def test_a_config_that_says_nothing_means_what_peft_would_take_it_for(kind: str, words: str, adapter: Copies) -> None:
     """PEFT writes every field; what is missing has PEFT's default, which here is not what was trained with."""
@@ -505,6 +533,7 @@ CONFIGS: list[tuple[str, type[PeftConfig]]] = [
     ("gralora", GraloraConfig),
     ("vblora", VBLoRAConfig),
     ("road", RoadConfig),
+    ("oft", OFTConfig),
 ]
 
 
