@@ -52,7 +52,7 @@ QUANTIZED_KINDS = ("lora", "dora", "vera", "ia3", "lora-wide", "rslora", "lora-b
 # All of them where linears differ (biases, fused, transposed, none of these); a kind of each method elsewhere.
 LINEARS_DIFFER = ("llama", "qwen3", "phi3", "gpt2")
 # Of the methods with ops beside the normal form, where q, k and v are one product and where they are three.
-OP_KINDS: Mapping[str, tuple[str, ...]] = dict.fromkeys(("llama", "phi3"), ("road", "oft"))
+OP_KINDS: Mapping[str, tuple[str, ...]] = dict.fromkeys(("llama", "phi3"), ("road", "oft", "lokr"))
 QUANTIZED_KINDS_OF = {
     name: QUANTIZED_KINDS[: 8 if name in LINEARS_DIFFER else 4] + OP_KINDS.get(name, ()) for name in KINDS_OF
 }

@@ -23,6 +23,7 @@ from peft import (
     HRAConfig,
     IA3Config,
     LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     MissConfig,
     OFTConfig,
@@ -212,6 +213,20 @@ LINEAR_KINDS: Mapping[str, Recipe] = {
             "coft": True,
             "eps": 0.9,
             "num_cayley_neumann_terms": 9,
+        },
+    ),
+    "lokr": _configured(LoKrConfig, {"target_modules": lambda t: t.all, "r": 3, "alpha": 7}),
+    "lokr-whole": _configured(LoKrConfig, {"target_modules": lambda t: t.all, "r": 64, "alpha": 64}),
+    "lokr-both": _configured(
+        LoKrConfig,
+        {
+            "target_modules": _attention,
+            "r": 2,
+            "alpha": 5,
+            "decompose_both": True,
+            "decompose_factor": 16,
+            "rank_pattern": _by_layer,
+            "alpha_pattern": lambda t: {t.value: 29},
         },
     ),
 }

@@ -21,6 +21,7 @@ from peft import (
     HRAConfig,
     IA3Config,
     LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     MissConfig,
     OFTConfig,
@@ -30,6 +31,7 @@ from peft import (
     VeraConfig,
 )
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -47,6 +49,7 @@ from server.adapters.lowering import lower
 from server.adapters.method import Lowered
 from server.adapters.methods import discover, method_for
 from server.ground.errors import AdapterRejected
+from server.ops.site_ops.alone import run_alone
 from tests.adapters.dense import edited_logits, sites_of
 from tests.adapters.peft_adapters import (
     BIASED_KINDS,
@@ -117,6 +120,7 @@ SOME_KINDS = (
     "ia3-attention",
     "road",
     "oft",
+    "lokr",
 )
 CASES = [
     *[(llama, kind) for kind in (*KINDS, *LINEAR_KINDS, *OWN_KINDS, *BIASED_KINDS, *LLAMA_KINDS)],
@@ -168,6 +172,7 @@ def adapter(originals: Copies, tmp_path: Path) -> Copies:
         ("road", "road", 0, 0),
         ("oft", "oft", 0, 0),
         ("oft-shared", "oft", 0, 2),
+        ("lokr-both", "lokr", 0, 0),
     ],
 )
 def test_a_lowered_adapter_says_what_it_is(
@@ -441,6 +446,16 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], st
     "oft on a norm": (
         "oft", {}, {"base_model.model.model.norm.oft_R.weight": torch.ones(4, 120)}, "no module model.norm"
     ),
+    "lokr of other width": (
+        "lokr-whole", {}, {f"{Q}.lokr_w2": torch.ones(8, 9)}, r"make \[64, 72\], and this base needs \[64, 64\]"
+    ),
+    "lokr half": ("lokr-both", {}, {f"{Q}.lokr_w1_a": None}, "must have either lokr_w1, or lokr_w1_a and lokr_w1_b"),
+    "lokr too much": (
+        "lokr-both", {}, {f"{Q}.lokr_w1": torch.ones(4, 4)}, "must have either lokr_w1, or lokr_w1_a and lokr_w1_b"
+    ),
+    "lokr rank": ("lokr", {"r": 4}, {}, "lokr_w2_a has rank 3, and r or rank_pattern in .* says 4"),
+    "lokr vector": ("lokr-whole", {}, {f"{Q}.lokr_w1": torch.ones(64)}, r"lokr_w1 has the shape \[64\]"),
+    "lokr convolution": ("lokr", {}, {f"{Q}.lokr_t2": torch.ones(3, 3, 3, 3)}, "lokr has no use for .*lokr_t2"),
 }  # fmt: skip
 
 
@@ -464,7 +479,7 @@ def test_an_oft_adapter_from_before_the_present_series_is_warned_of(written_by: 
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("road", "group_size = 64"), ("oft", "no oft_block_size: .* before PEFT 0.14")],
+    [("road", "group_size = 64"), ("lokr", "says 8"), ("oft", "no oft_block_size: .* before PEFT 0.14")],
 )
 def test_a_config_that_says_nothing_means_what_peft_would_take_it_for(kind: str, words: str, adapter: Copies) -> None:
     """PEFT writes every field; what is missing has PEFT's default, which here is not what was trained with."""
@@ -474,6 +489,24 @@ def test_a_config_that_says_nothing_means_what_peft_would_take_it_for(kind: str,
     path.write_text(json.dumps({"peft_type": config["peft_type"]}))
     with pytest.raises(AdapterRejected, match=words):
         lowered(folder, base(llama))
+
+
+def test_factors_whose_product_is_large_stay_factors(adapter: Copies) -> None:
+    """Or a small file would ask for as much memory as the base's own weights take."""
+    model = copy.deepcopy(base(llama))
+    wide = nn.Linear(256, 256)
+    model.model.layers[0].self_attn.q_proj = wide
+    factors = {"lokr_w1_a": (256, 3), "lokr_w1_b": (3, 256), "lokr_w2_a": (1, 3), "lokr_w2_b": (3, 1)}
+    folder = adapter("lokr")
+    none = dict.fromkeys(load_file(folder / "adapter_model.safetensors"))
+    own = {f"{Q}.{name}": torch.randn(shape) for name, shape in factors.items()}
+    edit = lowered(altered(folder, tensors={**none, **own}), model).edits["model.layers.0.self_attn.q_proj"]
+    assert edit.ops["kronecker"].keys() == {"left_up", "left_down", "right"}
+    x = torch.randn(5, 256)
+    left, right = own[f"{Q}.lokr_w1_a"] @ own[f"{Q}.lokr_w1_b"], own[f"{Q}.lokr_w2_a"] @ own[f"{Q}.lokr_w2_b"]
+    site = sites_of(model)["model.layers.0.self_attn.q_proj"]
+    found = run_alone(edit.ops, wide, x, site)
+    torch.testing.assert_close(found, wide(x) + 7 / 3 * x @ torch.kron(left, right).T, rtol=1e-4, atol=1e-4)
 
 
 def test_a_bias_for_a_linear_without_one_is_refused(tmp_path: Path) -> None:
@@ -534,6 +567,7 @@ CONFIGS: list[tuple[str, type[PeftConfig]]] = [
     ("vblora", VBLoRAConfig),
     ("road", RoadConfig),
     ("oft", OFTConfig),
+    ("lokr", LoKrConfig),
 ]
 
 

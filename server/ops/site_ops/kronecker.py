@@ -4,8 +4,8 @@ Owns the op beside the product of a linear. Knows nothing about scalings (they a
 
 Semantics, for a token t of a lane with `left` (a, c) and `right` (b, d), d_in = c d and d_out = a b:
     y'[t, i b + j] = y[t, i b + j] + sum over k, l of left[i, k] * right[j, l] * x[t, k d + l]
-which is left X right^T for x[t] as a matrix X (c, d). In place of `right` there may be `right_up` (b, r) and
-`right_down` (r, d), of which it is the product.
+which is left X right^T for x[t] as a matrix X (c, d). In place of either there may be the two matrices that it is the
+product of: `left_up` (a, r) and `left_down` (r, c), `right_up` (b, r) and `right_down` (r, d).
 """
 
 from collections.abc import Sequence
@@ -38,26 +38,27 @@ class Kronecker:
         return y
 
 
+def _factors(tensors: Tensors, name: str) -> tuple[torch.Tensor, ...]:
+    """In the order in which they are applied."""
+    return (tensors[name],) if name in tensors else (tensors[f"{name}_down"], tensors[f"{name}_up"])
+
+
 def _made(tensors: Tensors) -> tuple[int, int] | None:
     """The shape of the product; None where the factors make none."""
     if any(tensor.dim() != 2 for tensor in tensors.values()):
         return None
-    left = tensors["left"].shape
-    if "right" in tensors:
-        up, down = tensors["right"].shape
-    else:
-        (up, rank), (also_rank, down) = tensors["right_up"].shape, tensors["right_down"].shape
-        if rank != also_rank:
-            return None
-    return left[0] * up, left[1] * down
+    left, right = _factors(tensors, "left"), _factors(tensors, "right")
+    if any(len(pair) == 2 and pair[0].shape[0] != pair[1].shape[1] for pair in (left, right)):
+        return None
+    return left[-1].shape[0] * right[-1].shape[0], left[0].shape[1] * right[0].shape[1]
 
 
 def _product(x: torch.Tensor, tensors: Tensors, by_token: bool) -> torch.Tensor:
     t = "t" if by_token else ""
-    h = x.view(len(x), tensors["left"].shape[-1], -1)  # (tokens, c, d)
-    if "right" in tensors:
-        h = torch.einsum(f"tcd,{t}bd->tcb", h, tensors["right"])
-    else:
-        h = torch.einsum(f"tcd,{t}rd->tcr", h, tensors["right_down"])
-        h = torch.einsum(f"tcr,{t}br->tcb", h, tensors["right_up"])
-    return torch.einsum(f"{t}ac,tcb->tab", tensors["left"], h).reshape(len(x), -1)
+    left, right = _factors(tensors, "left"), _factors(tensors, "right")
+    h = x.view(len(x), left[0].shape[-1], -1)  # (tokens, c, d)
+    for factor in right:
+        h = torch.einsum(f"tcd,{t}bd->tcb", h, factor)
+    for factor in left:
+        h = torch.einsum(f"{t}ac,tcb->tab", factor, h)
+    return h.reshape(len(x), -1)

@@ -14,7 +14,7 @@ SHAPES: tuple[dict[str, tuple[int, int]], ...] = (
     {"left": (2, 2), "right_up": (10, 3), "right_down": (3, 6)},
     {"left": (4, 3), "right": (5, 4)},
     {"left": (1, 1), "right": (20, 12)},
-    {"left": (20, 12), "right_up": (1, 1), "right_down": (1, 1)},
+    {"left_up": (10, 2), "left_down": (2, 6), "right_up": (2, 1), "right_down": (1, 2)},
 )
 
 
@@ -24,8 +24,11 @@ def drawn(lane: int) -> Tensors:
 
 
 def define(tensors: Tensors, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    right = tensors["right"] if "right" in tensors else tensors["right_up"] @ tensors["right_down"]
-    return y + torch.kron(tensors["left"], right) @ x
+    left, right = (
+        tensors[name] if name in tensors else tensors[f"{name}_up"] @ tensors[f"{name}_down"]
+        for name in ("left", "right")
+    )
+    return y + torch.kron(left, right) @ x
 
 
 @pytest.mark.parametrize("tokens", STEPS.values(), ids=STEPS.keys())
