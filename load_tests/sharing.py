@@ -28,7 +28,7 @@ from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.format.content import CONFIG_FILE, WEIGHTS_FILE
 from server.adapters.host import HostTier
 from server.adapters.lowering import lower
-from server.adapters.method import Lowered
+from server.adapters.method import Edit, Lowered
 from server.bench import machine
 from server.model.outline import Outline, outline
 from server.model.pretrained import BaseOptions
@@ -111,15 +111,17 @@ def _saved(folder: Path, config: Mapping[str, Any], tensors: dict[str, torch.Ten
     return folder
 
 
+def _varied(edit: Edit, trained: Sequence[str], number: int) -> Edit:
+    changed: dict[str, Any] = {name: _numbered(edit.tensors()[name], number) for name in trained}
+    return replace(edit, **changed)
+
+
 def variants(first: Lowered, trained: Sequence[str], count: int) -> Iterator[Lowered]:
     """`count` adapters that differ at every site, in the fields of the edits that are `trained`, and in no other."""
     for number in range(count):
         yield replace(
             first,
-            edits={
-                path: replace(edit, **{name: _numbered(edit.tensors()[name], number) for name in trained})
-                for path, edit in first.edits.items()
-            },
+            edits={path: _varied(edit, trained, number) for path, edit in first.edits.items()},
         )
 
 

@@ -17,6 +17,7 @@ from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.format.content import WEIGHTS_FILE
 from server.adapters.format.manifest import check_manifest
 from server.adapters.lowering import lower
+from server.adapters.merging.change import what_is_no_change
 from server.adapters.merging.lora_folder import new_folder
 from server.adapters.methods import method_for
 from server.assemble import Server
@@ -93,8 +94,10 @@ def drop(request: DropRequest, target: Path, say: Say) -> Dropped:
 def _dropped(request: DropRequest, side: Side, encoded: Encoded, folder: Path, say: Say) -> Dropped:
     base = side.server.base
     lowered = lower(Checkpoint.open(request.adapter), base.sites.by_path)
+    if reason := what_is_no_change(lowered):
+        raise AdapterRejected(f"Its layers cannot be measured: {reason}.")
     _register(side.server, request.adapter, _WHOLE)
-    watch = Watch(lowered.edits, base.sites.by_path)
+    watch = Watch(lowered.edits, base.sites.products)
     with _slot(side, _WHOLE) as slot, watch.watching():
         say(f"measuring the layers on {encoded.num_tokens} tokens ...")
         for chunks in encoded.passes:

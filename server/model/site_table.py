@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from server.model.attention import is_attention
 from server.model.context import Scope
 from server.model.fused import FusedLinear, can_pack
-from server.model.site import Site, SiteKind
+from server.model.site import PRODUCTS, Site, SiteKind
 from server.model.sites import BaseSite
 from server.model.sublayers import AttentionSite, BlockSite, NormSite
 from server.ops.site_ops import OpSite
@@ -43,6 +43,11 @@ class SiteTable:
         self.by_path: Mapping[str, Site] = {site.path: site for site in found}
         self.by_index: Mapping[int, OpSite] = {site.index: site for site in found}
         self.groups: tuple[SiteGroup, ...] = ()
+
+    @property
+    def products(self) -> Mapping[str, BaseSite]:
+        """The linears and embeddings among the sites, by path."""
+        return {site.path: site for site in self.sites if site.kind in PRODUCTS and site.path in self.by_path}
 
     @property
     def num_sites(self) -> int:

@@ -22,10 +22,11 @@ from server.adapters.merging.lora_folder import Part, new_folder, write_lora
 from server.adapters.merging.truncate import Factors, truncate_dense, truncate_drawn
 from server.ground.errors import BadRequest, StartupRefused
 from server.model.fingerprint import differing_fields
-from server.model.outline import Outline, OutlinedSite, outline
+from server.model.outline import Outline, outline
 from server.model.pretrained import BaseOptions, read_config
 from server.model.quantize import Quantization
 from server.model.site import SiteKind
+from server.model.sites import BaseSite
 
 MAX_RANK = CheckpointLimits().max_rank
 _MAX_EXACT = 1024  # the smaller side of a matrix that is decomposed exactly: an eigh of 1024 takes a second
@@ -94,7 +95,7 @@ def extract(base: str, tuned: str, target: Path, how: Extraction, progress: Prog
         prefix: str = built.base_model_prefix
         files = WeightFiles.open(base, prefix), WeightFiles.open(tuned, prefix)
         check_same(*files)
-        linears = {f"{path.removeprefix(f'{prefix}.')}.weight": site for path, site in known.sites.items()}
+        linears = {f"{path.removeprefix(f'{prefix}.')}.weight": site for path, site in known.table.products.items()}
         chosen = {name: linears[name] for name in _chosen(linears, how.targets) if name in files[0].names}
         _check_rank(how, chosen)
         left, num_equal = _left(*files, [name for name in files[0].names if name not in chosen])
@@ -130,11 +131,11 @@ def _one_config(base: str, tuned: str) -> PreTrainedConfig:
     return one
 
 
-def _chosen(linears: Mapping[str, OutlinedSite], targets: Collection[str] | None) -> Iterator[str]:
+def _chosen(linears: Mapping[str, BaseSite], targets: Collection[str] | None) -> Iterator[str]:
     """The tensors of the linears that shall be carried. Raises BadRequest for a name that is none."""
     can = {name: site for name, site in linears.items() if site.kind is SiteKind.LINEAR}
     if targets is None:
-        yield from (name for name, site in can.items() if not site.site.is_head)
+        yield from (name for name, site in can.items() if not site.is_head)
         return
     for target in targets:
         found = [name for name, site in can.items() if f".{site.path}".endswith(f".{target}")]
@@ -144,7 +145,7 @@ def _chosen(linears: Mapping[str, OutlinedSite], targets: Collection[str] | None
         yield from found
 
 
-def _check_rank(how: Extraction, chosen: Mapping[str, OutlinedSite]) -> None:
+def _check_rank(how: Extraction, chosen: Mapping[str, BaseSite]) -> None:
     if not chosen:
         raise BadRequest("--targets: the checkpoint has no weights of its own for these (a tied head has none).")
     largest = max(min(site.d_in, site.d_out) for site in chosen.values())
@@ -175,7 +176,7 @@ def _read_change(base: WeightFiles, tuned: WeightFiles, name: str) -> tuple[torc
 def _carried(
     base: WeightFiles,
     tuned: WeightFiles,
-    chosen: Mapping[str, OutlinedSite],
+    chosen: Mapping[str, BaseSite],
     how: Extraction,
     progress: Progress | None,
 ) -> tuple[list[Part], list[Carried]]:
@@ -183,7 +184,7 @@ def _carried(
     for number, (name, site) in enumerate(sorted(chosen.items(), key=lambda item: item[1].index), start=1):
         old, change = _read_change(base, tuned, name)
         if change is not None:
-            factors = _factors(change.T if isinstance(site.site.module, Conv1D) else change, how)
+            factors = _factors(change.T if isinstance(site.module, Conv1D) else change, how)
             parts.append(Part(site, factors.down, factors.up))
             carried.append(
                 Carried(
@@ -218,6 +219,6 @@ def _nothing(left: Collection[Left]) -> str:
 
 def _write(folder: Path, parts: list[Part], known: Outline, base: str) -> None:
     manifest = {} if known.fingerprint is None else {"base_fingerprint": known.fingerprint}
-    is_transposed = any(isinstance(known.sites[part.site.path].site.module, Conv1D) for part in parts)
+    is_transposed = any(isinstance(known.table.products[part.site.path].module, Conv1D) for part in parts)
     write_lora(folder, parts, known.sites, manifest, base_model=base, fan_in_fan_out=is_transposed)
     lower(Checkpoint.open(folder), known.sites)  # what cannot be served is not handed out

@@ -139,7 +139,8 @@ def _bounded(skew: torch.Tensor, bound: float) -> torch.Tensor:
 
 def _cayley(skew: torch.Tensor) -> torch.Tensor:
     identity = torch.eye(skew.shape[-1]).expand_as(skew)
-    return torch.linalg.solve(identity + skew, identity - skew, left=False)
+    rotation: torch.Tensor = torch.linalg.solve(identity + skew, identity - skew, left=False)
+    return rotation
 
 
 def _series(skew: torch.Tensor, num_terms: int) -> torch.Tensor:
