@@ -71,6 +71,7 @@ class StepOps:
         self._sides = ((slots, num_mixed, ids), (kept, len(kept), keep))
         self._ids = ids
         self._tokens: dict[tuple[bool, tuple[int, ...]], OpTokens] = {}
+        self._kept: dict[str, torch.Tensor] = {}
 
     def at(self, site: int, *, is_head: bool) -> Sequence[PlacedOp]:
         return [
@@ -90,6 +91,7 @@ class StepOps:
                 num_mixed=num_mixed,
                 runs=_runs(lanes, num_mixed),
                 ids=self._ids[ids] if is_head else ids,
+                kept=self._kept,
                 mixed_lanes=tuple(lanes[:num_mixed]),
             )
         return self._tokens[key]

@@ -8,6 +8,7 @@ has it. Where a site has several they come in the order of the list.
 from collections.abc import Mapping
 
 from server.ops.site_ops.block_rotation import BlockRotation
+from server.ops.site_ops.bottleneck import Bottleneck, KeepStream
 from server.ops.site_ops.kronecker import Kronecker
 from server.ops.site_ops.kv_rows import KvRows
 from server.ops.site_ops.norm_weight import NormWeight
@@ -20,5 +21,6 @@ __all__ = ["SITE_OPS", "OpSite", "OpTokens", "SiteOp", "SiteShape", "Tensors"]
 
 _OPS: tuple[SiteOp, ...] = (
     OwnWeight(), TokenRows(), KvRows(), NormWeight(), BlockRotation(), Kronecker(), PairRotation(),
+    KeepStream(), Bottleneck(),
 )  # fmt: skip
 SITE_OPS: Mapping[str, SiteOp] = {op.name: op for op in _OPS}

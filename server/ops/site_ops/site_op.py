@@ -59,6 +59,7 @@ class OpTokens:
     # The lanes of the mixed tokens once more, where they can be read without waiting for a device.
     mixed_lanes: tuple[int, ...] | None = None
     _found: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)  # by ops, for those at later sites of the same step
 
     @property
     def mixed(self) -> torch.Tensor:

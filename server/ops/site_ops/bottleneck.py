@@ -1,0 +1,190 @@
+"""Two small layers with a nonlinearity between them, added to a site's output: bottleneck adapters.
+
+Owns the op at a linear, and the one at the norm before it, which keeps the residual stream for those that read it.
+Knows nothing about where in a model they stand, or how their formats write them.
+
+Semantics, for a token t of a lane with `down` (r, width), `down_bias` (r,), `up` (r, width) transposed, `up_bias`
+(width,), `act` (1,) an index into ACTIVATIONS and `reads` (2,), and perhaps `before` and `after` (2, width), weight and
+bias of a layer norm, and `is_last` (1,):
+    z = reads[0] * y[t] + reads[1] * stream[t]           the stream: what the norm before the site was given
+    z = layer_norm(z; before)                            where there is `before`
+    u = up^T act(down z + down_bias) + up_bias
+    y[t] = y[t] + u                                      without `after`
+    y[t] = y[t] + layer_norm(u; after)                   with it, if is_last = 0
+    y[t] = layer_norm(y[t] + u; after)                   if is_last = 1
+All in float32. Ranks may differ from lane to lane: the rows of all lie under one another, and none is padded.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+
+from server.ops.site_ops.site_op import OpSite, OpTokens, SiteShape, Tensors
+
+LN_EPS = 1e-5  # PyTorch's own, which the adapters' norms have
+_STREAM = "residual stream"
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _gelu_10(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x).clamp(-10, 10)
+
+
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _relu_squared(x: torch.Tensor) -> torch.Tensor:
+    return F.relu(x).square()
+
+
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+_FUNCTIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "leaky_relu": F.leaky_relu,
+    "linear": _same,
+    "relu6": F.relu6,
+    "relu2": _relu_squared,
+    "mish": F.mish,
+    "quick_gelu": _quick_gelu,
+    "gelu_10": _gelu_10,
+}
+ACTIVATIONS = tuple(_FUNCTIONS)
+"""The nonlinearities by number. `leaky_relu` has the slope 0.01."""
+
+
+class KeepStream:
+    """Before a norm: keeps what it reads for the rest of the step, until another norm does."""
+
+    name = "keep_stream"
+
+    def check(self, tensors: Tensors, site: SiteShape) -> None:
+        if site.kind != "norm":
+            raise ValueError(f"the residual stream is kept at a norm, and this is a {site.kind}")
+
+    def stack(self, of_lane: Sequence[Tensors], site: OpSite) -> Tensors:
+        return {}
+
+    def before(self, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
+        tokens.kept[_STREAM] = x
+        return x
+
+    def after(self, y: torch.Tensor, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
+        return y
+
+
+class Bottleneck:
+    name = "bottleneck"
+
+    def check(self, tensors: Tensors, site: SiteShape) -> None:
+        rank, width = tensors["down"].shape[0], site.d_out
+        wanted = {"down": (rank, width), "up": (rank, width), "down_bias": (rank,), "up_bias": (width,)}
+        wanted |= {"act": (1,), "reads": (2,), "before": (2, width), "after": (2, width), "is_last": (1,)}
+        for field, tensor in tensors.items():
+            if tuple(tensor.shape) != wanted[field]:
+                raise ValueError(
+                    f"its {field} has the shape {list(tensor.shape)}, and this base needs {list(wanted[field])}"
+                )
+        if tensors["act"].item() not in range(len(ACTIVATIONS)):
+            raise ValueError(f"its act is {tensors['act'].item()}, and the last has the number {len(ACTIVATIONS) - 1}")
+
+    def stack(self, of_lane: Sequence[Tensors], site: OpSite) -> Tensors:
+        """Rows of all lanes under one another, with the lane of each (`owner`) and where a lane begins (`starts`, on
+        the CPU, lane 0 and the end included); vectors by lane, after those of lane 0."""
+        like = of_lane[0]["up_bias"]
+        ranks = [own["down"].shape[0] for own in of_lane]
+        lanes = torch.arange(1, len(ranks) + 1, device=like.device)
+        of_row = torch.tensor(ranks, device=like.device)
+        acts = torch.cat([own["act"] for own in of_lane])
+        stacked = {
+            **{field: torch.cat([own[field] for own in of_lane]) for field in ("down", "up", "down_bias")},
+            "owner": lanes.repeat_interleave(of_row),
+            "starts": torch.tensor([0, *accumulate(ranks, initial=0)]),
+            "row_act": acts.repeat_interleave(of_row),
+            "acts": torch.tensor(sorted(set(acts.tolist()))),
+            "up_bias": _by_lane(of_lane, "up_bias", torch.zeros_like(like)),
+            "reads": _by_lane(of_lane, "reads", like.new_tensor([1.0, 0.0])),
+        }
+        no_norm = torch.stack([torch.ones_like(like), torch.zeros_like(like)])
+        for field in ("before", "after"):
+            if any(field in own for own in of_lane):
+                stacked[field] = _by_lane(of_lane, field, no_norm)
+                stacked[f"has_{field}"] = torch.tensor([False, *(field in own for own in of_lane)], device=like.device)
+        if "after" in stacked:
+            stacked["is_last"] = _by_lane(of_lane, "is_last", like.new_zeros(1))
+        return stacked
+
+    def before(self, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
+        return x
+
+    def after(self, y: torch.Tensor, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
+        of_token = {field: stacked[field].index_select(0, tokens.lanes) for field in _OF_LANE if field in stacked}
+        own = y.float()
+        read = own * of_token["reads"][:, :1]
+        stream = tokens.kept.get(_STREAM)
+        if stream is not None:
+            read = torch.where(of_token["reads"][:, 1:] > 0, read + stream.float(), read)
+        if "before" in of_token:
+            read = torch.where(of_token["has_before"][:, None], _layer_norm(read, of_token["before"]), read)
+        change = _through(read, stacked, tokens) + of_token["up_bias"]
+        total = own + change
+        if "after" in of_token:
+            after, is_last = of_token["after"], of_token["is_last"] > 0
+            normed = torch.where(is_last, _layer_norm(total, after), own + _layer_norm(change, after))
+            total = torch.where(of_token["has_after"][:, None], normed, total)
+        return torch.where((tokens.lanes > 0)[:, None], total.to(y.dtype), y)
+
+
+_OF_LANE = ("reads", "up_bias", "before", "has_before", "after", "has_after", "is_last")
+
+
+def _by_lane(of_lane: Sequence[Tensors], field: str, blank: torch.Tensor) -> torch.Tensor:
+    return torch.stack([blank, *(own.get(field, blank) for own in of_lane)])
+
+
+def _layer_norm(x: torch.Tensor, of_token: torch.Tensor) -> torch.Tensor:
+    """x (tokens, width) normalized, with the weight and bias of each token: (tokens, 2, width)."""
+    return torch.addcmul(of_token[:, 1], of_token[:, 0], F.layer_norm(x, x.shape[-1:], eps=LN_EPS))
+
+
+def _through(x: torch.Tensor, stacked: Tensors, tokens: OpTokens) -> torch.Tensor:
+    """up^T act(down x + down_bias) of each token's own lane, (tokens, width); zeros where it has none.
+
+    Mixed tokens go through the rows of all lanes, with those of others masked: every row is read once, and nothing
+    is copied. A run reads the rows of its lane.
+    """
+    out = torch.zeros_like(x)
+    if tokens.num_mixed:
+        is_own = stacked["owner"] == tokens.mixed[:, None]
+        hidden = _hidden(x[: tokens.num_mixed], stacked, slice(None))
+        torch.mm(torch.where(is_own, hidden, 0.0), stacked["up"], out=out[: tokens.num_mixed])
+    starts = stacked["starts"].tolist()
+    for run in tokens.runs:
+        rows = slice(starts[run.adapter], starts[run.adapter + 1])
+        torch.mm(_hidden(x[run.start : run.end], stacked, rows), stacked["up"][rows], out=out[run.start : run.end])
+    return out
+
+
+def _hidden(x: torch.Tensor, stacked: Tensors, rows: slice) -> torch.Tensor:
+    summed = torch.addmm(stacked["down_bias"][rows], x, stacked["down"][rows].t())
+    numbers = stacked["acts"].tolist()
+    if len(numbers) == 1:
+        return _FUNCTIONS[ACTIVATIONS[int(numbers[0])]](summed)
+    hidden = summed
+    for number in numbers:
+        activated = _FUNCTIONS[ACTIVATIONS[int(number)]](summed)
+        hidden = torch.where(stacked["row_act"][rows] == number, activated, hidden)
+    return hidden
