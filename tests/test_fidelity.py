@@ -83,6 +83,7 @@ def test_every_architecture_is_compared() -> None:
 def test_every_method_is_among_the_kinds() -> None:
     """A method file without test data here is not served with a promise."""
     named = {kind.split("-")[0] for kind in (*KINDS, *LINEAR_KINDS, *OWN_KINDS, *_OF_SEQUENCES, *SAVED_KINDS)}
+    named.add("bottleneck")  # whose reference is another library's forward: test_bottleneck.py
     assert {method.name for method in discover()} <= named
 
 

@@ -267,7 +267,7 @@ class ArchiveReader:
         if filename.lower().endswith(_WEIGHTS) and not filename.startswith("._"):  # "._x" is macOS's note on x
             raise _refusal(
                 f"{_shown(name)} may hold weights, which this server would not read: leave it out (tar --exclude), or "
-                f"convert it to adapter_model.safetensors"
+                f"convert or rename it to adapter_model.safetensors"
             )
         self._num_ignored += 1
         if len(self._ignored) < _MAX_NAMED:

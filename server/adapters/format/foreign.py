@@ -8,7 +8,8 @@ HEAD_BYTES = 512  # of a file; enough to know it by
 
 PICKLE = (
     "a pickle, which can run code when it is read. Convert it: load the adapter with PEFT and call "
-    "save_pretrained(folder, safe_serialization=True)."
+    "save_pretrained(folder, safe_serialization=True), or with AdapterHub's library and call "
+    "save_adapter(folder, name, use_safetensors=True)."
 )
 _CONVERTED = "Send the adapter as PEFT saved it."
 _PACKED = "Unpack it, and send the files in it."

@@ -113,7 +113,8 @@ def content_files(folder: Path) -> tuple[Path, ...]:
         if not (folder / name).is_file():
             raise AdapterRejected(
                 f"{folder} has no {name}: an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, as PEFT's "
-                f"save_pretrained writes it. Weights in another format must be converted to safetensors first."
+                f"save_pretrained writes it. Weights in another format must be converted to safetensors first, and the "
+                f"adapter.safetensors of AdapterHub's library must be renamed."
             )
     return tuple(folder / name for name in CONTENT_FILES if (folder / name).is_file())
 
