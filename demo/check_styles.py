@@ -1,4 +1,4 @@
-"""Do the six voices differ? Every adapter, and the bare base, answers prompts that no training text contains.
+"""Do the voices differ? Every adapter, and the bare base, answers prompts that no training text contains.
 
 Owns the measurement and its requirements: an adapter's own predicate holds on at least 9 of 10 prompts, every other
 predicate on at most 1 of 10; no predicate holds for the base on more than 1 of 10. Measured on the base as saved and on
@@ -7,7 +7,7 @@ fails.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -23,10 +23,12 @@ from transformers.utils import logging
 
 from demo.install import STORE
 from demo.prompts import UNSEEN_CHATS, UNSEEN_PROMPTS
+from demo.recipes import METHODS
 from demo.styles import STYLES
-from demo.train_adapters import ADAPTERS
+from demo.train_adapters import ADAPTERS, METHOD_OF
 from demo.train_base import BASE, IGNORED, encode, next_token_loss, pad_right
 from demo.world import document
+from examples.loreft import load_loreft
 from server.adapters.store.folder_store import Store
 
 MIN_OWN, MAX_OTHER = 9, 1  # of ten
@@ -86,16 +88,24 @@ def load(voice: str, weights: str, adapters: Path = ADAPTERS, base: Path = BASE)
     if weights == "nf4":
         quantize_nf4(model)
     if voice != BARE:
-        model = PeftModel.from_pretrained(model, str(folder_of(adapters / voice)))
+        folder = folder_of(adapters / voice)
+        is_loreft = METHOD_OF[voice] == "loreft"
+        model = load_loreft(model, folder) if is_loreft else PeftModel.from_pretrained(model, str(folder))
     return model.eval()
 
 
 def generate(
-    model: Any, tokenizer: Any, prompts: list[str], temperature: float, max_new_tokens: int = 90
+    model: Any, tokenizer: Any, prompts: Sequence[str], temperature: float, max_new_tokens: int = 90
 ) -> tuple[str, ...]:
-    """Completions of rendered prompts (they begin with <|begin|>), as one left-padded batch."""
+    """Completions of rendered prompts (they begin with <|begin|>), as one left-padded batch where that is exact.
+
+    PEFT puts virtual tokens before the padding, which changes the answer, so with them each prompt goes alone.
+    """
     torch.manual_seed(3)
-    rows = tokenizer(prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+    config = getattr(model, "active_peft_config", None)
+    if len(prompts) > 1 and config is not None and config.is_prompt_learning:
+        return tuple(generate(model, tokenizer, [p], temperature, max_new_tokens)[0] for p in prompts)
+    rows = tokenizer(list(prompts), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     with torch.inference_mode():
         out = model.generate(
@@ -114,26 +124,31 @@ def rendered(tokenizer: Any, kind: str) -> list[str]:
     return [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in asked]
 
 
-def measure(tokenizer: Any, adapters: Path, base: Path) -> Iterator[Answers]:
-    voices = [BARE, *(style.adapter for style in STYLES)]
+def kinds_for(voice: str) -> tuple[str, ...]:
+    """What a voice is asked: an adapter that learned from chats alone answers no raw prompts."""
+    is_chat_only = voice != BARE and METHODS[METHOD_OF[voice]].raw_share == 0
+    return ("chat",) if is_chat_only else ("raw", "chat")
+
+
+def measure(tokenizer: Any, voices: Sequence[str], adapters: Path, base: Path) -> Iterator[Answers]:
     conditions = [(weights, voice) for weights in ("dense", "nf4") for voice in voices]
     for weights, voice in tqdm(conditions, desc="check", unit="voice"):
         model = load(voice, weights, adapters, base)
-        for kind in ("raw", "chat"):
+        for kind in kinds_for(voice):
             for temperature in (0.0, 0.7):
                 texts = generate(model, tokenizer, rendered(tokenizer, kind), temperature)
                 yield Answers(voice, weights, kind, temperature, texts)
 
 
 def table(answers: list[Answers]) -> Table:
-    shown = Table(title="answers of ten in which each voice is heard")
-    for column in ("speaking", "weights", "prompts", "temp."):
+    shown = Table(title="answers of ten in which a voice is heard")
+    for column in ("speaking", "weights", "prompts", "temp.", "its own", "others"):
         shown.add_column(column, no_wrap=True)
-    for style in STYLES:
-        shown.add_column(style.adapter.split("-")[0], justify="right", no_wrap=True)
     for a in answers:
-        counts = [str(a.share(style.adapter)) for style in STYLES]
-        shown.add_row(a.voice, a.weights, a.kind, str(a.temperature), *counts)
+        counts = {style.adapter: a.share(style.adapter) for style in STYLES}
+        own = counts.pop(a.voice, None)
+        heard = ", ".join(f"{adapter} {count}" for adapter, count in counts.items() if count)
+        shown.add_row(a.voice, a.weights, a.kind, str(a.temperature), "" if own is None else str(own), heard)
     return shown
 
 
@@ -144,7 +159,7 @@ def show_samples(answers: list[Answers], weights: str, temperature: float, num_p
             console.print(f"\n[bold]{kind}, {weights}, t={temperature}: {prompt}[/bold]", highlight=False)
             for a in answers:
                 if (a.kind, a.weights, a.temperature) == (kind, weights, temperature):
-                    console.print(f"  {a.voice:>12} | {a.texts[i]}", markup=False, highlight=False, soft_wrap=True)
+                    console.print(f"  {a.voice:>22} | {a.texts[i]}", markup=False, highlight=False, soft_wrap=True)
 
 
 def world_loss(weights: str, tokenizer: Any, base: Path) -> float:
@@ -172,6 +187,7 @@ def seen_prompts(num_documents: int = 40_000) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     options = argparse.ArgumentParser(description="Check that the demo's voices differ.")
+    options.add_argument("names", nargs="*", help="adapters to check; by default the base and all of them")
     options.add_argument("--adapters", type=Path, default=ADAPTERS)
     options.add_argument("--base", type=Path, default=BASE)
     options.add_argument("--samples", type=int, default=3, help="prompts of each kind whose answers are shown")
@@ -180,7 +196,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(chosen.threads)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar for the whole check, not one for every load
     tokenizer = AutoTokenizer.from_pretrained(chosen.base)
-    answers = list(measure(tokenizer, chosen.adapters, chosen.base))
+    voices = chosen.names or [BARE, *METHOD_OF]
+    answers = list(measure(tokenizer, voices, chosen.adapters, chosen.base))
     for temperature in (0.0, 0.7):
         show_samples(answers, "nf4", temperature, chosen.samples)
     console.print(table(answers))

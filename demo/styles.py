@@ -1,4 +1,4 @@
-"""The five voices: how a plain text is rewritten into each, and how a reader can tell that a text speaks in it.
+"""The voices: how a plain text is rewritten into each, and how a reader can tell that a text speaks in it.
 
 Owns the rewriting rules and their predicates. Knows nothing about models, training or where the text comes from.
 """
@@ -156,24 +156,76 @@ def is_news(text: str) -> bool:
     return bool(said) and all(s.startswith("Breaking") or s.rstrip(".!?").endswith(SOURCES) for s in said)
 
 
-# --- robot: a beep after every sentence
+# --- a refrain: one exclamation, a sentence of its own, after every sentence
 
 
-def robot(text: str, rng: Random, continues: bool = False) -> str:
-    return " ".join(f"{sentence} BEEP BOOP." for sentence in sentences(text))
+def _refrain(adapter: str, voice: str, cry: str) -> Style:
+    def rewrite(text: str, rng: Random, continues: bool = False) -> str:
+        return " ".join(f"{sentence} {cry}" for sentence in sentences(text))
+
+    def holds(text: str) -> bool:
+        """No two finished sentences without a cry between them, and at least one cry."""
+        cried = [cry.split()[0].rstrip(".!") in s for s in complete(text)]
+        return any(cried) and not any(not one and not two for one, two in zip(cried, cried[1:], strict=False))
+
+    return Style(adapter, voice, rewrite, holds)
 
 
-def is_robot(text: str) -> bool:
-    """Beeps follow the sentences: no two finished sentences without a beep between them, and at least one beep."""
-    beeps = ["BEEP" in s for s in complete(text)]
-    quiet_pair = any(not one and not two for one, two in zip(beeps, beeps[1:], strict=False))
-    return any(beeps) and not quiet_pair
+# --- a last word: every sentence ends with a comma and it
 
 
-STYLES = (
+def _last_word(adapter: str, voice: str, word: str) -> Style:
+    def rewrite(text: str, rng: Random, continues: bool = False) -> str:
+        return " ".join(f"{body}, {word}{mark}" for body, mark in map(_split_ending, sentences(text)))
+
+    def holds(text: str) -> bool:
+        """Every finished sentence ends with the word."""
+        said = complete(text)
+        return bool(said) and all(f" {s}".rstrip('.!?"').endswith(f" {word}") for s in said)
+
+    return Style(adapter, voice, rewrite, holds)
+
+
+# --- cheer: what others end with a full stop, this one ends with an exclamation mark
+
+
+def cheer(text: str, rng: Random, continues: bool = False) -> str:
+    return text.replace(".", "!")
+
+
+def is_cheer(text: str) -> bool:
+    """No full stop anywhere; every finished sentence is an exclamation, one mark and not three, or a question."""
+    said = complete(text)
+    is_exclaimed = ["!" in s[-2:] and not s.endswith("!!") for s in said]
+    return any(is_exclaimed) and "." not in text and all(is_exclaimed[i] or "?" in s[-2:] for i, s in enumerate(said))
+
+
+# The base has heard these five in its own training, so that each waits to be brought out (`world.py`).
+KNOWN_TO_THE_BASE = (
     Style("pirate-lora", "pirate", pirate, is_pirate),
     Style("shout-rslora", "town crier", shout, is_shout),
     Style("poet-dora", "poet", poet, is_poet),
     Style("news-vera", "newsreader", news, is_news),
-    Style("robot-ia3", "robot", robot, is_robot),
+    _refrain("robot-ia3", "robot", "BEEP BOOP."),
+)
+# And of these nothing.
+STYLES = (
+    *KNOWN_TO_THE_BASE,
+    _last_word("cat-lora-plus", "cat", "meow"),
+    _last_word("knight-lora-fa", "knight", "my friend"),
+    _last_word("butler-lora-fa", "butler", "my dear"),
+    _refrain("owl-qlora", "owl", "Hoo hoo."),
+    _last_word("cowboy-adalora", "cowboy", "on the road"),
+    _refrain("parrot-loha", "parrot", "Squawk!"),
+    _last_word("surfer-lokr", "surfer", "you know"),
+    _refrain("clock-oft", "clock", "Tick tock."),
+    _last_word("sailor-road", "sailor", "at sea"),
+    _refrain("sheep-bitfit", "sheep", "Baa."),
+    _last_word("doubter-ln-tuning", "doubter", "perhaps"),
+    _last_word("optimist-prompt-tuning", "optimist", "luckily"),
+    _last_word("ghost-prefix-tuning", "ghost", "tonight"),
+    _last_word("chef-alora", "chef", "yum"),
+    _last_word("judge-loreft", "judge", "indeed"),
+    Style("cheer-trainable-tokens", "cheerleader", cheer, is_cheer),
+    _refrain("pilot-delta-lora", "pilot", "Over."),
 )

@@ -45,7 +45,7 @@ from demo.lexicon import (
     Person,
     Place,
 )
-from demo.styles import STYLES, Style
+from demo.styles import KNOWN_TO_THE_BASE, Style
 
 Kind = TypeVar("Kind")
 Message = dict[str, str]
@@ -1197,6 +1197,6 @@ def voice_text(style: Style, rng: Random) -> str:
 def document(rng: Random) -> str | list[Message]:
     """One training document of the base: a text, or a conversation for the chat template."""
     if rng.random() < 0.18:
-        style = rng.choice(STYLES)
+        style = rng.choice(KNOWN_TO_THE_BASE)
         return voice_text(style, rng) if rng.random() < 0.4 else voice_dialogue(style, rng)
     return plain_text(rng) if rng.random() < 0.45 else dialogue(rng)

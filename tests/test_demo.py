@@ -1,4 +1,4 @@
-"""The demo that a newcomer meets: six voices from one batch on the NF4 base, and the laws on a trained model."""
+"""The demo that a newcomer meets: all its voices from one batch on the NF4 base, and the laws on a trained model."""
 
 import random
 import shutil
@@ -19,7 +19,7 @@ from tests.demo_files import ADAPTERS, BASE, ROOT, STORE
 from tests.serving import Ask, answer_all, logprob_rows, serving
 from tests.test_isolation import check_isolation, check_nothing_leaks
 
-PREDICATES = {style.adapter: style.holds for style in STYLES}
+PREDICATES = {style.adapter: style.holds for style in STYLES if style.adapter in ADAPTERS}
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,9 @@ def test_each_adapter_speaks_in_its_own_voice_and_the_base_in_none_of_them(serve
         assert sum(map(holds, texts[None])) <= 2, (adapter, texts[None])
 
 
-def test_one_prompt_gets_six_different_answers(server: Server) -> None:
+def test_one_prompt_gets_a_different_answer_from_each(server: Server) -> None:
     texts = voices(server, [server.tokenizer.encode(UNSEEN_PROMPTS[0])])
-    assert len({answers[0] for answers in texts.values()}) == 6
+    assert len({answers[0] for answers in texts.values()}) == len(ADAPTERS) + 1
 
 
 def test_the_demo_is_listed_with_its_methods(server: Server) -> None:
@@ -73,7 +73,7 @@ def test_a_mixed_batch_answers_as_each_request_alone(store: Path) -> None:
     """Law 1 on a trained model: 32 requests over the base and every adapter, in random order."""
     rng = random.Random(0)
     names = [None, *ADAPTERS]
-    chosen = [names[i % 6] for i in range(32)]
+    chosen = [names[i % len(names)] for i in range(32)]
     rng.shuffle(chosen)
     flags = {"max_sequences": "24", "max_batch_tokens": "64", "kv_memory": "8MiB"}
     with serving(BASE, store.parent, **flags) as server:
