@@ -171,7 +171,7 @@ METHODS: Mapping[str, Recipe] = {
         batch_tokens=2048,
     ),
     "lora+": Recipe(_lora(2, SMALL), 1e-3, 100, train_with_peft, lora_plus),
-    "lora-fa": Recipe(_lora(4, ["v_proj", "o_proj", "down_proj"]), 2e-2, 120, train_with_peft, lora_fa),
+    "lora-fa": Recipe(_lora(4, ["v_proj", "o_proj", "down_proj"]), 2e-2, 90, train_with_peft, lora_fa),
     "vera": Recipe(
         _peft(VeraConfig, r=64, target_modules=LINEARS, save_projection=True, projection_prng_key=5),
         3e-2,
@@ -204,7 +204,7 @@ METHODS: Mapping[str, Recipe] = {
     ),
     "oft": Recipe(_peft(OFTConfig, oft_block_size=8, target_modules=LINEARS), 1e-2, 120, train_with_peft),
     "road": Recipe(
-        _peft(RoadConfig, variant="road_1", group_size=32, target_modules=LINEARS), 2e-2, 120, train_with_peft
+        _peft(RoadConfig, variant="road_1", group_size=32, target_modules=LINEARS), 2e-2, 100, train_with_peft
     ),
     "ia3": Recipe(
         _peft(IA3Config, target_modules=["k_proj", "v_proj", "o_proj", *MLP], feedforward_modules=["down_proj"]),
@@ -217,7 +217,7 @@ METHODS: Mapping[str, Recipe] = {
     "ln-tuning": Recipe(
         _peft(LNTuningConfig, target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
         3e-2,
-        220,
+        190,
         train_with_peft,
     ),
     "trainable-tokens": Recipe(
@@ -230,19 +230,19 @@ METHODS: Mapping[str, Recipe] = {
     "p-tuning": Recipe(
         _peft(PromptEncoderConfig, num_virtual_tokens=16, encoder_hidden_size=256), 1e-2, 150, train_with_peft
     ),
-    "prefix-tuning": Recipe(_peft(PrefixTuningConfig, num_virtual_tokens=16), 5e-2, 150, train_with_peft),
+    "prefix-tuning": Recipe(_peft(PrefixTuningConfig, num_virtual_tokens=16), 5e-2, 120, train_with_peft),
     "alora": Recipe(
         _lora(2, SMALL, alora_invocation_tokens=lambda run: run.ids(ASSISTANT)),
         5e-3,
-        100,
+        70,
         train_with_peft,
         raw_share=0.0,
     ),
     "delta-lora": Recipe(
         lambda _: DeltaLoraConfig(tuple(SMALL), r=2, lora_alpha=4),
         1e-2,
-        100,
+        70,
         train_with_delta_lora,
     ),
-    "loreft": Recipe(lambda _: LoreftConfig(r=4, layers=(0, 1, 2, 3)), 1e-2, 180, train_with_loreft),
+    "loreft": Recipe(lambda _: LoreftConfig(r=4, layers=(0, 1, 2, 3)), 1e-2, 140, train_with_loreft),
 }
