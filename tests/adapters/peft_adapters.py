@@ -22,6 +22,7 @@ from peft import (
     GraloraConfig,
     HRAConfig,
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
@@ -59,6 +60,7 @@ class Targets:
     embedding: str = "embed_tokens"
     head: str = "lm_head"
     extra: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ("input_layernorm", "norm")
 
     @property
     def attention(self) -> list[str]:
@@ -80,7 +82,7 @@ TARGETS: Mapping[str, Targets] = {
     "qwen2": _LLAMA_LIKE,
     "qwen3": _LLAMA_LIKE,
     "phi3": Targets("qkv_proj", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
-    "gpt2": Targets("c_attn", "c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", embedding="wte"),
+    "gpt2": Targets("c_attn", "c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", embedding="wte", norms=("ln_1", "ln_f")),
     "gemma2": _LLAMA_LIKE,
     "gemma3_text": _LLAMA_LIKE,
     "opt": Targets("q_proj", "v_proj", "out_proj", "fc1", "fc2", extra=("k_proj", "project_in", "project_out")),
@@ -276,6 +278,7 @@ SAVED_KINDS: Mapping[str, Recipe] = {
     "trainable_tokens": _configured(
         TrainableTokensConfig, {"token_indices": [3, 7, 101], "target_modules": lambda t: [t.embedding]}
     ),
+    "ln_tuning": _configured(LNTuningConfig, {"target_modules": lambda t: t.norms}),
     "lora-token-rows": _lora(trainable_token_indices=lambda t: {t.embedding: [2, 3, 60, 200]}),
     "lora-saved-head": _lora(modules_to_save=lambda t: [t.head]),
     "dora-saved-norms": _lora(use_dora=True, modules_to_save=["norm"]),

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,9 @@ KINDS: Mapping[str, Reft] = {
     "nodireft": Reft("nodireft", positions="l4", share_weights=True),
     "consreft": Reft("consreft", share_weights=True),
     "lobireft": Reft("lobireft", positions="f2+l2", share_weights=True),
+    "loreft-relu": Reft(activation="relu"),
+    "noreft-gelu": Reft("noreft", share_weights=True, activation="gelu"),
+    "direft-tanh": Reft("direft", positions="l2", share_weights=True, activation="tanh"),
 }
 
 
@@ -90,23 +94,30 @@ _TENSORS = {
     "noreft": ("weight", "bias", "proj_layer.weight", "proj_layer.bias"),
     "nodireft": ("weight", "bias", "proj_layer.weight"),
 }
-_FORMULAS: Mapping[str, Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]] = {
-    "loreft": lambda h, t: h + (h @ t["weight"].T + t["bias"] - h @ t["rotate_layer"]) @ t["rotate_layer"].T,
-    "direft": lambda h, t: h + (h @ t["weight"].T + t["bias"]) @ t["rotate_layer"].T,
-    "consreft": lambda h, t: h + (t["bias"] - h @ t["rotate_layer"]) @ t["rotate_layer"].T,
-    "lobireft": lambda h, t: h + t["bias"] @ t["rotate_layer"].T,
-    "noreft": lambda h, t: (
-        h
-        + (h @ t["weight"].T + t["bias"] - h @ t["proj_layer.weight"].T - t["proj_layer.bias"]) @ t["proj_layer.weight"]
-    ),
-    "nodireft": lambda h, t: h + (h @ t["weight"].T + t["bias"]) @ t["proj_layer.weight"],
+_Formula = Callable[[torch.Tensor, Mapping[str, torch.Tensor], Callable[[torch.Tensor], torch.Tensor]], torch.Tensor]
+_FORMULAS: Mapping[str, _Formula] = {
+    "loreft": lambda h, t, act: h + (act(_read(h, t)) - h @ t["rotate_layer"]) @ t["rotate_layer"].T,
+    "direft": lambda h, t, act: h + act(_read(h, t)) @ t["rotate_layer"].T,
+    "consreft": lambda h, t, _: h + (t["bias"] - h @ t["rotate_layer"]) @ t["rotate_layer"].T,
+    "lobireft": lambda h, t, _: h + t["bias"] @ t["rotate_layer"].T,
+    "noreft": lambda h, t, act: h + (act(_read(h, t)) - _projected(h, t)) @ t["proj_layer.weight"],
+    "nodireft": lambda h, t, act: h + act(_read(h, t)) @ t["proj_layer.weight"],
 }
+
+
+def _read(h: torch.Tensor, t: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return h @ t["weight"].T + t["bias"]
+
+
+def _projected(h: torch.Tensor, t: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return h @ t["proj_layer.weight"].T + t["proj_layer.bias"]
 
 
 def _hook(
     config: Mapping[str, Any], layer: int, tensors: Mapping[str, torch.Tensor], length: int, num_prompt: int
 ) -> Callable[..., Any]:
     formula = _FORMULAS[config["intervention"]]
+    act = ACT2FN[config["activation"] or "linear"]
 
     def own(part: str) -> dict[str, torch.Tensor]:
         start = f"layers.{layer}.{part}."
@@ -116,7 +127,7 @@ def _hook(
         h = output[0] if isinstance(output, tuple) else output
         changed = h.clone()
         for part, positions in _positions(config, length, num_prompt):
-            changed[:, positions] = formula(h[:, positions], own(part))
+            changed[:, positions] = formula(h[:, positions], own(part), act)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     return edit

@@ -6,7 +6,8 @@ Owns the format of docs/convert.md, and what each kind of intervention computes 
     direft      h + R (W h + b)                   nodireft    h + P^T (W h + b)
     consreft    h + R (b - R^T h)                 lobireft    h + R b
 
-with R (h, r), W and P (r, h). Wu et al. 2024, arXiv:2404.03592; the relatives are those of its library.
+with R (h, r), W and P (r, h). With an activation, W h + b stands inside it, and the edit is the op `bottleneck`.
+Wu et al. 2024, arXiv:2404.03592; the relatives are those of its library.
 """
 
 import re
@@ -21,6 +22,7 @@ from server.adapters.method import Edit, Lowered
 from server.adapters.positions import Generated, Positions, PromptEnds
 from server.ground.errors import AdapterRejected
 from server.model.site import Site, SiteKind
+from server.ops.site_ops.bottleneck import ACTIVATIONS
 
 _KNOWN = {"intervention", "r", "layers", "positions", "share_weights", "activation", "last_position", "applies_to"}
 _POSITIONS = re.compile(r"(?:f(\d{1,6}))?\+?(?:l(\d{1,6}))?")
@@ -69,6 +71,16 @@ _KINDS: Mapping[str, tuple[Callable[[_Tensors], Edit], frozenset[str]]] = {
 _OPTIONAL = {"noreft": frozenset({"proj_layer.bias"})}
 
 
+_READING = ("loreft", "direft", "noreft", "nodireft")  # the kinds with a W, which an activation may follow
+_TAKEN = {"loreft": "rotate_layer", "noreft": "proj_layer.weight"}  # what is taken off, past the activation
+_READS = torch.tensor([1.0, 0.0])  # the op's input is the site's output
+_ACTIVATIONS = {
+    "relu": "relu", "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "tanh": "tanh", "sigmoid": "sigmoid", "relu6": "relu6", "relu2": "relu2",
+    "mish": "mish", "quick_gelu": "quick_gelu", "gelu_10": "gelu_10",
+}  # fmt: skip
+
+
 class Loreft:
     name = "loreft"
 
@@ -79,21 +91,47 @@ class Loreft:
         config = checkpoint.config
         fields.check_known(config, _KNOWN)
         kind = _one_of(config, "intervention", _KINDS, "loreft")
-        if config.get("activation") not in (None, "linear"):
-            raise AdapterRejected(
-                f"activation = {config['activation']!r:.40} in adapter_config.json: ReFT with an activation is not "
-                "served yet; train with activation 'linear'."
-            )
-        parts = {part: _edits(checkpoint, kind, part, sites) for part in ("all", "prefix", "suffix")}
+        act = _activation(config, kind)
+        parts = {part: _edits(checkpoint, kind, act, part, sites) for part in ("all", "prefix", "suffix")}
         positions = _positions(config, has_suffix=bool(parts["suffix"]))
         first = parts["all"] or parts["prefix"]
         if (parts["all"] and (parts["prefix"] or parts["suffix"])) or bool(parts["prefix"]) != bool(parts["suffix"]):
             raise AdapterRejected("The file must have the part 'all' of its layers, or both 'prefix' and 'suffix'.")
-        rank = max((edit.rank for edits in parts.values() for edit in edits.values()), default=0)
+        rank = max((_rank(edit) for edits in parts.values() for edit in edits.values()), default=0)
         return Lowered(kind, rank, checkpoint.num_parameters, first, positions=positions, last_edits=parts["suffix"])
 
 
-def _edits(checkpoint: Checkpoint, kind: str, part: str, sites: Mapping[str, Site]) -> dict[str, Edit]:
+def _activation(config: Mapping[str, Any], kind: str) -> int | None:
+    """The number of the op's activation; None for none. The config has transformers' name of it."""
+    name = config.get("activation")
+    if name in (None, "linear"):
+        return None
+    act = ACTIVATIONS.index(_ACTIVATIONS[name]) if isinstance(name, str) and name in _ACTIVATIONS else None
+    if act is None or kind not in _READING:
+        known = ", ".join(_ACTIVATIONS) if kind in _READING else "none"
+        raise AdapterRejected(
+            f"activation = {name!r:.40} in adapter_config.json is not served; of {kind} {known} are, and null."
+        )
+    return act
+
+
+def _activated(edit: Edit, kind: str, act: int, tensors: _Tensors) -> Edit:
+    """up^T (act(W h + b) - what is taken off), each with rows of its own."""
+    assert edit.up is not None
+    weight, bias, up = tensors["weight"], tensors["bias"], edit.up
+    rank, width = weight.shape
+    acts = torch.full((rank,), float(act))
+    taken = _TAKEN.get(kind)
+    if taken is not None:
+        off = tensors[taken].T if taken == "rotate_layer" else tensors[taken]
+        weight, up = torch.cat([weight, off]), torch.cat([up, -up])
+        bias = torch.cat([bias, tensors.get("proj_layer.bias", torch.zeros(rank))])
+        acts = torch.cat([acts, torch.full((rank,), float(ACTIVATIONS.index("linear")))])
+    op = {"down": weight, "down_bias": bias, "up": up, "up_bias": torch.zeros(width), "act": acts, "reads": _READS}
+    return Edit(ops={"bottleneck": op})
+
+
+def _edits(checkpoint: Checkpoint, kind: str, act: int | None, part: str, sites: Mapping[str, Site]) -> dict[str, Edit]:
     """The edits of one part by site path."""
     blocks = {int(s.path.rpartition(".")[2]): s for s in sites.values() if s.kind is SiteKind.BLOCK}
     make, needed = _KINDS[kind]
@@ -109,7 +147,9 @@ def _edits(checkpoint: Checkpoint, kind: str, part: str, sites: Mapping[str, Sit
             raise AdapterRejected(f"layers.{layer}: the base has {len(blocks)} layers that an adapter can edit.")
         if missing := needed - keys.keys():
             raise AdapterRejected(f"layers.{layer}.{part} has no {min(missing)}, which {kind} needs.")
-        edits[blocks[layer].path] = make(_tensors(checkpoint, keys, blocks[layer]))
+        tensors = _tensors(checkpoint, keys, blocks[layer])
+        edit = make(tensors)
+        edits[blocks[layer].path] = edit if act is None else _activated(edit, kind, act, tensors)
     return edits
 
 
@@ -121,6 +161,10 @@ def _tensors(checkpoint: Checkpoint, keys: Mapping[str, str], site: Site) -> dic
         raise AdapterRejected(f"{checkpoint.name(keys['bias'])} has rank {rank}; the limit is {limit}.")
     shapes = {"rotate_layer": (site.d_out, rank), "bias": (rank,), "proj_layer.bias": (rank,)}
     return {name: checkpoint.take(key, shapes.get(name, (rank, site.d_in))) for name, key in keys.items()}
+
+
+def _rank(edit: Edit) -> int:
+    return len(edit.ops["bottleneck"]["down"]) if edit.ops else edit.rank
 
 
 def _positions(config: Mapping[str, Any], *, has_suffix: bool) -> Positions:

@@ -4,8 +4,8 @@ Owns the op at a linear, and the one at the norm before it, which keeps the resi
 Knows nothing about where in a model they stand, or how their formats write them.
 
 Semantics, for a token t of a lane with `down` (r, width), `down_bias` (r,), `up` (r, width) transposed, `up_bias`
-(width,), `act` (1,) an index into ACTIVATIONS and `reads` (2,), and perhaps `before` and `after` (2, width), weight and
-bias of a layer norm, and `is_last` (1,):
+(width,), `act` (1,) or (r,) the indices of its rows into ACTIVATIONS and `reads` (2,), and perhaps `before` and `after`
+(2, width), weight and bias of a layer norm, and `is_last` (1,):
     z = reads[0] * y[t] + reads[1] * stream[t]           the stream: what the norm before the site was given
     z = layer_norm(z; before)                            where there is `before`
     u = up^T act(down z + down_bias) + up_bias
@@ -92,14 +92,21 @@ class Bottleneck:
     def check(self, tensors: Tensors, site: SiteShape) -> None:
         rank, width = tensors["down"].shape[0], site.d_out
         wanted = {"down": (rank, width), "up": (rank, width), "down_bias": (rank,), "up_bias": (width,)}
-        wanted |= {"act": (1,), "reads": (2,), "before": (2, width), "after": (2, width), "is_last": (1,)}
+        wanted |= {
+            "act": (1,) if tensors["act"].numel() == 1 else (rank,),
+            "reads": (2,),
+            "before": (2, width),
+            "after": (2, width),
+            "is_last": (1,),
+        }
         for field, tensor in tensors.items():
             if tuple(tensor.shape) != wanted[field]:
                 raise ValueError(
                     f"its {field} has the shape {list(tensor.shape)}, and this base needs {list(wanted[field])}"
                 )
-        if tensors["act"].item() not in range(len(ACTIVATIONS)):
-            raise ValueError(f"its act is {tensors['act'].item()}, and the last has the number {len(ACTIVATIONS) - 1}")
+        strange = [act for act in tensors["act"].tolist() if act not in range(len(ACTIVATIONS))]
+        if strange:
+            raise ValueError(f"its act is {strange[0]}, and the last has the number {len(ACTIVATIONS) - 1}")
 
     def stack(self, of_lane: Sequence[Tensors], site: OpSite) -> Tensors:
         """Rows of all lanes under one another, with the lane of each (`owner`) and where a lane begins (`starts`, on
@@ -108,12 +115,12 @@ class Bottleneck:
         ranks = [own["down"].shape[0] for own in of_lane]
         lanes = torch.arange(1, len(ranks) + 1, device=like.device)
         of_row = torch.tensor(ranks, device=like.device)
-        acts = torch.cat([own["act"] for own in of_lane])
+        acts = torch.cat([own["act"].expand(rank) for own, rank in zip(of_lane, ranks, strict=True)])
         stacked = {
             **{field: torch.cat([own[field] for own in of_lane]) for field in ("down", "up", "down_bias")},
             "owner": lanes.repeat_interleave(of_row),
             "starts": torch.tensor([0, *accumulate(ranks, initial=0)]),
-            "row_act": acts.repeat_interleave(of_row),
+            "row_act": acts,
             "acts": torch.tensor(sorted(set(acts.tolist()))),
             "up_bias": _by_lane(of_lane, "up_bias", torch.zeros_like(like)),
             "reads": _by_lane(of_lane, "reads", like.new_tensor([1.0, 0.0])),
