@@ -305,7 +305,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], st
     "lora_ga": ("lora", {"init_lora_weights": "lora_ga"}, {}, "'lora_ga' .* base's weights"),
     "init of nobody": ("lora", {"init_lora_weights": "warp"}, {}, "'warp' .* none of PEFT's inits, .* to true"),
     "kasa": ("lora", {"kasa_config": {"beta": 1e-4}}, {}, "kasa_config .* base's weights"),
-    "modules_to_save": ("lora", {"modules_to_save": ["lm_head"]}, {}, "modules_to_save .* not served yet"),
+    "modules_to_save": ("lora", {"modules_to_save": ["lm_head"]}, {}, "names lm_head, and the file has no weight"),
     "modules_to_save in vera": ("vera", {"modules_to_save": ["lm_head"]}, {}, "modules_to_save"),
     "modules_to_save in ia3": ("ia3", {"modules_to_save": ["lm_head"]}, {}, "modules_to_save"),
     "trainable tokens": ("lora", {"trainable_token_indices": [1]}, {}, "trainable_token_indices"),

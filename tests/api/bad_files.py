@@ -424,7 +424,9 @@ TENSORS: dict[str, Bad] = {
     "a-saved-head": tensors(
         "no use for .*lm_head.weight", {"base_model.model.lm_head.weight": torch.ones(260, HIDDEN)}
     ),
-    "saved-modules": config("modules_to_save = .* not served yet", modules_to_save=["lm_head"]),
+    "saved-modules": config(
+        "modules_to_save .* names lm_head, and the file has no weight", modules_to_save=["lm_head"]
+    ),
     "no-tensors": weights_file("edits no site of the base: it holds no lora tensor", packed({})),
     "lora-for-an-ia3-config": config_file("ia3 has no use for .*lora_A.weight", b'{"peft_type": "IA3"}'),
     "ia3-of-another-width": Bad(

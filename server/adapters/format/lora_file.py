@@ -6,7 +6,7 @@ nothing about edits: what is computed from A and B is each method's own.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,6 +105,7 @@ class LoraFile:
         self.parts, warnings = _parts(checkpoint, sites)
         modules = [part.module for part in self.parts if part.keys.keys() & {"down", "embedding_down"}]
         has_up_bias = any("up_bias" in part.keys for part in self.parts)
+        _check_saved(config, self.parts)
         self.positions = _positions(config)
         self._sites = sites
         self.warnings = warnings + contradictions(config, modules, has_up_bias=has_up_bias)
@@ -232,6 +233,26 @@ def _check_config(config: Mapping[str, Any]) -> None:
         )
     if bias not in _BIASES:
         raise AdapterRejected(f"bias = {bias!r:.40} in adapter_config.json must be none, all or lora_only.")
+
+
+def _check_saved(config: Mapping[str, Any], parts: Iterable[Part]) -> None:
+    """What the config says that the adapter has of its own must be in the file."""
+    saved = [part.module for part in parts if "saved_weight" in part.keys]
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise AdapterRejected("modules_to_save in adapter_config.json must be a list of names.")
+    missing = [name for name in names if not any(module.endswith(name) for module in saved)]
+    if missing:
+        raise AdapterRejected(
+            f"modules_to_save in adapter_config.json names {missing[0]:.60}, and the file has no weight of it. Save the "
+            "config that belongs to the weights."
+        )
+    has_rows = any("token_rows" in part.keys for part in parts)
+    if config.get("trainable_token_indices") and not has_rows:
+        raise AdapterRejected(
+            "trainable_token_indices is set in adapter_config.json, and the file has no trainable_tokens_delta. Save "
+            "the config that belongs to the weights."
+        )
 
 
 def _positions(config: Mapping[str, Any]) -> Positions | None:

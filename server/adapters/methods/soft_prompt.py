@@ -31,7 +31,7 @@ class SoftPrompt:
     name = "prompt_tuning"
 
     def claims(self, config: Mapping[str, Any]) -> bool:
-        return config.get("peft_type") in _NAMES
+        return config.get("peft_type") in tuple(_NAMES)  # a tuple takes what has no hash, too
 
     def lower(self, checkpoint: Checkpoint, sites: Mapping[str, Site]) -> Lowered:
         rows = embeddings(checkpoint, _KNOWN)
