@@ -36,6 +36,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from safetensors.torch import save
 from torch import nn
 
+from server.adapters import residency
 from server.adapters.device.device import DeviceTier
 from server.adapters.format.content import CONFIG_FILE, WEIGHTS_FILE
 from server.adapters.host import HostTier
@@ -55,10 +56,11 @@ NUM_LOADERS = 2
 ROW_BYTES = 4 * WIDTH
 MAX_DEVICE_BYTES = 10 * ROW_BYTES  # two small adapters and one that shares half of itself, or the tall one
 MAX_HOST_BYTES = 12 * ROW_BYTES
+INLINE_BYTES = 4 * ROW_BYTES  # so that the tall one is copied beside the steps
 PATIENCE_S = 120  # for a registry that hangs, not for a machine that is slow
 FAST_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # most of the time would go into fsync
 LEAST_STEPS = 10  # in the life of a process: one that ends at once has seen nothing
-MAX_TRIES = 3  # of an admission: the first may find that the host has lost the adapter
+MAX_TRIES = 5  # of an admission: the host may have lost the adapter, and a copy beside the steps finds no room
 
 
 PICK = st.integers(0, 7)  # of a list that is not known yet: modulo its length
@@ -264,6 +266,7 @@ class Laws(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.scratch = ExitStack()
+        self.scratch.enter_context(patch.object(residency, "COPIED_INLINE_BYTES", INLINE_BYTES))
         self.folder = Path(self.scratch.enter_context(TemporaryDirectory(dir=FAST_DISK)))
         self.num_houses = 0
         self._open(self._new_root())
