@@ -6,7 +6,6 @@ Owns the words after `graft convert`, their flags and what they print. Knows not
 
 import argparse
 import math
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,6 @@ from server.ground.errors import BadRequest
 if TYPE_CHECKING:
     from server.adapters.converting.extract import Carried, Extracted
 
-_LAYER = re.compile(r"(?:.*?\.)?[^.]+\.\d+(?=\.)")
 _ALL = "all-linear"
 _LAST_POSITIONS = {name: name for name in ("prompt", "prompt-1")}
 
@@ -86,10 +84,11 @@ def _extract(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 def _by_layer(carried: Iterable["Carried"]) -> Mapping[str, list["Carried"]]:
     """Modules by the layer that they lie in; one outside of layers stands for itself."""
+    from server.adapters.format.module_paths import layer_of  # imported here: it brings torch
+
     layers: dict[str, list[Carried]] = {}
     for module in carried:
-        found = _LAYER.match(module.path)
-        layers.setdefault(found.group() if found else module.path, []).append(module)
+        layers.setdefault(layer_of(module.path) or module.path, []).append(module)
     return layers
 
 

@@ -16,6 +16,7 @@ import torch
 from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.format.content import WEIGHTS_FILE
 from server.adapters.format.manifest import check_manifest
+from server.adapters.format.module_paths import layer_of
 from server.adapters.lowering import lower
 from server.adapters.merging.change import what_is_no_change
 from server.adapters.merging.lora_folder import new_folder
@@ -27,7 +28,7 @@ from server.drift.figures import Figures, Subject, figures
 from server.drift.passes import Side
 from server.drift.request import PromptFile
 from server.drift.room import Shape
-from server.drop.importance import Layer, Watch, layer_of, most_important
+from server.drop.importance import Layer, NumKept, Watch, most_important
 from server.drop.smaller import write_smaller
 from server.ground.config import Settings
 from server.ground.errors import AdapterRejected
@@ -36,7 +37,6 @@ _METHODS = ("lora", "dora")  # the modules of methods/ whose adapters are a pair
 _WHOLE, _SMALLER = "whole", "smaller"
 
 Say = Callable[[str], None]
-NumKept = Callable[[tuple[Layer, ...]], int]  # of layers, the most important first
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,18 +4,17 @@ Owns the measure and the choice. Knows nothing about files, prompts or how passe
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from server.adapters.format.module_paths import layer_of
 from server.adapters.method import Edit
 from server.ground.errors import AdapterRejected
 from server.model.sites import BaseSite
 
-_LAYER = re.compile(r"(?:.*?\.)?[^.]+\.\d+(?=\.)")  # up to the first number: experts inside a layer have numbers, too
 _ROUNDING = 1e-9  # of shares that are sums of floats
 
 
@@ -38,10 +37,7 @@ class Layer:
         return int(self.path.rpartition(".")[2])
 
 
-def layer_of(site: str) -> str | None:
-    """The path of the decoder layer that a site lies in; None for an embedding or a head."""
-    found = _LAYER.match(site)
-    return found.group() if found else None
+NumKept = Callable[[tuple[Layer, ...]], int]  # of layers, the most important first
 
 
 class Watch:
@@ -109,12 +105,12 @@ def added_by(edit: Edit, site: BaseSite, x: torch.Tensor) -> torch.Tensor:
     return added if edit.out_shift is None else added + edit.out_shift
 
 
-def kept_share(share: float) -> Callable[[tuple[Layer, ...]], int]:
+def kept_share(share: float) -> NumKept:
     """Keeps this share of the layers, above 0 and at most 1, rounded up."""
     return lambda ranked: math.ceil(share * len(ranked) - _ROUNDING)
 
 
-def kept_energy(energy: float) -> Callable[[tuple[Layer, ...]], int]:
+def kept_energy(energy: float) -> NumKept:
     """Keeps the fewest layers that have together this share, above 0 and at most 1, of the outputs."""
 
     def num_kept(ranked: tuple[Layer, ...]) -> int:
@@ -128,7 +124,7 @@ def kept_energy(energy: float) -> Callable[[tuple[Layer, ...]], int]:
     return num_kept
 
 
-def most_important(layers: tuple[Layer, ...], num_kept: Callable[[tuple[Layer, ...]], int]) -> frozenset[str]:
+def most_important(layers: tuple[Layer, ...], num_kept: NumKept) -> frozenset[str]:
     """The paths of the layers that are kept: so many of the largest; of equal ones the first in the model."""
     ranked = tuple(sorted(layers, key=lambda layer: -layer.output))  # stable
     return frozenset(layer.path for layer in ranked[: max(1, num_kept(ranked))])

@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.format.content import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
+from server.adapters.format.module_paths import layer_of
 from server.adapters.lowering import lower
 from server.cli import main
 from server.drift.prompts import read_prompts
 from server.drop.drop import Dropped, DropRequest, drop
-from server.drop.importance import Layer, kept_energy, kept_share, layer_of, most_important
+from server.drop.importance import Layer, NumKept, kept_energy, kept_share, most_important
 from server.ground.config import load
 from server.ground.errors import AdapterRejected
 from tests.adapters.dense import edited_logits, sites_of
@@ -189,28 +190,13 @@ def layers_of(*outputs: float) -> tuple[Layer, ...]:
         (kept_energy(1), {0, 1, 2, 3}),
     ],
 )
-def test_the_layers_that_add_most_are_kept(num_kept: Callable[[tuple[Layer, ...]], int], kept: set[int]) -> None:
+def test_the_layers_that_add_most_are_kept(num_kept: NumKept, kept: set[int]) -> None:
     layers = layers_of(2, 3, 1, 4)
     assert most_important(layers, num_kept) == {f"model.layers.{number}" for number in kept}
 
 
 def test_of_equal_layers_the_first_are_kept() -> None:
     assert most_important(layers_of(1, 1, 1), kept_share(0.6)) == {"model.layers.0", "model.layers.1"}
-
-
-@pytest.mark.parametrize(
-    ("site", "layer"),
-    [
-        ("model.layers.10.self_attn.q_proj", "model.layers.10"),
-        ("transformer.h.0.mlp.c_proj", "transformer.h.0"),
-        ("model.layers.3.mlp.experts.5.up_proj", "model.layers.3"),
-        ("layers.7.attn.q", "layers.7"),
-        ("model.embed_tokens", None),
-        ("lm_head", None),
-    ],
-)
-def test_a_site_lies_in_the_first_numbered_module_of_its_path(site: str, layer: str | None) -> None:
-    assert layer_of(site) == layer
 
 
 # The command

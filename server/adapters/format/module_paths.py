@@ -4,6 +4,7 @@ Owns the spelling of keys over several generations of trainers and the rule by w
 Knows nothing about files, tensors or methods.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -18,6 +19,9 @@ _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # transformers 4 and 5 (`language_model.model.layers` / `model.language_model.layers`).
 _CONTAINERS = {"model", "language_model", "text_model", "transformer", "base_model"}
 _ADAPTER_NAME = "default"
+_LAYER = re.compile(
+    r"(?:.*?\.)?[^.]+\.\d+(?=\.)"
+)  # up to the first number: experts inside of a layer have numbers, too
 
 
 def canonical_key(name: str) -> str:
@@ -77,6 +81,12 @@ class SiteFinder:
     def _by_suffix(self, module: str) -> list[Site]:
         candidates = self._by_last.get(module.rpartition(".")[2], [])
         return [site for site in candidates if _ends_in(site.path, module)]
+
+
+def layer_of(path: str) -> str | None:
+    """The path of the decoder layer that a module lies in (`model.layers.3`); None for an embedding or a head."""
+    found = _LAYER.match(path)
+    return found.group() if found else None
 
 
 def _without_containers(path: str) -> str:

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from server.adapters.format.module_paths import SiteFinder, canonical_key
+from server.adapters.format.module_paths import SiteFinder, canonical_key, layer_of
 from server.ground.errors import AdapterRejected
 from tests.adapters.dense import DenseSite
 
@@ -78,3 +78,18 @@ def test_what_is_not_certain_is_refused_by_name(paths: tuple[str, ...], module: 
     with pytest.raises(AdapterRejected, match=words) as refused:
         finder(*paths).find(module, "the.key.as.written")
     assert refused.value.message.startswith("the.key.as.written: ")
+
+
+@pytest.mark.parametrize(
+    ("path", "layer"),
+    [
+        ("model.layers.10.self_attn.q_proj", "model.layers.10"),
+        ("transformer.h.0.mlp.c_proj", "transformer.h.0"),
+        ("model.layers.3.mlp.experts.5.up_proj", "model.layers.3"),
+        ("layers.7.attn.q", "layers.7"),
+        ("model.embed_tokens", None),
+        ("lm_head", None),
+    ],
+)
+def test_a_module_lies_in_the_layer_that_its_path_numbers_first(path: str, layer: str | None) -> None:
+    assert layer_of(path) == layer
