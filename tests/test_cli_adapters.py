@@ -466,7 +466,7 @@ def test_an_adapter_is_shown_by_name_by_version_and_by_path(
         assert shown["method"] == "lora"
         assert shown["rank"] == "4"
         assert shown["scaling"] == "1.75"
-        assert shown["sites"].startswith("14 of 16: ")
+        assert shown["sites"].startswith("14 of 25: ")
     assert main(["adapters", "inspect", "legal@ffffff", *flags]) == 2
     assert "0 versions of 'legal'" in capsys.readouterr().err
     assert main(["adapters", "inspect", "leagl", *flags]) == 2

@@ -13,6 +13,7 @@ from server.model.architectures import FAMILIES
 from server.model.base import Base
 from server.model.pretrained import BaseOptions
 from server.model.quantize import Quantization
+from server.model.site import PRODUCTS
 from tests.models import ARCHITECTURES, save_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -35,7 +36,8 @@ def table_in(page: str) -> str:
 
 def _sites(base: Base) -> str:
     """The last names of the sites, those of one group together, each group once for all layers that have it."""
-    groups = [" ".join(f"`{site.path.rpartition('.')[2]}`" for site in group.sites) for group in base.sites.groups]
+    products = [group.sites for group in base.sites.groups if group.sites[0].kind in PRODUCTS]
+    groups = [" ".join(f"`{site.path.rpartition('.')[2]}`" for site in sites) for sites in products]
     return " · ".join(_once(groups))
 
 

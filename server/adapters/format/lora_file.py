@@ -244,8 +244,8 @@ def _check_saved(config: Mapping[str, Any], parts: Iterable[Part]) -> None:
     missing = [name for name in names if not any(module.endswith(name) for module in saved)]
     if missing:
         raise AdapterRejected(
-            f"modules_to_save in adapter_config.json names {missing[0]:.60}, and the file has no weight of it. Save the "
-            "config that belongs to the weights."
+            f"modules_to_save in adapter_config.json names {missing[0]:.60}, and the file has no weight of it. Save "
+            "the config that belongs to the weights."
         )
     has_rows = any("token_rows" in part.keys for part in parts)
     if config.get("trainable_token_indices") and not has_rows:
