@@ -582,9 +582,11 @@ def test_every_field_that_peft_has_was_thought_of(kind: str, config: type[PeftCo
 
 
 def test_the_method_in_the_recipe_works_as_it_is_printed(tmp_path: Path) -> None:
-    recipe = (Path(__file__).parents[2] / "docs" / "adding-a-method.md").read_text()
+    root = Path(__file__).parents[2]
+    recipe = (root / "docs" / "adding-a-method.md").read_text().split("```python\n")[1].split("```")[0]
+    assert recipe == (root / "server" / "adapters" / "methods" / "beft.py").read_text()
     printed: dict[str, Any] = {}
-    exec(recipe.split("```python\n")[1].split("```")[0], printed)
+    exec(recipe, printed)
     model = base(llama)
     folder = save_trained(model, BeftConfig(target_modules=["q_proj", "down_proj"]), tmp_path, seed=1)
     checkpoint = Checkpoint.open(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from load_tests.sharing import linears, lora_file, plain_bytes, shape_of, taken, variants, vera_file
+from load_tests.sharing import linears, lora_file, measure, plain_bytes, shape_of, taken, variants, vera_file
 from server.adapters.device.device import DeviceTier
 from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.host import HostTier
@@ -65,6 +65,16 @@ def test_a_thousand_veras_of_one_key_have_one_projection_for_each_width(
     kept = counted.num_host_adapters
     assert counted.host_bytes == projections + kept * (sum(OUTPUTS) + rank * len(OUTPUTS)) * FLOAT32_BYTES
     assert 10 * counted.device_bytes < plain_bytes(sites, rank, COUNT)
+
+
+def test_the_report_has_both_methods_beside_plain_lora_of_their_ranks() -> None:
+    report = measure(SIZES, lora_rank=RANK, vera_rank=16, count=3)
+    assert report["sites"] == 7
+    assert [(row["method"], row["rank"], row["num_adapters"]) for row in report["rows"]] == [
+        ("lora-fa", RANK, 3),
+        ("vera", 16, 3),
+    ]
+    assert all(row["times_smaller"] > 1 for row in report["rows"])
 
 
 def test_what_is_shared_goes_with_its_last_user(base: Outline, sites: dict[str, Site], tmp_path: Path) -> None:
