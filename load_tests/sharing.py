@@ -65,9 +65,10 @@ def shape_of(folder: Path, sizes: Mapping[str, int]) -> Outline:
     return outline(BaseOptions(str(folder), Quantization("none"), _DTYPE))
 
 
-def linears(base: Outline) -> dict[str, Site]:
-    """The sites inside the layers, by path: what "all-linear" means."""
-    return {path: site for path, site in base.sites.items() if ".layers." in path}
+def linears(base: Outline, names: tuple[str, ...] = ()) -> dict[str, Site]:
+    """The sites inside the layers, by path: what "all-linear" means; or those of these names alone."""
+    inside = {path: site for path, site in base.sites.items() if ".layers." in path}
+    return {path: site for path, site in inside.items() if not names or path.endswith(names)}
 
 
 def plain_bytes(sites: Mapping[str, Site], rank: int, count: int) -> int:
@@ -150,20 +151,20 @@ def taken(base: Outline, adapters: Iterator[Lowered], told: Callable[[int], None
 
 
 def measure(sizes: Mapping[str, int], lora_rank: int, vera_rank: int, count: int) -> dict[str, Any]:
-    """LoRA-FA of one A, and VeRA of one key, each beside plain LoRA of the same rank on all linears."""
+    """LoRA-FA of one A, and VeRA of one key, each beside plain LoRA of the same rank on the same modules."""
     with tempfile.TemporaryDirectory() as scratch:
         base = shape_of(Path(scratch) / "base", sizes)
-        sites = linears(base)
         # LoRA-FA freezes A, so adapters that began from one seed have one A; of VeRA only two vectors are trained.
         kinds = (
-            ("lora-fa", lora_rank, lora_file, ("up",)),
-            ("vera", vera_rank, vera_file, ("mid_scale", "up_scale")),
+            ("lora-fa", ("q_proj", "v_proj"), lora_rank, lora_file, ("up",)),
+            ("vera", (), vera_rank, vera_file, ("mid_scale", "up_scale")),
         )
         rows = []
-        for kind, rank, make, trained in kinds:
+        for kind, names, rank, make, trained in kinds:
+            sites = linears(base, names)
             first = lower(Checkpoint.open(make(Path(scratch) / kind, sites, rank)), sites)
             rows.append(_row(base, sites, kind, rank, variants(first, trained, count)))
-    return {"sites": len(sites), "dtype": str(_DTYPE).removeprefix("torch."), "rows": rows}
+    return {"dtype": str(_DTYPE).removeprefix("torch."), "rows": rows}
 
 
 def _row(base: Outline, sites: Mapping[str, Site], kind: str, rank: int, adapters: Iterator[Lowered]) -> dict[str, Any]:
@@ -178,6 +179,7 @@ def _row(base: Outline, sites: Mapping[str, Site], kind: str, rank: int, adapter
     return {
         "method": kind,
         "rank": rank,
+        "num_sites": len(sites),
         "num_adapters": shared.num_adapters,
         "device_bytes": shared.device_bytes,
         "rank_vector_bytes": shared.rank_vector_bytes,
