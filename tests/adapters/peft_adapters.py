@@ -186,6 +186,9 @@ LINEAR_KINDS: Mapping[str, Recipe] = {
     "hra": _configured(HRAConfig, {"target_modules": lambda t: t.all, "r": 5}),
     "hra-orthogonal": _configured(HRAConfig, {"target_modules": _attention, "r": 4, "apply_GS": True}),
     "miss": _configured(MissConfig, {"target_modules": lambda t: t.all, "r": 6}),
+    "miss-mini-wide": _configured(
+        MissConfig, {"target_modules": lambda t: [t.query], "r": 6, "mini_r": 8, "init_weights": "mini"}
+    ),
     "miss-mini": _configured(MissConfig, {"target_modules": _attention, "r": 8, "mini_r": 4, "init_weights": "mini"}),
     "delora": _configured(DeloraConfig, {"target_modules": lambda t: t.all, "r": 4, "rank_pattern": _by_layer}),
     "gralora": _configured(GraloraConfig, {"target_modules": lambda t: t.all, "r": 4, "alpha": 7}),

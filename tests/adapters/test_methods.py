@@ -173,6 +173,9 @@ def adapter(originals: Copies, tmp_path: Path) -> Copies:
         ("oft", "oft", 0, 0),
         ("oft-shared", "oft", 0, 2),
         ("lokr-both", "lokr", 0, 0),
+        ("miss", "miss", 6, 0),
+        ("miss-mini", "miss", 4, 0),
+        ("gralora-hybrid", "gralora", 35, 0),
     ],
 )
 def test_a_lowered_adapter_says_what_it_is(

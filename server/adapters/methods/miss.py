@@ -1,11 +1,14 @@
 """MiSS, also known as Bone: a linear's input is summed over its shards, and a small trained block reads the sum.
 
-Owns Delta y = D^T (sum of x over the places that are equal modulo r), an exact pair of rank r whose `down` is a row of
-identities, equal for all adapters and sites of one width. In the form "mini" the block is repeated over the output. The
-form "bat" multiplies the base's weight, is of full rank, and is refused. Kang and Yin 2024, arXiv:2409.15371.
+Owns Delta y = D^T (sum of x over the places that are equal modulo r), an exact pair of rank r: `down` is a row of
+identities, one for all sites of one width, and `up` is D. In the form "mini" D is m wide, and what it makes is repeated
+over the output: where m is less than r, the pair of rank m is D^T over the input and a row of identities over the
+output. The form "bat" multiplies the base's weight, is of full rank, and is refused. Kang and Yin 2024,
+arXiv:2409.15371.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,7 +36,8 @@ class Miss:
         rank = fields.count(config.get("r", 64), "r")
         width = fields.count(config.get("mini_r", 1), "mini_r") if _is_mini(config) else None
         modules = modules_of(checkpoint, sites, (_BLOCK,))
-        return lower_by_module(self.name, checkpoint, modules, lambda module: _edit(module, rank, width))
+        identities = cache(_identities)
+        return lower_by_module(self.name, checkpoint, modules, lambda module: _edit(module, rank, width, identities))
 
 
 def _is_mini(config: Mapping[str, Any]) -> bool:
@@ -51,19 +55,24 @@ def _is_mini(config: Mapping[str, Any]) -> bool:
     return form == "mini"
 
 
-def _edit(module: ModuleTensors, rank: int, width: int | None) -> Edit:
-    """`width` is that of the block in the form "mini", which is repeated over the output."""
+def _edit(module: ModuleTensors, rank: int, width: int | None, identities: Callable[[int, int], torch.Tensor]) -> Edit:
+    """`width` is that of the block in the form "mini"."""
     module.check_saved_rank(_BLOCK, 0, rank)
-    module.check_rank(rank)
     d_in, d_out = module.site.d_in, module.site.d_out
     if width is not None and d_out % width:
         raise AdapterRejected(
             f"mini_r = {width} in adapter_config.json does not divide {d_out}, the width of {module.path}."
         )
     block = module.take(_BLOCK, (rank, width or d_out))
-    places = torch.arange(d_in) % rank
-    down = (torch.arange(rank)[:, None] == places).float()
-    return Edit(down=down, up=block.repeat(1, d_out // block.shape[1]))
+    module.check_rank(min(block.shape))
+    if width is not None and width < rank:
+        return Edit(down=block.T[:, torch.arange(d_in) % rank], up=identities(width, d_out))
+    return Edit(down=identities(rank, d_in), up=block.repeat(1, d_out // block.shape[1]))
+
+
+def _identities(rank: int, width: int) -> torch.Tensor:
+    """(rank, width): identities side by side, the last one cut off where the width ends."""
+    return (torch.arange(rank)[:, None] == torch.arange(width) % rank).float()
 
 
 METHOD = Miss()
