@@ -56,8 +56,9 @@ OP_KINDS: Mapping[str, tuple[str, ...]] = dict.fromkeys(("llama", "phi3"), ("roa
 QUANTIZED_KINDS_OF = {
     name: QUANTIZED_KINDS[: 8 if name in LINEARS_DIFFER else 4] + OP_KINDS.get(name, ()) for name in KINDS_OF
 }
-_EXACT_NF4_KINDS = (*QUANTIZED_KINDS, *_OF_SEQUENCES, *SAVED_KINDS)
-EXACT_NF4_KINDS_OF = QUANTIZED_KINDS_OF | dict.fromkeys(("llama", "phi3"), _EXACT_NF4_KINDS)
+# In float32, where nothing but the adapters' own arithmetic is left: every method, fused and unfused.
+_EVERY_METHOD = (*QUANTIZED_KINDS, "adalora", *LINEAR_KINDS, *OWN_KINDS, *_OF_SEQUENCES, *SAVED_KINDS)
+EXACT_KINDS_OF = QUANTIZED_KINDS_OF | dict.fromkeys(("llama", "phi3"), _EVERY_METHOD)
 # Where 16-bit rounding may send a token to another expert, an error says nothing about adapters.
 HAS_EXPERTS = ("mixtral", "qwen3_moe")
 REAL_STRENGTH = (
@@ -111,6 +112,6 @@ def test_nf4_in_float32_is_as_exact_as_the_dense_base(
     """Then the product dequantizes the very same values, so nothing is left to excuse an error with."""
     folder = model_folder(architecture)
     dense = dequantized_twin(folder, Quantization.NF4, torch.float32)
-    with serve_kinds(folder, dense, EXACT_NF4_KINDS_OF[architecture], tmp_path, quantize="nf4") as case:
+    with serve_kinds(folder, dense, EXACT_KINDS_OF[architecture], tmp_path, quantize="nf4") as case:
         errors = {name: case.relative_error(name, *found) for name, found in case.answers().items()}
     assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
