@@ -88,7 +88,7 @@ def test_a_mixed_batch_of_any_architecture_answers_as_each_request_alone(
     architecture: str, model_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """A kind of each method; prompts shorter and far longer than windows, in one or two blocks of the cache."""
-    kinds = ("lora", "dora", "vera", "ia3")
+    kinds = ("lora", "dora", "vera", "ia3", *(("road", "oft", "lokr") if architecture == "phi3" else ()))
     dense = AutoModelForCausalLM.from_pretrained(model_folder(architecture), dtype=torch.float32)
     for seed, kind in enumerate(kinds):
         make_adapter(dense, kind, tmp_path / "adapters" / kind, seed)

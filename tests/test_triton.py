@@ -13,6 +13,7 @@ import torch
 import tests.fidelity
 from server.adapters.device.device import DeviceTier
 from server.adapters.host import HostTier
+from server.adapters.method import Lowered
 from server.engine import sequence as engine
 from server.engine.runner import Runner
 from server.engine.sequence import SamplingParams
@@ -23,7 +24,7 @@ from server.model.pretrained import BaseOptions
 from server.model.quantize import Quantization
 from server.ops import load_kernels
 from tests.adapters.peft_adapters import make_adapter
-from tests.adapters.random_edits import random_adapter
+from tests.adapters.random_edits import random_adapter, with_random_ops
 from tests.fidelity import dense_model, serve_kinds
 from tests.serving import Ask, serving
 from tests.test_isolation import check_isolation, check_nothing_leaks
@@ -116,13 +117,27 @@ def test_edits_of_every_field_at_every_site_are_the_references(
 ) -> None:
     """Sites of fused groups where one member scales its input, vectors without rows, embedding and head."""
     options = BaseOptions(str(model_folder(architecture)), Quantization.NONE, torch.float32, torch.device(DEVICE))
-    base, host = Base.load(options), HostTier(1 << 30, torch.float32)
-    adapters = [host.put(str(seed), random_adapter(base.sites.by_path.values(), seed)) for seed in range(3)]
+    base = Base.load(options)
+    check_steps(base, [random_adapter(base.sites.by_path.values(), seed) for seed in range(3)])
+
+
+def test_ops_come_before_and_after_what_kernels_do_as_they_do_in_the_reference(tiny_llama: Path) -> None:
+    """Beside an adapter that has none."""
+    base = Base.load(BaseOptions(str(tiny_llama), Quantization.NONE, torch.float32, torch.device(DEVICE)))
+    sites = base.sites.by_path.values()
+    adapters = [random_adapter(sites, seed, share=0.2) for seed in range(3)]
+    check_steps(base, [adapters[0], *(with_random_ops(adapters[seed], sites, seed) for seed in (1, 2))])
+
+
+def check_steps(base: Base, lowered: Sequence[Lowered]) -> None:
+    """With kernels, a step's logits are those of the reference."""
+    host = HostTier(1 << 30, torch.float32)
+    adapters = [host.put(str(number), adapter) for number, adapter in enumerate(lowered)]
     found = []
     for module in (None, kernels):
-        tier = DeviceTier(base.sites, 2 << 20, torch.float32, base.device, has_tables=module is not None)
-        slots = [tier.admit(str(seed), adapter) for seed, adapter in enumerate(adapters)]
-        found.append(steps(base, Runner(base, tier, 8, 8, module), slots))
+        tier = DeviceTier(base.sites, 4 << 20, torch.float32, base.device, has_tables=module is not None)
+        slots = [tier.admit(str(number), adapter) for number, adapter in enumerate(adapters)]
+        found.append(steps(base, Runner(base, tier, 16, 8, module), slots))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 

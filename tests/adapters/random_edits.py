@@ -4,11 +4,13 @@ For tests of what applies edits, whatever method they come from.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
 from server.adapters.method import Edit, Lowered
 from server.model.site import PRODUCTS, Site, SiteKind
+from server.ops.site_ops import Tensors
 
 VECTOR_FIELDS = ("mid_scale", "mid_shift", "in_scale", "up_scale", "out_scale", "out_shift")
 
@@ -47,3 +49,39 @@ def random_adapter(sites: Iterable[Site], seed: int, *, max_rank: int = 3, share
         if chosen[0] < share and (rank or fields):
             edits[site.path] = random_edit(site, seed * 1000 + site.index, rank, fields)
     return Lowered("random", max_rank, 1, edits)
+
+
+def with_random_ops(adapter: Lowered, sites: Iterable[Site], seed: int) -> Lowered:
+    """The same adapter with ops at every linear, also where it has no edit: each seed has another shape of them."""
+    edits = dict(adapter.edits)
+    for site in sites:
+        if site.kind is SiteKind.LINEAR:
+            ops = _random_ops(site, seed + site.index, 2 << seed % 2)
+            edits[site.path] = replace(edits.get(site.path, Edit()), ops=ops)
+    return replace(adapter, edits=edits)
+
+
+def _random_ops(site: Site, seed: int, size: int) -> dict[str, Tensors]:
+    """A turn of the input, one of the output, or a product beside the two, by the seed; of parts of this size."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    made: list[dict[str, Tensors]] = [
+        {"block_rotation": {"blocks": torch.eye(size) + 0.1 * normal(site.d_in // size, size, size)}},
+        {
+            "kronecker": {
+                "left": normal(size, size),
+                "right": 0.1 / size * normal(site.d_out // size, site.d_in // size),
+            }
+        },
+        {
+            "pair_rotation": {
+                "own": 1 + 0.1 * normal(site.d_out),
+                "other": 0.1 * normal(site.d_out),
+                "partners": torch.arange(float(site.d_out)).view(-1, 2, size // 2).flip(1).flatten(),
+            }
+        },
+    ]
+    return made[seed % 3] | made[(seed + 1) % 3]
