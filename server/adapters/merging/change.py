@@ -3,6 +3,7 @@
 Owns the way from the normal form to a change of weights. Knows nothing about methods, files or where a weight is kept.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
@@ -72,13 +73,16 @@ class Change:
         return rows * columns - 1
 
 
-def what_is_no_change(lowered: Lowered) -> str | None:
-    """Why an adapter is no change of weights and biases, to stand behind a colon; None where it is one."""
+def what_is_no_change(lowered: Lowered, folded: Set[str] = frozenset()) -> str | None:
+    """Why an adapter is no change of weights and biases, to stand behind a colon; None where it is one.
+
+    `folded` are the ops that the caller folds into weights itself (`folding.py`).
+    """
     if lowered.num_virtual_tokens:
         return f"its {lowered.method} puts virtual tokens before the prompt"
     if lowered.positions is not None:
         return f"its {lowered.method} edits some positions of a sequence, and not others"
-    names = sorted({name for edit in lowered.edits.values() for name in edit.ops})
+    names = sorted({name for edit in lowered.edits.values() for name in edit.ops if name not in folded})
     return f"its {lowered.method} has {' and '.join(names)} beside the normal form" if names else None
 
 

@@ -4,6 +4,8 @@ Owns the order of the work: lower, change the weights, save, load again and comp
 normal form is all it sees), stores or commands.
 
     W' = out_scale (W in_scale + up_scale up^T mid_scale down)        b' likewise, in float32, then rounded to the dtype
+
+What an adapter does beside the normal form comes after that (`folding.py`).
 """
 
 import json
@@ -20,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.lowering import lower
 from server.adapters.merging.change import Change, change_of, what_is_no_change
+from server.adapters.merging.folding import FOLDED, PlainSite, folded_bias, folded_weight
 from server.adapters.merging.lora_folder import new_folder
 from server.adapters.merging.merge import foreign_base
 from server.adapters.method import Edit, Lowered
@@ -28,6 +31,8 @@ from server.model.dense import DenseBase, DenseSite, make_plain
 from server.model.pretrained import BaseOptions
 from server.model.rounding import Passage, nf4_rounded, passage, total
 from server.model.site import SiteKind
+from server.ops.site_ops import Tensors
+from server.ops.site_ops.alone import run_alone
 
 RECIPE_FILE = "graft_recipe.json"
 _NUM_TOKENS = 64  # of the comparison
@@ -36,6 +41,7 @@ _MAX_SAMPLED = 1 << 20  # numbers of one weight that are rounded to NF4: whole r
 _MAX_ERROR = {torch.float32: 1e-3}
 _MAX_ROUNDED_ERROR = 0.25  # as at the loading of a base
 Progress = Callable[[int, int], None]  # sites done, sites in all
+Ops = Mapping[str, Tensors]  # of one edit
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +87,16 @@ def fuse(
         tokenizer = _tokenizer(options.model)
         base = make_plain(DenseBase.load(options))
         lowered = lower(Checkpoint.open(adapter), base.sites)
-        if reason := what_is_no_change(lowered):
+        if reason := what_is_no_change(lowered, FOLDED):
             raise AdapterRejected(f"The adapter cannot be fused: {reason}. Serve it beside its base.")
         changes = {path: change_of(edit) for path, edit in lowered.edits.items()}
+        ops = {path: edit.ops for path, edit in lowered.edits.items()}
         _refuse_new_biases(lowered, changes, base)
         ids = torch.randint(0, len(tokenizer), (1, _NUM_TOKENS), generator=torch.Generator().manual_seed(0))
-        with _beside(base.model, lowered.edits):
+        with _beside(base, lowered.edits):
             expected = _logits(base.model, ids)
         is_untied = _untie(base, changes)
-        saved, nf4 = _change_all(base, changes, progress)
+        saved, nf4 = _change_all(base, changes, ops, progress)
         _save(base.model, tokenizer, folder, recipe)
         warnings = (*lowered.warnings, *_warnings(adapter, base, options.model))
         dtype = base.dtype
@@ -149,7 +156,7 @@ def _untie(base: DenseBase, changes: Mapping[str, Change]) -> bool:
 
 
 def _change_all(
-    base: DenseBase, changes: Mapping[str, Change], progress: Progress | None
+    base: DenseBase, changes: Mapping[str, Change], ops: Mapping[str, Ops], progress: Progress | None
 ) -> tuple[dict[str, Passage], dict[str, Passage]]:
     """Changes the model in place; how the changes came through the dtype and would through NF4, by site."""
     saved: dict[str, Passage] = {}
@@ -158,8 +165,8 @@ def _change_all(
     for number, (path, change) in enumerate(changes.items(), start=1):
         site = base.sites[path]
         old = site.weight()
-        _change_bias(site, change)
-        delta = change.of_weight(old, torch.device("cpu"))
+        _change_bias(site, change, ops[path])
+        delta = _delta(site, old, change, ops[path])
         if delta is not None:
             new = _change_weight(site, old + delta)
             saved[path] = passage(delta, new - old)
@@ -168,6 +175,18 @@ def _change_all(
         if progress is not None:
             progress(number, len(changes))
     return saved, nf4
+
+
+def _delta(site: DenseSite, weight: torch.Tensor, change: Change, ops: Ops) -> torch.Tensor | None:
+    """W' - W (d_out, d_in) float32; None where the weight stays."""
+    delta = change.of_weight(weight, torch.device("cpu"))
+    if not ops:
+        return delta
+    return folded_weight(ops, weight if delta is None else weight + delta, _place(site)) - weight
+
+
+def _place(site: DenseSite) -> PlainSite:
+    return PlainSite(site.kind, site.d_in, site.d_out)
 
 
 def _change_weight(site: DenseSite, weight: torch.Tensor) -> torch.Tensor:
@@ -182,12 +201,14 @@ def _change_weight(site: DenseSite, weight: torch.Tensor) -> torch.Tensor:
     return (rounded.T if site.is_transposed else rounded).float()
 
 
-def _change_bias(site: DenseSite, change: Change) -> None:
+def _change_bias(site: DenseSite, change: Change, ops: Ops) -> None:
     bias = site.bias
     shift = change.of_bias(bias)
-    if bias is not None and shift is not None:
+    if bias is not None and (ops or shift is not None):
+        new = bias if shift is None else bias + shift
+        new = folded_bias(ops, new, _place(site)) if ops else new
         held = site.module.get_parameter("bias")
-        site.module.bias = nn.Parameter((bias + shift).to(held), requires_grad=False)
+        site.module.bias = nn.Parameter(new.to(held), requires_grad=False)
 
 
 def _through_nf4(old: torch.Tensor, new: torch.Tensor, delta: torch.Tensor) -> Passage:
@@ -227,11 +248,11 @@ def _loaded(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 @contextmanager
-def _beside(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
+def _beside(base: DenseBase, edits: Mapping[str, Edit]) -> Iterator[None]:
     """The model with the edits applied to activations, as they are when they are served, until the block ends."""
-    modules = {path: model.get_submodule(path) for path in edits}
+    modules = {path: base.model.get_submodule(path) for path in edits}
     for path, module in modules.items():
-        module.forward = _with_edit(module, edits[path])
+        module.forward = _with_edit(module, edits[path], _place(base.sites[path]))
     try:
         yield
     finally:
@@ -239,10 +260,10 @@ def _beside(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
             del module.forward
 
 
-def _with_edit(module: nn.Module, edit: Edit) -> Callable[[torch.Tensor], torch.Tensor]:
+def _with_edit(module: nn.Module, edit: Edit, place: PlainSite) -> Callable[[torch.Tensor], torch.Tensor]:
     base, embed_scale = module.forward, getattr(module, "embed_scale", 1.0)
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
+    def normal(x: torch.Tensor) -> torch.Tensor:
         y = base(x if edit.in_scale is None else (x.float() * edit.in_scale).to(x.dtype))
         out = y.float()
         if edit.down is not None and edit.up is not None:
@@ -256,7 +277,7 @@ def _with_edit(module: nn.Module, edit: Edit) -> Callable[[torch.Tensor], torch.
         rounded: torch.Tensor = out.to(y.dtype)
         return rounded
 
-    return forward
+    return (lambda x: run_alone(edit.ops, normal, x, place)) if edit.ops else normal
 
 
 def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

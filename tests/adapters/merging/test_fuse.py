@@ -23,7 +23,8 @@ from tests.serving import Answer, Ask, answer_all, logprob_rows, serving
 
 KINDS = [
     "lora", "rslora-patterns", "lora-bias-of-b", "lora-embedding-and-head", "lora-bias-all", "dora",
-    "dora-embedding-and-head", "vera", "vera-drawn", "ia3", "ia3-feedforward",
+    "dora-embedding-and-head", "vera", "vera-drawn", "ia3", "ia3-feedforward", "road-4", "oft-shared", "oft-bias-all",
+    "lokr",
 ]  # fmt: skip
 PARAMS = SamplingParams(6, temperature=0.0, ignore_eos=True, logprobs=VOCAB_SIZE, prompt_logprobs=VOCAB_SIZE)
 PROMPT = (3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43)
@@ -67,6 +68,7 @@ def served(model: Path, scratch: Path, adapter: Path | None = None) -> Answer:
         *(("llama", kind) for kind in KINDS),
         *(("gpt2", kind) for kind in ("lora", "dora", "ia3", "lora-bias-only")),
         *(("gemma2", kind) for kind in ("lora-embedding-and-head", "dora-embedding-and-head")),
+        ("gemma2", "oft-shared"),
         ("qwen2", "lora-embedding-and-head"),
         ("qwen3_moe", "lora"),
     ],
