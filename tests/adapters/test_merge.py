@@ -24,7 +24,7 @@ from server.adapters.merging.merge import MAX_RANK, MergeBase, Merged, merge, pr
 from server.adapters.merging.recipe import Ingredient, Recipe, Strategy, recipe_for
 from server.adapters.merging.truncate import truncate_dense, truncate_product
 from server.adapters.store.folder_store import folder_digest
-from server.ground.errors import BadRequest, GraftError
+from server.ground.errors import AdapterRejected, BadRequest, GraftError
 from server.model.base import Base
 from server.model.dense import DenseBase
 from server.model.outline import outline
@@ -576,6 +576,15 @@ def test_what_depends_on_the_weights_is_refused_without_them(
 ) -> None:
     with pytest.raises(BadRequest, match=rf"{kind} .*--load-base"):
         mix(outlined, [("lora", 1.0), (kind, 1.0)], recipe("linear", rank=8))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("kind", "op"), [("road", "pair_rotation"), ("oft", "block_rotation"), ("lokr", "kronecker")])
+def test_what_is_beside_the_normal_form_is_refused_by_name(
+    kind: str, op: str, llama: MergeBase, mix: Callable[..., tuple[Path, Merged]], tmp_path: Path
+) -> None:
+    with pytest.raises(AdapterRejected, match=rf"{kind} cannot be merged: its {kind} has {op} beside .* Leave it out"):
+        mix(llama, [("lora", 1.0), (kind, 1.0)], recipe("linear"))
     assert list(tmp_path.iterdir()) == []
 
 

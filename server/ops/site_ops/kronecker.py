@@ -54,11 +54,11 @@ def _made(tensors: Tensors) -> tuple[int, int] | None:
 
 
 def _product(x: torch.Tensor, tensors: Tensors, by_token: bool) -> torch.Tensor:
-    t = "t" if by_token else ""
+    """Factors of each token's own have the tokens in front, as X has, so that both ways it is a product of matrices."""
     left, right = _factors(tensors, "left"), _factors(tensors, "right")
-    h = x.view(len(x), left[0].shape[-1], -1)  # (tokens, c, d)
+    h = x.view(len(x), left[0].shape[-1], -1)  # X (tokens, c, d)
     for factor in right:
-        h = torch.einsum(f"tcd,{t}bd->tcb", h, factor)
+        h = h @ factor.mT
     for factor in left:
-        h = torch.einsum(f"{t}ac,tcb->tab", factor, h)
+        h = factor @ h
     return h.reshape(len(x), -1)

@@ -5,8 +5,10 @@ import itertools
 import pytest
 import torch
 
-from server.adapters.merging.change import Change, change_of
-from server.adapters.method import Edit
+from server.adapters.merging.change import Change, change_of, what_is_no_change
+from server.adapters.merging.folding import FOLDED
+from server.adapters.method import Edit, Lowered
+from server.ops.site_ops import SITE_OPS
 from tests.adapters.dense import apply
 
 D_IN, D_OUT, RANK = 5, 7, 3
@@ -41,6 +43,15 @@ def test_a_low_rank_change_needs_no_weight_and_a_scale_does() -> None:
     assert Change().of_weight(None, CPU) is None
     with pytest.raises(ValueError, match="needs the weight"):
         Change(out_scale=torch.ones(D_OUT)).of_weight(None, CPU)
+
+
+def test_an_op_is_a_change_of_weights_for_those_alone_who_fold_it() -> None:
+    ops = {"pair_rotation": {}, "norm_weight": {}}
+    lowered = Lowered("turned", 0, 1, {"q": Edit(ops=ops)})
+    assert what_is_no_change(lowered) == "its turned has norm_weight and pair_rotation beside the normal form"
+    assert what_is_no_change(lowered, FOLDED) == "its turned has norm_weight beside the normal form"
+    assert what_is_no_change(lowered, FOLDED | {"norm_weight"}) is None
+    assert SITE_OPS.keys() >= FOLDED
 
 
 def test_what_dora_gives_back_of_the_bias_is_no_change_of_it() -> None:

@@ -207,6 +207,13 @@ def test_a_weight_means_what_peft_means_by_a_scaling(
     torch.testing.assert_close(edited_logits(dense, edits, IDS), merged_logits(dense, parts, IDS), rtol=1e-4, atol=1e-4)
 
 
+def test_what_turns_outputs_has_no_weight_and_no_sum(dense: PreTrainedModel, tmp_path: Path) -> None:
+    turned, plain = (make_adapter(dense, kind, tmp_path / kind, 1) for kind in ("road", "lora"))
+    for parts in ({turned: 0.5}, {plain: 1.0, turned: 1.0}):
+        with pytest.raises(BadRequest, match="road cannot be mixed .* has pair_rotation .* alone, without a weight"):
+            lowered_mix(dense, parts)
+
+
 def test_dora_with_a_weight_keeps_the_rows_of_the_unweighted_one(dense: PreTrainedModel, tmp_path: Path) -> None:
     """So that they are stored once; the weight is beside them, and the lengths are computed anew."""
     checkpoint = make_adapter(dense, "dora", tmp_path / "dora", 1)
