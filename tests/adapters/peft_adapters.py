@@ -18,6 +18,7 @@ import torch
 from peft import (
     AdaLoraConfig,
     BeftConfig,
+    BOFTConfig,
     DeloraConfig,
     GraloraConfig,
     HRAConfig,
@@ -220,6 +221,7 @@ LINEAR_KINDS: Mapping[str, Recipe] = {
             "num_cayley_neumann_terms": 9,
         },
     ),
+    "boft": _configured(BOFTConfig, {"target_modules": lambda t: t.all, "boft_block_size": 8}),
     "lokr": _configured(LoKrConfig, {"target_modules": lambda t: t.all, "r": 3, "alpha": 7}),
     "lokr-whole": _configured(LoKrConfig, {"target_modules": lambda t: t.all, "r": 64, "alpha": 64}),
     "lokr-both": _configured(

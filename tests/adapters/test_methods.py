@@ -16,6 +16,7 @@ import torch
 from peft import (
     AdaLoraConfig,
     BeftConfig,
+    BOFTConfig,
     DeloraConfig,
     GraloraConfig,
     HRAConfig,
@@ -450,6 +451,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], st
     "oft on a norm": (
         "oft", {}, {"base_model.model.model.norm.oft_R.weight": torch.ones(4, 120)}, "no module model.norm"
     ),
+    "boft factors": ("boft", {}, {f"{Q}.boft_R": torch.ones(2, 8, 8, 8)}, "has 2 butterfly factors, and one is served"),
+    "boft of other width": ("boft", {}, {f"{Q}.boft_R": torch.ones(1, 9, 8, 8)}, r"\[1, 9, 8, 8\], .* the 64 inputs"),
+    "boft half": ("boft", {}, {f"{Q}.boft_s": None}, "boft_R has no partner"),
+    "bias in boft": ("boft", {"bias": "boft_only"}, {}, "BOFT's biases are not served yet"),
     "lokr of other width": (
         "lokr-whole", {}, {f"{Q}.lokr_w2": torch.ones(8, 9)}, r"make \[64, 72\], and this base needs \[64, 64\]"
     ),
@@ -572,6 +577,7 @@ CONFIGS: list[tuple[str, type[PeftConfig]]] = [
     ("road", RoadConfig),
     ("oft", OFTConfig),
     ("lokr", LoKrConfig),
+    ("boft", BOFTConfig),
 ]
 
 

@@ -18,6 +18,7 @@ from server.adapters.by_module import ModuleTensors, lower_by_module, modules_of
 from server.adapters.format import fields
 from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.method import Edit, Lowered
+from server.adapters.rotations import cayley
 from server.ground.errors import AdapterRejected
 from server.model.site import Site, SiteKind
 
@@ -67,7 +68,7 @@ def _turn(config: Mapping[str, Any]) -> Turn:
             f"num_cayley_neumann_terms = {terms} in adapter_config.json; the limit is {_MAX_TERMS}. Use fewer terms, "
             "or use_cayley_neumann = false."
         )
-    return partial(_series, num_terms=terms) if fields.flag(config, "use_cayley_neumann", default=True) else _cayley
+    return partial(_series, num_terms=terms) if fields.flag(config, "use_cayley_neumann", default=True) else cayley
 
 
 def _warnings(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -135,12 +136,6 @@ def _bounded(skew: torch.Tensor, bound: float) -> torch.Tensor:
     limit = bound / math.sqrt(len(skew))
     length = skew.norm(dim=(1, 2), keepdim=True)
     return torch.where(length <= limit, skew, limit * (skew / length))
-
-
-def _cayley(skew: torch.Tensor) -> torch.Tensor:
-    identity = torch.eye(skew.shape[-1]).expand_as(skew)
-    rotation: torch.Tensor = torch.linalg.solve(identity + skew, identity - skew, left=False)
-    return rotation
 
 
 def _series(skew: torch.Tensor, num_terms: int) -> torch.Tensor:
