@@ -32,7 +32,7 @@ from tests.adapters.peft_adapters import make_adapter, peft_logits
 from tests.demo_files import ADAPTERS, BASE, ROOT, STORE
 from tests.test_fidelity import REAL_STRENGTH, dequantized_twin
 
-KINDS = ("lora", "rslora", "dora", "vera", "ia3")
+KINDS = ("lora", "rslora", "dora", "vera", "ia3", "oft", "lokr")
 DEMO_PROMPTS = ROOT / "demo" / "prompts.jsonl"
 TEXTS = ("The old fisherman looked at the sky and", "x", "Nobody knew why the bells rang all night long.", "ab")
 

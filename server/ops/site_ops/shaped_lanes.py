@@ -43,6 +43,8 @@ def by_shape(of_lane: Sequence[Tensors]) -> tuple[ShapedLanes, ...]:
 
 
 def _stacked(of_lane: Sequence[Tensors]) -> Mapping[str, torch.Tensor]:
+    if len(of_lane) == 1:  # no second copy
+        return {field: tensor[None] for field, tensor in of_lane[0].items()}
     return {field: torch.stack([own[field] for own in of_lane]) for field in of_lane[0]}
 
 
