@@ -19,6 +19,7 @@ from peft import (
     AdaLoraConfig,
     BeftConfig,
     BOFTConfig,
+    C3AConfig,
     DeloraConfig,
     GraloraConfig,
     HRAConfig,
@@ -222,6 +223,7 @@ LINEAR_KINDS: Mapping[str, Recipe] = {
         },
     ),
     "boft": _configured(BOFTConfig, {"target_modules": lambda t: t.all, "boft_block_size": 8}),
+    "c3a": _configured(C3AConfig, {"target_modules": lambda t: t.all, "block_size": 16}),
     "lokr": _configured(LoKrConfig, {"target_modules": lambda t: t.all, "r": 3, "alpha": 7}),
     "lokr-whole": _configured(LoKrConfig, {"target_modules": lambda t: t.all, "r": 64, "alpha": 64}),
     "lokr-both": _configured(
@@ -364,6 +366,8 @@ def move_away(adapted: nn.Module, strength: float) -> None:
             parameter.data.copy_(noise / parameter.shape[-1] ** 0.5)
         elif "oft_" in name:  # the rows of a triangle are as many as its numbers' root, and long ones turn too far
             parameter.data.add_(0.5 * strength * noise / parameter.shape[-1] ** 0.5)
+        elif "c3a_kernel" in name:  # divided by the input's width
+            parameter.data.add_(4 * strength * noise)
         else:
             parameter.data.add_(0.3 * strength * noise)
 

@@ -17,6 +17,7 @@ from peft import (
     AdaLoraConfig,
     BeftConfig,
     BOFTConfig,
+    C3AConfig,
     DeloraConfig,
     GraloraConfig,
     HRAConfig,
@@ -455,6 +456,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], st
     "boft of other width": ("boft", {}, {f"{Q}.boft_R": torch.ones(1, 9, 8, 8)}, r"\[1, 9, 8, 8\], .* the 64 inputs"),
     "boft half": ("boft", {}, {f"{Q}.boft_s": None}, "boft_R has no partner"),
     "bias in boft": ("boft", {"bias": "boft_only"}, {}, "BOFT's biases are not served yet"),
+    "c3a of other width": ("c3a", {}, {f"{Q}.c3a_kernel": torch.ones(4, 4, 15)}, r"circulant at .*\[4, 4, 15\], whose"),
+    "bias in c3a": ("c3a", {"bias": "c3a_only"}, {}, "C3A's biases are not served yet"),
     "lokr of other width": (
         "lokr-whole", {}, {f"{Q}.lokr_w2": torch.ones(8, 9)}, r"make \[64, 72\], and this base needs \[64, 64\]"
     ),
@@ -578,6 +581,7 @@ CONFIGS: list[tuple[str, type[PeftConfig]]] = [
     ("oft", OFTConfig),
     ("lokr", LoKrConfig),
     ("boft", BOFTConfig),
+    ("c3a", C3AConfig),
 ]
 
 

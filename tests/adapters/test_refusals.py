@@ -28,7 +28,6 @@ TASKS = "it needs a task for each request, which requests do not name. Train a L
 UNSERVED: Mapping[str, str] = {
     "ADAMSS": f"where its parts belong in a weight is drawn by clustering and not saved. {MERGE}",
     "ADAPTION_PROMPT": "it adds an attention of its own to the last blocks. Train a LoRA.",
-    "C3A": FULL_RANK,
     "CARTRIDGE": "its prefix of the KV cache is not served yet. Train a LoRA.",
     "CPT": "its virtual tokens are not served yet. Train a LoRA.",
     "DEFT": FROM_THE_WEIGHT,

@@ -17,7 +17,6 @@ _TASKS = "it needs a task for each request, which requests do not name. Train a 
 _REASONS: Mapping[str, str] = {
     "ADAMSS": f"where its parts belong in a weight is drawn by clustering and not saved. {_MERGE}",
     "ADAPTION_PROMPT": "it adds an attention of its own to the last blocks. Train a LoRA",
-    "C3A": _FULL_RANK,
     "CARTRIDGE": "its prefix of the KV cache is not served yet. Train a LoRA",
     "CPT": "its virtual tokens are not served yet. Train a LoRA",
     "DEFT": _FROM_THE_WEIGHT,

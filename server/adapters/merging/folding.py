@@ -13,7 +13,7 @@ from server.ops.site_ops import Tensors
 from server.ops.site_ops.alone import run_alone
 
 # Each is linear in what the site reads and in what it gives, whatever else is in the batch.
-FOLDED = frozenset({"block_rotation", "kronecker", "pair_rotation"})
+FOLDED = frozenset({"block_rotation", "circulant", "kronecker", "pair_rotation"})
 _NUM_ROWS = 1024  # of the identity at once, so that it never is as large as the weight
 
 

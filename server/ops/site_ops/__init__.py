@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from server.ops.site_ops.block_rotation import BlockRotation
 from server.ops.site_ops.bottleneck import Bottleneck, KeepStream
+from server.ops.site_ops.circulant import Circulant
 from server.ops.site_ops.kronecker import Kronecker
 from server.ops.site_ops.kv_rows import KvRows
 from server.ops.site_ops.norm_weight import NormWeight
@@ -20,7 +21,7 @@ from server.ops.site_ops.token_rows import TokenRows
 __all__ = ["SITE_OPS", "OpSite", "OpTokens", "SiteOp", "SiteShape", "Tensors"]
 
 _OPS: tuple[SiteOp, ...] = (
-    OwnWeight(), TokenRows(), KvRows(), NormWeight(), BlockRotation(), Kronecker(), PairRotation(),
+    OwnWeight(), TokenRows(), KvRows(), NormWeight(), BlockRotation(), Kronecker(), Circulant(), PairRotation(),
     KeepStream(), Bottleneck(),
 )  # fmt: skip
 SITE_OPS: Mapping[str, SiteOp] = {op.name: op for op in _OPS}

@@ -24,7 +24,7 @@ from tests.serving import Answer, Ask, answer_all, logprob_rows, serving
 KINDS = [
     "lora", "rslora-patterns", "lora-bias-of-b", "lora-embedding-and-head", "lora-bias-all", "dora",
     "dora-embedding-and-head", "vera", "vera-drawn", "ia3", "ia3-feedforward", "road-4", "oft-shared", "oft-bias-all",
-    "lokr",
+    "boft", "c3a", "lokr",
 ]  # fmt: skip
 PARAMS = SamplingParams(6, temperature=0.0, ignore_eos=True, logprobs=VOCAB_SIZE, prompt_logprobs=VOCAB_SIZE)
 PROMPT = (3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43)
