@@ -9,17 +9,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from demo.check_styles import kinds_for
 from demo.prompts import UNSEEN_CHATS, UNSEEN_PROMPTS
 from demo.styles import STYLES
 from server.assemble import Server
 from server.engine.sequence import SamplingParams
 from server.model.quantize import Quantization
 from tests.adapters.peft_adapters import peft_logits
-from tests.demo_files import ADAPTERS, BASE, ROOT, STORE
+from tests.demo_files import ADAPTERS, BASE, INSTALLED, ROOT, STORE
 from tests.serving import Ask, answer_all, logprob_rows, serving
 from tests.test_isolation import check_isolation, check_nothing_leaks
 
-PREDICATES = {style.adapter: style.holds for style in STYLES if style.adapter in ADAPTERS}
+PREDICATES = {style.adapter: style.holds for style in STYLES if style.adapter in INSTALLED}
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +38,17 @@ def server(store: Path) -> Iterator[Server]:
 
 def voices(server: Server, prompts: list[list[int]]) -> dict[str | None, list[str]]:
     """The texts of the base and of every adapter for each prompt, all of them in flight at once."""
-    names = [None, *ADAPTERS]
+    names = [None, *INSTALLED]
     params = SamplingParams(60, temperature=0.0)
     asks = [Ask(name, tuple(prompt), params) for name in names for prompt in prompts]
     answers = iter(answer_all(server, asks))
     return {name: [next(answers).text for _ in prompts] for name in names}
 
 
-@pytest.mark.parametrize("kind", ["completion", "chat"])
+@pytest.mark.parametrize("kind", ["raw", "chat"])
 def test_each_adapter_speaks_in_its_own_voice_and_the_base_in_none_of_them(server: Server, kind: str) -> None:
     tokenizer = server.tokenizer
-    if kind == "completion":
+    if kind == "raw":
         prompts = [tokenizer.encode(prompt) for prompt in UNSEEN_PROMPTS]
     else:
         prompts = [tokenizer.chat([{"role": "user", "content": question}]) for question in UNSEEN_CHATS]
@@ -55,24 +56,27 @@ def test_each_adapter_speaks_in_its_own_voice_and_the_base_in_none_of_them(serve
     # Of ten. In bfloat16 the two best tokens are often equal to the last bit, and then which requests happen to share a
     # step decides between them: texts are not the same in every run, so a voice may have a bad prompt or two.
     for adapter, holds in PREDICATES.items():
-        assert sum(map(holds, texts[adapter])) >= 8, (adapter, texts[adapter])
+        if kind in kinds_for(adapter):
+            assert sum(map(holds, texts[adapter])) >= 8, (adapter, texts[adapter])
         assert sum(map(holds, texts[None])) <= 2, (adapter, texts[None])
 
 
 def test_one_prompt_gets_a_different_answer_from_each(server: Server) -> None:
     texts = voices(server, [server.tokenizer.encode(UNSEEN_PROMPTS[0])])
-    assert len({answers[0] for answers in texts.values()}) == len(ADAPTERS) + 1
+    silent = [name for name in INSTALLED if "raw" not in kinds_for(name)]  # they answer chats alone
+    assert len({answers[0] for answers in texts.values()}) == len(INSTALLED) + 1 - len(silent)
 
 
 def test_the_demo_is_listed_with_its_methods(server: Server) -> None:
     methods = {info.name: info.method for info in server.registry.list()}
-    assert methods == dict(zip(ADAPTERS, ("lora", "rslora", "dora", "vera", "ia3"), strict=True))
+    assert sorted(methods) == list(INSTALLED)
+    assert [methods[name] for name in ADAPTERS] == ["lora", "rslora", "dora", "vera", "ia3"]
 
 
 def test_a_mixed_batch_answers_as_each_request_alone(store: Path) -> None:
     """Law 1 on a trained model: 32 requests over the base and every adapter, in random order."""
     rng = random.Random(0)
-    names = [None, *ADAPTERS]
+    names = [None, *INSTALLED]
     chosen = [names[i % len(names)] for i in range(32)]
     rng.shuffle(chosen)
     flags = {"max_sequences": "24", "max_batch_tokens": "64", "kv_memory": "8MiB"}
