@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from examples.bottleneck import BottleneckConfig, save_bottleneck, train_bottleneck
 from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.lowering import lower
 from server.adapters.merging.change import what_is_no_change
@@ -320,3 +321,30 @@ def test_a_config_without_peft_type_and_without_a_method_is_not_claimed() -> Non
     assert method_for({"config": {}, "model_type": "llama"}).name == "bottleneck"
     with pytest.raises(AdapterRejected, match="peft_type = None"):
         method_for({"config": None, "model_type": "llama"})
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_what_the_example_trains_is_served_as_it_was_trained(model: str, tmp_path: Path) -> None:
+    trained, losses = oracle.made(model), []
+    config = BottleneckConfig(reduction_factor=8, non_linearity="gelu", learning_rate=0.02)
+    ids = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids}
+    train_bottleneck(trained, [batch] * 6, config, lambda _, loss: losses.append(loss))
+    assert losses[-1] < losses[0] - 0.1
+    save_bottleneck(trained, config, tmp_path / "adapters" / "own")
+    with served(oracle.made(model), tmp_path) as server:
+        got = answer_all(server, [Ask("own", oracle.PROMPT, WHOLE)])[0]
+    with torch.no_grad():
+        logits = trained(input_ids=torch.tensor([[*oracle.PROMPT, *got.token_ids]])).logits[0, :-1]
+    expected = torch.log_softmax(logits.double(), dim=-1)
+    rows = logprob_rows([*got.prompt_logprobs[1:], *got.logprobs], oracle.VOCAB_SIZE)
+    assert float((rows - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "words"),
+    [("gemma2", BottleneckConfig(), "gemma2"), ("llama", BottleneckConfig(False, False), "nothing to train")],
+)
+def test_what_the_example_cannot_train_it_says(model: str, config: BottleneckConfig, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        train_bottleneck(oracle.made(model), [], config, lambda *_: None)
