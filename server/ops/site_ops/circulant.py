@@ -44,4 +44,5 @@ def _product(x: torch.Tensor, tensors: Tensors, by_token: bool) -> torch.Tensor:
     spectrum = tensors["spectrum"]  # (m, n, frequencies), the tokens in front where each has its own
     blocks = x.view(len(x), spectrum.shape[-2], -1)
     frequencies = torch.einsum("tnf,tmnf->tmf" if by_token else "tnf,mnf->tmf", torch.fft.rfft(blocks), spectrum)
-    return torch.fft.irfft(frequencies, n=blocks.shape[-1]).reshape(len(x), -1)
+    added: torch.Tensor = torch.fft.irfft(frequencies, n=blocks.shape[-1])
+    return added.reshape(len(x), -1)
