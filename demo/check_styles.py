@@ -7,6 +7,7 @@ fails.
 """
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -89,9 +91,21 @@ def load(voice: str, weights: str, adapters: Path = ADAPTERS, base: Path = BASE)
         quantize_nf4(model)
     if voice != BARE:
         folder = folder_of(adapters / voice)
-        is_loreft = METHOD_OF[voice] == "loreft"
-        model = load_loreft(model, folder) if is_loreft else PeftModel.from_pretrained(model, str(folder))
+        without_peft = {"loreft": load_loreft, "delta-lora": with_moved_weights}.get(METHOD_OF[voice])
+        model = without_peft(model, folder) if without_peft else PeftModel.from_pretrained(model, str(folder))
     return model.eval()
+
+
+def with_moved_weights(model: Any, folder: Path) -> Any:
+    """The model that Delta-LoRA made, its W moved from the first step on: W + (s + lambda) B A (docs/delta-lora.md)."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    factor = config["lora_alpha"] / config["r"] + config["delta_lambda"]
+    tensors = {name: tensor.float() for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+    for name, down in tensors.items():
+        module, _, parameter = name.partition(".lora_A.")
+        if parameter:
+            model.get_submodule(module).weight.data += factor * tensors[f"{module}.lora_B.weight"] @ down
+    return model
 
 
 def generate(

@@ -171,7 +171,7 @@ METHODS: Mapping[str, Recipe] = {
         batch_tokens=2048,
     ),
     "lora+": Recipe(_lora(2, SMALL), 1e-3, 100, train_with_peft, lora_plus),
-    "lora-fa": Recipe(_lora(4, ["v_proj", "o_proj", "down_proj"]), 2e-2, 90, train_with_peft, lora_fa),
+    "lora-fa": Recipe(_lora(4, ["v_proj", "o_proj", "down_proj"]), 2e-2, 160, train_with_peft, lora_fa),
     "vera": Recipe(
         _peft(VeraConfig, r=64, target_modules=LINEARS, save_projection=True, projection_prng_key=5),
         3e-2,
@@ -204,7 +204,7 @@ METHODS: Mapping[str, Recipe] = {
     ),
     "oft": Recipe(_peft(OFTConfig, oft_block_size=8, target_modules=LINEARS), 1e-2, 120, train_with_peft),
     "road": Recipe(
-        _peft(RoadConfig, variant="road_1", group_size=32, target_modules=LINEARS), 2e-2, 100, train_with_peft
+        _peft(RoadConfig, variant="road_1", group_size=32, target_modules=LINEARS), 2e-2, 140, train_with_peft
     ),
     "ia3": Recipe(
         _peft(IA3Config, target_modules=["k_proj", "v_proj", "o_proj", *MLP], feedforward_modules=["down_proj"]),
@@ -216,8 +216,8 @@ METHODS: Mapping[str, Recipe] = {
     "bitfit": Recipe(_peft(BeftConfig, target_modules=LINEARS), 2e-2, 150, train_with_peft),
     "ln-tuning": Recipe(
         _peft(LNTuningConfig, target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
-        3e-2,
-        190,
+        5e-2,
+        180,
         train_with_peft,
     ),
     "trainable-tokens": Recipe(
@@ -244,5 +244,5 @@ METHODS: Mapping[str, Recipe] = {
         70,
         train_with_delta_lora,
     ),
-    "loreft": Recipe(lambda _: LoreftConfig(r=4, layers=(0, 1, 2, 3)), 1e-2, 140, train_with_loreft),
+    "loreft": Recipe(lambda _: LoreftConfig(r=8, layers=(0, 1, 2, 3), positions="f6+l6"), 2e-2, 270, train_with_loreft),
 }
