@@ -152,7 +152,7 @@ def test_without_an_invocation_an_activated_lora_is_the_base(server: Server, pro
     assert of_adapter.token_ids == of_base.token_ids
 
 
-@pytest.mark.parametrize("kind", ["prompt_tuning", "loreft", "lora"])
+@pytest.mark.parametrize("kind", ["loreft", "lora"])
 def test_what_is_edited_from_the_start_shares_nothing_with_the_base(
     server: Server, kind: str, prompt: tuple[int, ...]
 ) -> None:
@@ -165,11 +165,15 @@ def test_an_intervention_at_the_end_shares_the_bases_blocks_before_it(server: Se
     assert hits(server, "loreft-last", prompt) == (len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE
 
 
-def test_the_blocks_of_virtual_tokens_are_shared_by_all_prompts(server: Server, prompt: tuple[int, ...]) -> None:
-    """21 virtual tokens fill two blocks of 8."""
+def test_virtual_tokens_are_computed_once_for_all_prompts(
+    server: Server, dense: PreTrainedModel, folders: Path, prompt: tuple[int, ...]
+) -> None:
+    """21 virtual tokens fill two blocks of 8, which are shared; the others are copied."""
     other = tuple(reversed(prompt))
     hits(server, "prefix_tuning", prompt)
-    assert hits(server, "prefix_tuning", other) == 2 * BLOCK_SIZE
+    assert hits(server, "prefix_tuning", other) == 21
+    [got] = answer_all(server, [Ask("prefix_tuning", other[:9], GREEDY)])
+    check_generation(got, generated(dense, folders / "prefix_tuning", other[:9]))
 
 
 # What users are told

@@ -3,6 +3,8 @@
 Owns block numbers, reference counts and the keys under which full blocks are found again. Knows nothing about tensors
 or sequences. A key stands for everything that decides the content of a block: see `block_key`.
 
+What a block begins with may be known, too, of a block whose rest is somebody's own: that is copied, never shared.
+
 A block is in one of three states: *in use* (it has holders); *kept* (free, but its content can still be found, until
 the block is needed for something else); *empty* (free, and nothing is known of its content).
 """
@@ -67,6 +69,8 @@ class BlockPool:
         self._kept: OrderedDict[int, None] = OrderedDict()  # the longest unused first
         self._key_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
+        self._start_key_of: dict[int, bytes] = {}
+        self._start_of: dict[bytes, int] = {}
 
     @property
     def num_blocks(self) -> int:
@@ -113,6 +117,7 @@ class BlockPool:
             blocks.append(block)
         for block in blocks:
             self._num_holders[block] = 1
+            self._forget_start(block)
         return sorted(blocks)
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
@@ -140,9 +145,29 @@ class BlockPool:
             self._block_of[key] = block
             self._key_of[block] = key
 
+    def remember_start(self, block: int, key: bytes) -> None:
+        """Has a block in use be found by what its first tokens are, until the block is allocated anew.
+
+        Its holder may go on to write behind them. No change where another block is found so, or this one by others.
+        """
+        self._require_holders(block, 1)
+        if key not in self._start_of and block not in self._start_key_of:
+            self._start_of[key] = block
+            self._start_key_of[block] = key
+
+    def find_start(self, key: bytes) -> int | None:
+        """A block that begins with what `key` stands for, to be copied before anything is written to any block."""
+        return self._start_of.get(key)
+
+    def _forget_start(self, block: int) -> None:
+        key = self._start_key_of.pop(block, None)
+        if key is not None:
+            del self._start_of[key]
+
     def forget(self, blocks: Iterable[int]) -> None:
         """Has none of `blocks` be found again; holders keep them. No change for one that is not found anyway."""
         for block in blocks:
+            self._forget_start(block)
             key = self._key_of.pop(block, None)
             if key is None:
                 continue
@@ -189,6 +214,7 @@ class BlockPool:
         assert free == {block for block, num in enumerate(self._num_holders) if not num}
         assert self._kept.keys() == free & self._key_of.keys()
         assert {key: block for block, key in self._key_of.items()} == self._block_of
+        assert {key: block for block, key in self._start_key_of.items()} == self._start_of
 
     def _require_holders(self, block: int, times: int) -> None:
         num_holders = self._num_holders[block] if 0 <= block < self.num_blocks else 0

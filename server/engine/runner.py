@@ -58,9 +58,17 @@ class Runner:
 
     def run(self, batch: Batch) -> StepLogits:
         """One forward pass over the batch (not empty)."""
+        for item in batch.sequences:  # all of them first: what is copied may be written to in this very step
+            self._copy_start(item)
         for item in batch.sequences:
             self._recompute_if_stale(item)
         return self._forward(batch.sequences)
+
+    def _copy_start(self, item: ScheduledSequence) -> None:
+        """Copies an adapter's virtual tokens that fill a block in part from one that begins with them."""
+        if item.copied_block is not None:
+            place, num_tokens = divmod(item.sequence.num_virtual_tokens, self._block_size)
+            self.cache.copy(item.copied_block, item.sequence.blocks[place], num_tokens)
 
     def _recompute_if_stale(self, item: ScheduledSequence) -> None:
         """Computes a sequence's cached tokens again where the token after them changes all their positions' angles."""

@@ -21,6 +21,7 @@ all priorities were equal. It does not bound how long the low ones wait for a se
 Full blocks are found again by their keys (see `blocks.block_key`), by whoever begins with the same tokens under the
 same edits: a newcomer, or a preempted sequence that comes back. They become known when the step that filled them is
 committed, and nobody writes to them after that. The newest known token is always computed: its logits are needed.
+Virtual tokens of an adapter that fill a block in part are copied from whoever has them.
 
 A waiting sequence whose adapter is still loading, or finds no room on the device, is passed over: it holds up nobody.
 But none lacks room for ever. One that has for `max_adapter_wait_s` is overdue, and residencies rotate:
@@ -125,7 +126,7 @@ class _Step:
     has_preempted: bool = False
     overdue: Sequence | None = None  # that still waits for its adapter's turn
 
-    def put(self, sequence: Sequence, num_tokens: int) -> None:
+    def put(self, sequence: Sequence, num_tokens: int, copied_block: int | None = None) -> None:
         start = sequence.num_computed_tokens
         is_complete = num_tokens == sequence.num_pending
         self.items[sequence.sequence_id] = ScheduledSequence(
@@ -134,6 +135,7 @@ class _Step:
             num_tokens=num_tokens,
             samples=is_complete and sequence.params.max_tokens > 0,
             wants_prompt_logits=_wants_prompt_logits(sequence),
+            copied_block=copied_block,
         )
         self.num_tokens_left -= num_tokens
 
@@ -301,6 +303,7 @@ class Scheduler:
                 raise ValueError(f"sequence {sequence.sequence_id!r} has moved on since this batch was scheduled")
             sequence.num_computed_tokens += item.num_tokens
             self._remember_filled(sequence, item.start)
+            self._remember_start(sequence, item.start)
             if item.samples:
                 sequence.output_ids.append(sampled[sequence.sequence_id])
             reason = self._end_of(sequence)
@@ -498,7 +501,8 @@ class Scheduler:
             self._fail(sequence, self._too_long(sequence), step)
             return True
         found = self._find(sequence)
-        num_found = len(found) * self._blocks.block_size
+        copied_block = self._find_start(sequence, len(found))
+        num_found = len(found) * self._blocks.block_size if copied_block is None else sequence.num_virtual_tokens
         num_tokens = min(sequence.num_tokens - num_found, step.num_tokens_left)
         # The block of the step after this one is taken now, so that a newcomer is not preempted at once.
         num_ahead = min(num_found + num_tokens + 1, self._longest(sequence))
@@ -519,7 +523,7 @@ class Scheduler:
         sequence.num_computed_tokens = num_found
         self._end_wait_for_room(sequence)
         self._note_start(sequence, num_found)
-        step.put(sequence, num_tokens)
+        step.put(sequence, num_tokens, copied_block)
         return True
 
     def _note_start(self, sequence: Sequence, num_found: int) -> None:
@@ -539,6 +543,28 @@ class Scheduler:
         if not self._may_reuse(sequence):
             return []
         return self._blocks.find(self._keys(sequence, (sequence.num_tokens - 1) // self._blocks.block_size))
+
+    def _find_start(self, sequence: Sequence, num_blocks: int) -> int | None:
+        """A block that begins with the virtual tokens beyond the full blocks that were found, where these are all."""
+        num_full, num_more = divmod(sequence.num_virtual_tokens, self._blocks.block_size)
+        if not num_more or num_blocks != num_full or not self._may_reuse(sequence):
+            return None
+        return self._blocks.find_start(self._start_key(sequence))
+
+    def _start_key(self, sequence: Sequence) -> bytes:
+        """The key of the virtual tokens that fill a block in part."""
+        num_full, num_virtual = sequence.num_virtual_tokens // self._blocks.block_size, sequence.num_virtual_tokens
+        keys = list(self._keys(sequence, num_full))
+        parent = keys[-1] if keys else root_key(sequence.cache_salt)
+        at = num_full * self._blocks.block_size, num_virtual
+        return block_key(parent, sequence.token_ids(*at), sequence.edit_identities(*at))
+
+    def _remember_start(self, sequence: Sequence, start: int) -> None:
+        """Makes known the block that virtual tokens fill in part, once they are computed."""
+        num_full, num_more = divmod(sequence.num_virtual_tokens, self._blocks.block_size)
+        is_computed = start < sequence.num_virtual_tokens <= sequence.num_computed_tokens
+        if num_more and is_computed and self._reuses_prefixes:
+            self._blocks.remember_start(sequence.blocks[num_full], self._start_key(sequence))
 
     def _remember_filled(self, sequence: Sequence, start: int) -> None:
         """Makes the blocks known that were filled by the tokens from position `start` on."""

@@ -203,7 +203,8 @@ class ScheduledSequence:
 
     `samples`: the last of them is the newest known token, so its logits choose the next one. `wants_prompt_logits`:
     prompt log-probabilities were asked for and are not complete, so the logits of all these rows are needed; after a
-    preemption in mid-prompt the same positions come again, so keep what is read from them by position.
+    preemption in mid-prompt the same positions come again, so keep what is read from them by position. `copied_block`
+    begins with the last of the virtual tokens, which are to be copied from there before the step writes anything.
     """
 
     sequence: Sequence
@@ -211,6 +212,7 @@ class ScheduledSequence:
     num_tokens: int
     samples: bool
     wants_prompt_logits: bool
+    copied_block: int | None = None
 
     @property
     def token_ids(self) -> list[int]:

@@ -47,6 +47,12 @@ class KVCache:
         """Bytes that one block takes over all layers."""
         return sum(2 * h * d for h, d in shapes) * block_size * dtype.itemsize
 
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, num_tokens: int) -> None:
+        """Copies the first tokens of a block to the start of another, in every layer."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :num_tokens] = tensor[source, :, :num_tokens]
+
     @property
     def total_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))

@@ -1,11 +1,13 @@
 """Sequences whose adapters have virtual tokens, or are applied at some positions only: scheduled, preempted, shared."""
 
+import random
+
 import pytest
 
 from server.adapters.positions import FromInvocation, PromptEnds, Reach
 from server.engine.sequence import FinishReason, SamplingParams, Sequence
 from server.ground.errors import ContextTooLong
-from tests.engine.test_scheduler import SLOTS, Server, assert_nothing_is_held, next_token
+from tests.engine.test_scheduler import SLOTS, Server, alone, assert_nothing_is_held, next_token
 
 NUM_VIRTUAL = 6
 VIRTUAL = [-1, -2, -3, -4, -5, -6]
@@ -61,8 +63,44 @@ def test_their_blocks_are_found_by_every_prompt_and_are_no_part_of_it() -> None:
         sequence = server.add(server.sequence(num_prompt=num_prompt, max_tokens=3, version="a"))
         server.run_to_the_end()
         assert sequence.output_ids == expected(sequence)
-    assert server.scheduler.num_hit_tokens == 4  # one block of the six virtual tokens is full
+    assert server.scheduler.num_hit_tokens == NUM_VIRTUAL  # a full block of four, and two copied out of another
     assert sequence.num_cached_tokens == 0
+
+
+def test_what_is_copied_may_be_given_away_in_the_same_step() -> None:
+    """The block that the virtual tokens lie in is free, and goes to another sequence of the step that copies it."""
+    server = with_virtual_tokens(num_blocks=8)
+    first = server.add(server.sequence(num_prompt=1, max_tokens=1, version="a"))
+    server.run_to_the_end()
+    others = [server.add(server.sequence(num_prompt=3, max_tokens=2, version="a")) for _ in range(2)]
+    others.append(server.add(server.sequence(num_prompt=6, max_tokens=2)))
+    copied = [item.copied_block for item in server.step().sequences]
+    assert copied[0] is not None
+    server.run_to_the_end()
+    assert [s.output_ids for s in (first, *others[:2])] == [expected(s) for s in (first, *others[:2])]
+    assert others[2].output_ids == alone(others[2])
+    assert_nothing_is_held(server)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whoever_comes_and_goes_reads_the_virtual_tokens(seed: int) -> None:
+    """Few blocks, preemptions, aborts: every answer is that of a sequence alone."""
+    dice = random.Random(seed)
+    server = with_virtual_tokens(num_blocks=9)
+    added = []
+    for _ in range(60):
+        version = dice.choice(["a", "a", None])
+        added.append(server.add(server.sequence(dice.randint(1, 9), dice.randint(1, 6), version)))
+        for _ in range(dice.randint(0, 3)):
+            server.step()
+        if dice.random() < 0.1:
+            gone = dice.choice(added)
+            if server.scheduler.abort(gone.sequence_id) is not None:
+                added.remove(gone)
+    server.run_to_the_end()
+    assert [s.output_ids for s in added] == [expected(s) if s.version else alone(s) for s in added]
+    assert server.scheduler.num_preemptions > 0
+    assert_nothing_is_held(server)
 
 
 def test_a_prompt_that_they_leave_no_room_fails_when_that_is_known() -> None:

@@ -71,6 +71,10 @@ class FakeRunner:
 
     def run(self, batch: Batch) -> dict[str, int]:
         for item in batch.sequences:
+            if item.copied_block is not None:
+                place, num = divmod(item.sequence.num_virtual_tokens, self.block_size)
+                self.cache[item.sequence.blocks[place]][:num] = self.cache[item.copied_block][:num]
+        for item in batch.sequences:
             for position, token in enumerate(item.token_ids, start=item.start):
                 block, offset = divmod(position, self.block_size)
                 self.cache[item.sequence.blocks[block]][offset] = token
