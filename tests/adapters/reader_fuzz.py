@@ -133,6 +133,31 @@ VALID: dict[str, Adapter] = {
         (f"{ATTENTION}.q_proj.ia3_l", (HIDDEN, 1)),
         ("model.layers.1.mlp.down_proj.ia3_l", (1, FEEDFORWARD)),
     ),
+    "road": _adapter(
+        {"peft_type": "ROAD", "variant": "road_2", "group_size": 2},
+        (f"{ATTENTION}.q_proj.road_theta", (HIDDEN,)),
+        (f"{ATTENTION}.q_proj.road_alpha", (HIDDEN,)),
+    ),
+    "oft": _adapter(
+        {"peft_type": "OFT", "oft_block_size": 2, "r": 0, "bias": "all", "num_cayley_neumann_terms": 3},
+        (f"{ATTENTION}.q_proj.oft_R.weight", (HIDDEN // 2, 1)),
+        (f"{ATTENTION}.q_proj.base_layer.bias", (HIDDEN,)),
+        ("model.embed_tokens.oft_embedding_R.weight", (HIDDEN // 2, 1)),
+    ),
+    "boft": _adapter(
+        {"peft_type": "BOFT", "boft_block_size": 2},
+        (f"{ATTENTION}.q_proj.boft_R", (1, HIDDEN // 2, 2, 2)),
+        (f"{ATTENTION}.q_proj.boft_s", (HIDDEN, 1)),
+    ),
+    "lokr": _adapter(
+        {"peft_type": "LOKR", "r": RANK, "alpha": 2, "decompose_both": True},
+        (f"{ATTENTION}.q_proj.lokr_w1_a", (2, RANK)),
+        (f"{ATTENTION}.q_proj.lokr_w1_b", (RANK, 2)),
+        (f"{ATTENTION}.q_proj.lokr_w2", (HIDDEN // 2, HIDDEN // 2)),
+    ),
+    "c3a": _adapter(
+        {"peft_type": "C3A", "block_size": 2}, (f"{ATTENTION}.q_proj.c3a_kernel", (HIDDEN // 2,) * 2 + (2,))
+    ),
 }
 
 WORDS = ("", "all", "none", "LORA", "VERA", "IA3", "lora", "q_proj", "(a+)+b", "\ud800", "\0", "é", "a" * 600)
@@ -144,7 +169,9 @@ FIELDS = (
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias", "lora_bias",
     "use_bdlora", "init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "modules_to_save", "save_projection", "projection_prng_key", "feedforward_modules", "base_model_name_or_path",
-    "fan_in_fan_out", "auto_mapping", "trainable_token_indices", "layer_replication", "", "warp",
+    "fan_in_fan_out", "auto_mapping", "trainable_token_indices", "layer_replication", "", "warp", "variant",
+    "group_size", "oft_block_size", "num_cayley_neumann_terms", "use_cayley_neumann", "coft", "eps", "block_share",
+    "alpha", "peft_version",
 )  # fmt: skip
 PATTERNS = ("q_proj", r".*\.0\..*", "(q|v)_proj", "((a*)*)*", "[", *WORDS)
 SIZES = (*range(10), 64, 513, 2**31, 2**53)
@@ -154,6 +181,7 @@ MODULES = (*SITES, "q_proj", "layers.0.mlp.down_proj", "vera_A", "model", "", "m
 ENDINGS = (
     "lora_A.weight", "lora_B.weight", "lora_A.default.weight", "lora_B.bias", "bias", "base_layer.bias", "weight",
     "vera_lambda_b", "lora_magnitude_vector", "ia3_l", "base_layer.weight", "lora_embedding_A", "lora_velora_embed", "",
+    "road_theta", "oft_R.weight", "boft_R", "lokr_w1", "lokr_w2_a", "lokr_w2_b", "c3a_kernel",
 )  # fmt: skip
 # As float32 and as bfloat16: NaN, infinities, the largest, denormal, zero, a large one.
 SPECIAL = (
