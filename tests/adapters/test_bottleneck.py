@@ -312,6 +312,11 @@ def test_a_pickle_is_refused_with_the_librarys_own_way_out(tmp_path: Path) -> No
         Checkpoint.open(folder)
 
 
+def test_weights_under_the_librarys_name_are_to_be_renamed() -> None:
+    with pytest.raises(AdapterRejected, match=r"no adapter_model.safetensors .*: rename adapter.safetensors to it"):
+        Checkpoint.open(oracle.DATA / "llama-houlsby")
+
+
 def test_a_bottleneck_is_no_part_of_a_mix(tmp_path: Path) -> None:
     reason = what_is_no_change(lowered(copied("llama-houlsby", tmp_path / "adapter")))
     assert reason == "its bottleneck has bottleneck beside the normal form"

@@ -22,6 +22,7 @@ from server.ground.errors import AdapterRejected
 _FLOATING = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
 _MAX_DIMENSIONS = 8
+_HUBS_WEIGHTS_FILE = "adapter.safetensors"  # as AdapterHub's library calls it
 _MAX_NAME_LENGTH = 512
 # JSON takes up to fifty times its own size once it is parsed, so what a header could hold is counted before. A matrix
 # takes 12 of these signs, and what the metadata has of them stands in texts.
@@ -211,7 +212,8 @@ def _weights_file(folder: Path) -> Path:
     pickled = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(suffix))
     if pickled:
         raise AdapterRejected(f"{pickled[0]} is {PICKLE}")
-    raise AdapterRejected(f"There is no {WEIGHTS_FILE} in the folder.")
+    hint = f": rename {_HUBS_WEIGHTS_FILE} to it" if (folder / _HUBS_WEIGHTS_FILE).is_file() else ""
+    raise AdapterRejected(f"There is no {WEIGHTS_FILE} in the folder{hint}.")
 
 
 def _read_header(path: Path, limits: CheckpointLimits) -> list[_Entry]:
