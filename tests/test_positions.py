@@ -8,7 +8,7 @@ import asyncio
 import copy
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,9 +20,11 @@ from server.assemble import Server
 from server.engine.flight import GenerationRequest
 from server.engine.sequence import Delta, FinishReason, SamplingParams
 from server.ground.errors import BadRequest, ContextTooLong
+from server.model.quantize import Quantization
 from tests.adapters.peft_adapters import INVOCATION, SEQUENCE_KINDS, make_adapter
 from tests.adapters.reft import KINDS as REFT_KINDS
 from tests.adapters.reft import make_reft, reft_logits
+from tests.fidelity import dense_model, dequantized_twin
 from tests.serving import Answer, Ask, answer_all, serving
 from tests.test_isolation import NEAR_TIE, asks, check_isolation, check_nothing_leaks
 
@@ -111,6 +113,27 @@ def test_greedy_generation_is_the_references_own(
         before = server.engine.stats().num_hit_tokens
         check_generation(answer_all(server, [Ask(kind, prompt, GREEDY)])[0], expected)
     assert server.engine.stats().num_hit_tokens - before >= len(prompt) - BLOCK_SIZE
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_greedy_generation_on_fused_projections_and_on_nf4(
+    model_folder: Callable[[str], Path], tmp_path: Path, quantize: str
+) -> None:
+    """Phi-3, all of them in flight at once. NF4 in float32 multiplies with the dense twin's very values."""
+    folder = model_folder("phi3")
+    dense = dense_model(folder) if quantize == "none" else dequantized_twin(folder, Quantization.NF4, torch.float32)
+    kinds = ("prompt_tuning", "prefix_tuning", "alora", "loreft", "loreft-relu")
+    for seed, kind in enumerate(kinds):
+        (make_reft if kind in REFT_KINDS else make_adapter)(dense, kind, tmp_path / "adapters" / kind, seed)
+    dice = random.Random(quantize)
+    prompts = [(*[dice.randrange(256) for _ in range(20 + 7 * n)], *INVOCATION, 9, 4) for n in range(len(kinds))]
+    flags = {"adapters": str(tmp_path / "adapters"), "block_size": str(BLOCK_SIZE), "max_batch_tokens": str(CHUNK)}
+    with serving(folder, tmp_path, max_sequences=str(CHUNK), quantize=quantize, **flags) as server:
+        asked = [Ask(*pair, GREEDY) for pair in zip(kinds, prompts, strict=True)]
+        for _ in range(2):
+            for ask, got in zip(asked, answer_all(server, asked), strict=True):
+                check_generation(got, generated(dense, tmp_path / "adapters" / str(ask.adapter), ask.prompt))
+        check_nothing_leaks(server)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
