@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from examples.bottleneck import BottleneckConfig, save_bottleneck, train_bottleneck
 from server.adapters.format.checkpoint import Checkpoint
@@ -19,6 +20,7 @@ from server.adapters.lowering import lower
 from server.adapters.merging.change import what_is_no_change
 from server.adapters.method import Lowered
 from server.adapters.methods import method_for
+from server.adapters.methods.bottleneck import _NON_LINEARITIES
 from server.assemble import Server
 from server.engine.sequence import SamplingParams
 from server.ground.config import Settings
@@ -26,6 +28,7 @@ from server.ground.errors import AdapterRejected
 from server.model.context import Scope
 from server.model.site import Site
 from server.model.site_table import SiteTable
+from server.ops.site_ops.bottleneck import _FUNCTIONS
 from tests.adapters import bottleneck_oracle as oracle
 from tests.adapters.peft_adapters import make_adapter, peft_logits
 from tests.api.conftest import serving as listening
@@ -120,6 +123,29 @@ def test_a_neighbours_adapter_changes_nothing_where_the_op_is_for_none(tmp_path:
         long = [Ask(name, oracle.PROMPT * 4, WHOLE) for name in names]
         alone = [answer_all(server, [ask])[0].token_ids for ask in long]
         assert [answer.token_ids for answer in answer_all(server, [*long, *long])] == [*alone, *alone]
+
+
+def test_large_tensors_lie_in_the_devices_buffer_and_mean_the_same(tmp_path: Path) -> None:
+    """Beside a small one of the same numbers: rows of zeros make it large, and nothing else."""
+    small = copied("llama-houlsby", tmp_path / "adapters" / "small")
+    large = shutil.copytree(small, tmp_path / "adapters" / "large") / "adapter_model.safetensors"
+    save_file({key: padded(key, tensor, 40) for key, tensor in load_file(large).items()}, large)
+    with served(oracle.made("llama"), tmp_path) as server:
+        for name in ("small", "large"):
+            before = server.adapters.used_bytes
+            assert error("llama-houlsby", answer_all(server, [Ask(name, oracle.PROMPT, WHOLE)])[0]) < 1e-5
+            assert (server.adapters.used_bytes > before) == (name == "large")
+        both = answer_all(server, [Ask(name, oracle.PROMPT, WHOLE) for name in ("small", "large") * 2])
+    assert [error("llama-houlsby", got) < 1e-5 for got in both] == [True] * 4
+
+
+def padded(key: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    """An adapter's tensor with rows of zeros up to `rank`, which silu leaves without effect."""
+    if "adapter_down" in key:
+        return torch.cat([tensor, tensor.new_zeros(rank - len(tensor), *tensor.shape[1:])])
+    if key.endswith("adapter_up.weight"):
+        return torch.cat([tensor, tensor.new_zeros(len(tensor), rank - tensor.shape[1])], dim=1)
+    return tensor
 
 
 def test_uploaded_under_the_librarys_own_file_name_it_answers_over_http(tmp_path: Path) -> None:
@@ -302,6 +328,13 @@ def test_old_files_call_an_activation_by_another_name(tmp_path: Path) -> None:
     assert exact != approximate
     assert act("gelu", version=DROPPED) == approximate
     assert act("gelu_orig", version=DROPPED) == exact
+
+
+@pytest.mark.parametrize("name", _NON_LINEARITIES)
+def test_an_activation_is_the_one_that_transformers_calls_so(name: str) -> None:
+    x = torch.linspace(-12, 12, 201)
+    theirs = torch.nn.functional.leaky_relu(x) if name == "leakyrelu" else ACT2FN[name](x)
+    torch.testing.assert_close(_FUNCTIONS[_NON_LINEARITIES[name]](x), theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_a_pickle_is_refused_with_the_librarys_own_way_out(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ UNSERVED: Mapping[str, str] = {
     "ADAMSS": f"where its parts belong in a weight is drawn by clustering and not saved. {MERGE}",
     "ADAPTION_PROMPT": "it adds an attention of its own to the last blocks. Train a LoRA.",
     "CARTRIDGE": "its prefix of the KV cache is not served yet. Train a LoRA.",
-    "CPT": "its virtual tokens are not served yet. Train a LoRA.",
     "DEFT": FROM_THE_WEIGHT,
     "FOURIERFT": FULL_RANK,
     "FROD": FULL_RANK,

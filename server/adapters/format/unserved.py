@@ -18,7 +18,6 @@ _REASONS: Mapping[str, str] = {
     "ADAMSS": f"where its parts belong in a weight is drawn by clustering and not saved. {_MERGE}",
     "ADAPTION_PROMPT": "it adds an attention of its own to the last blocks. Train a LoRA",
     "CARTRIDGE": "its prefix of the KV cache is not served yet. Train a LoRA",
-    "CPT": "its virtual tokens are not served yet. Train a LoRA",
     "DEFT": _FROM_THE_WEIGHT,
     "FOURIERFT": _FULL_RANK,
     "FROD": _FULL_RANK,

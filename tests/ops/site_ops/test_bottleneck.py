@@ -8,10 +8,9 @@ from random import Random
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers.activations import ACT2FN
 
-from server.adapters.methods.bottleneck import _NON_LINEARITIES
 from server.ops.edits import Run
+from server.ops.site_ops import bottleneck as ops_bottleneck
 from server.ops.site_ops.bottleneck import _FUNCTIONS, ACTIVATIONS, Bottleneck, KeepStream
 from server.ops.site_ops.site_op import OpTokens
 
@@ -80,6 +79,13 @@ def tokens_of(lanes: list[int], num_mixed: int) -> OpTokens:
     return OpTokens(torch.tensor(lanes), num_mixed, tuple(runs), torch.zeros(len(lanes), dtype=torch.int64))
 
 
+@pytest.fixture(params=["_lane_by_lane", "_all_rows"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways for mixed tokens, that of a GPU too."""
+    monkeypatch.setattr(ops_bottleneck, "_lane_by_lane", getattr(ops_bottleneck, request.param))
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("seed", range(12))
 def test_every_token_gets_what_its_own_adapter_gives_it(seed: int) -> None:
     rng = Random(seed)
@@ -107,6 +113,7 @@ def test_what_no_norm_has_kept_is_not_needed_by_who_does_not_read_it() -> None:
     torch.testing.assert_close(got[0].double(), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("way")
 def test_a_token_out_of_range_stays_a_matter_of_its_own() -> None:
     """Infinity in one row of a batch reaches no other row."""
     lanes = [1, 2, 0, 1, 1]
@@ -124,13 +131,6 @@ def test_sixteen_bit_outputs_keep_their_type_and_the_base_its_bits() -> None:
     assert got[0].equal(y[0])
     wanted = by_definition(ADAPTERS[0], y[1].double(), None)
     torch.testing.assert_close(got[1].double(), wanted, rtol=0.01, atol=0.01)
-
-
-@pytest.mark.parametrize("name", _NON_LINEARITIES)
-def test_an_activation_is_the_one_that_transformers_calls_so(name: str) -> None:
-    x = torch.linspace(-12, 12, 201)
-    theirs = F.leaky_relu(x) if name == "leakyrelu" else ACT2FN[name](x)
-    torch.testing.assert_close(_FUNCTIONS[_NON_LINEARITIES[name]](x), theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
