@@ -477,7 +477,7 @@ def test_every_site_is_listed_with_its_rank_and_scaling(rehearsal: Rehearsal, or
     inspected = inspect(originals("rslora-patterns"), rehearsal)
     assert len({site.rank for site in inspected.sites}) > 1
     rows = inspected.as_text(shows_sites=True).partition("\n\n")[2].splitlines()
-    assert rows[0].split() == ["SITE", "WIDTHS", "RANK", "SCALING", "VECTORS"]
+    assert rows[0].split() == ["SITE", "WIDTHS", "RANK", "SCALING", "FIELDS"]
     assert [row.split()[0] for row in rows[1:]] == [site.path for site in inspected.sites]
     shown = inspected.as_json(shows_sites=True)
     assert [edit["rank"] for edit in shown["edits"]] == [site.rank for site in inspected.sites]

@@ -19,7 +19,7 @@ class Span:
 
 
 class Positions(Protocol):
-    """A rule."""
+    """A rule; as text, the positions that it is about."""
 
     def over(self, prompt_ids: Sequence[int]) -> tuple[Span, ...]:
         """Where the adapter's parts are applied in a sequence of this prompt; what is in no span is the bare base's."""
@@ -30,6 +30,9 @@ class FromInvocation:
     """Part 1 from the last occurrence of these tokens in the prompt on; nothing where there is none (aLoRA)."""
 
     tokens: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"from the last {list(self.tokens)} in the prompt on"
 
     def over(self, prompt_ids: Sequence[int]) -> tuple[Span, ...]:
         length = len(self.tokens)
@@ -51,6 +54,11 @@ class PromptEnds:
     last_part: int = 1
     num_left_out: int = 0
 
+    def __str__(self) -> str:
+        ends = [f"{name} {num}" for name, num in (("first", self.first), ("last", self.last)) if num]
+        but = f", {self.num_left_out} at its end left out" if self.num_left_out else ""
+        return f"{' and '.join(ends)} tokens of the prompt{but}"
+
     def over(self, prompt_ids: Sequence[int]) -> tuple[Span, ...]:
         length = max(len(prompt_ids) - self.num_left_out, 0)
         first, last = min(self.first, length // 2), min(self.last, length // 2)
@@ -60,6 +68,9 @@ class PromptEnds:
 @dataclass(frozen=True, slots=True)
 class Generated:
     """Part 1 at the tokens that were generated, and nothing at the prompt."""
+
+    def __str__(self) -> str:
+        return "tokens that were generated"
 
     def over(self, prompt_ids: Sequence[int]) -> tuple[Span, ...]:
         return (Span(len(prompt_ids), None),)

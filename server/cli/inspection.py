@@ -111,6 +111,8 @@ class Inspected:
                 ("rank", str(lowered.rank)),
                 ("scaling", _range(self._scalings())),
                 ("sites", f"{len(self.sites)} of {self.num_base_sites}: {_by_last_name(self.sites)}"),
+                *([("positions", str(lowered.positions))] if lowered.positions is not None else []),
+                *([("virtual tokens", str(lowered.num_virtual_tokens))] if lowered.num_virtual_tokens else []),
                 ("parameters", f"{lowered.num_parameters:,}"),
                 ("on device", f"{_bytes(self.tried.resident_bytes)} in {self.dtype}"),
             ]
@@ -127,7 +129,7 @@ class Inspected:
             (site.path, f"{site.d_in} > {site.d_out}", str(site.rank), _number(site.scaling), " ".join(site.vectors))
             for site in self.sites
         ]
-        return columns(("SITE", "WIDTHS", "RANK", "SCALING", "VECTORS"), rows, right=(2, 3))
+        return columns(("SITE", "WIDTHS", "RANK", "SCALING", "FIELDS"), rows, right=(2, 3))
 
 
 def inspect(folder: Path, rehearsal: Rehearsal, version: StoredVersion | None = None) -> Inspected:
@@ -186,7 +188,7 @@ def _scalings(folder: Path, method: str, sites: Mapping[str, Site]) -> dict[str,
 
 
 def _site(site: Site, edit: Edit, scaling: float | None) -> SiteFacts:
-    vectors = tuple(name for name in _VECTORS if name in edit.tensors())
+    vectors = (*(name for name in _VECTORS if name in edit.tensors()), *edit.ops)
     return SiteFacts(site.path, site.d_in, site.d_out, edit.rank, scaling, vectors)
 
 

@@ -61,3 +61,16 @@ def test_the_parts_of_a_stretch_are_those_of_each_token(spans: list[Span], start
         return found[-1] if found else 0
 
     assert parts_of(spans, start, start + length) == [part(p) for p in range(start, start + length)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (FromInvocation((7, 8)), "from the last [7, 8] in the prompt on"),
+        (PromptEnds(3, 2), "first 3 and last 2 tokens of the prompt"),
+        (PromptEnds(0, 1, num_left_out=1), "last 1 tokens of the prompt, 1 at its end left out"),
+        (Generated(), "tokens that were generated"),
+    ],
+)
+def test_a_rule_can_be_told(rule: Positions, text: str) -> None:
+    assert str(rule) == text
