@@ -244,5 +244,5 @@ METHODS: Mapping[str, Recipe] = {
         70,
         train_with_delta_lora,
     ),
-    "loreft": Recipe(lambda _: LoreftConfig(r=8, layers=(0, 1, 2, 3), positions="f6+l6"), 2e-2, 270, train_with_loreft),
+    "loreft": Recipe(lambda _: LoreftConfig(r=8, layers=(0, 1, 2, 3), positions="f6+l6"), 2e-2, 200, train_with_loreft),
 }
