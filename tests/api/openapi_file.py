@@ -14,7 +14,7 @@ FILE = Path(__file__).parents[2] / "docs" / "openapi.json"
 
 def text(document: dict[str, Any]) -> str:
     """As it is committed: one line per value, so that a change is seen as what it is."""
-    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(document, indent=0, ensure_ascii=False) + "\n"
 
 
 def main() -> None:
