@@ -26,10 +26,15 @@ from demo.train_adapters import style_for, train_adapter  # noqa: E402
 from demo.train_base import BASE  # noqa: E402
 
 UPLOAD = """
-{size:,} bytes in {out}. Serve it beside all others:
+{size:,} bytes in {out}. Serve it beside all others, on a running server:
 
-    tar -C {out} -c . | curl -T - http://127.0.0.1:8000/v1/adapters/{name}      # on a running server
-    graft adapters add {name} {out}                                            # or into its store, before it starts
+    tar -C {out} -c . | curl -T - http://127.0.0.1:8000/v1/adapters/{name}
+
+or in the store of one that is not running:
+
+    graft adapters add {name} {out}
+
+Then ask it:
 
     curl -s http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{{"adapter": "{name}", "messages": [{{"role": "user", "content": "Tell me about the baker."}}]}}'
