@@ -66,8 +66,8 @@ def shape_of(folder: Path, sizes: Mapping[str, int]) -> Outline:
 
 
 def linears(base: Outline, names: tuple[str, ...] = ()) -> dict[str, Site]:
-    """The sites inside the layers, by path: what "all-linear" means; or those of these names alone."""
-    inside = {path: site for path, site in base.sites.items() if ".layers." in path}
+    """The linears inside the layers, by path: what "all-linear" means; or those of these names alone."""
+    inside = {path: site for path, site in base.table.products.items() if ".layers." in path}
     return {path: site for path, site in inside.items() if not names or path.endswith(names)}
 
 

@@ -29,7 +29,7 @@ from server.model.base import Base
 from server.model.pretrained import BaseOptions
 from server.model.quantize import Quantization, quantization_config
 from tests.adapters.peft_adapters import make_adapter, peft_logits
-from tests.demo_files import ADAPTERS, BASE, ROOT, STORE
+from tests.demo_files import ADAPTERS, BASE, ROOT, STORE, store_of_five
 from tests.test_fidelity import REAL_STRENGTH, dequantized_twin
 
 KINDS = ("lora", "rslora", "dora", "vera", "ia3", "oft", "lokr")
@@ -162,7 +162,8 @@ def test_the_figures_of_the_demo_are_those_of_transformers_and_peft(tmp_path: Pa
 def test_the_demo_as_served_keeps_what_its_page_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command of docs/drift.md. The page's table is of one machine; 16-bit products differ a little on others."""
     page = (ROOT / "docs" / "drift.md").read_text(encoding="utf-8")
-    status, report = measured(tmp_path, "--prompts", DEMO_PROMPTS, "--store", STORE, "--adapter", "all")
+    store = store_of_five(tmp_path / "store")
+    status, report = measured(tmp_path, "--prompts", DEMO_PROMPTS, "--store", store, "--adapter", "all")
     assert status == 0
     assert [row["adapter"] for row in report["rows"]] == [None, *sorted(ADAPTERS)]
     printed = capsys.readouterr().out
@@ -466,7 +467,7 @@ def test_an_adapter_of_another_base_is_refused_before_the_reference_loads(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = write_lines(tmp_path, TEXTS)
-    with pytest.raises(StartupRefused, match="--adapter news-vera: "):
+    with pytest.raises(StartupRefused, match="--adapter butler-lora-fa: "):
         graft_drift(tiny_llama, "--prompts", prompts, "--store", STORE, "--device", "cpu", "--adapter", "all")
     assert "loading the reference" not in capsys.readouterr().err
 

@@ -6,8 +6,10 @@ Owns how streamed answers look. Knows nothing about conversations and commands.
 import argparse
 import asyncio
 import io
+import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
@@ -118,10 +120,27 @@ def hear(runner: asyncio.Runner, http: httpx.AsyncClient, path: str, voices: Seq
     """Shows the answers on standard output as they come. False if Ctrl-C has stopped them, on the server, too."""
     with screen_for(voices, sys.stdout) as screen:
         try:
-            runner.run(listen_to_all(http, path, voices, screen))
-        except KeyboardInterrupt:
+            runner.run(_stoppable(listen_to_all(http, path, voices, screen)))
+        except (KeyboardInterrupt, asyncio.CancelledError):
             return False
     return True
+
+
+async def _stoppable(listening: Coroutine[Any, Any, None]) -> None:
+    """Has Ctrl-C cancel it by a handler of the loop's, which wakes the loop.
+
+    The runner's own does not: where the signal reaches another thread of the process (the screen's), it is noticed only
+    when the loop has something else to do.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    if task is None or threading.current_thread() is not threading.main_thread():
+        await listening
+        return
+    loop.add_signal_handler(signal.SIGINT, task.cancel)
+    try:
+        await listening
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
 
 
 @contextmanager

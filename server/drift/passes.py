@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
+from server.adapters.positions import Reach
 from server.adapters.registry import AdapterInfo
 from server.assemble import Server
 from server.drift.divergence import NO_TARGET
 from server.drift.figures import NUM_QUARTERS
 from server.engine import sequence as engine_sequence
 from server.engine.sequence import Batch, SamplingParams, ScheduledSequence
-from server.ground.errors import BadRequest, GenerationFailed, StartupRefused
+from server.ground.errors import GenerationFailed, StartupRefused
 
 _SCORED = SamplingParams(max_tokens=0, prompt_logprobs=0)
 
@@ -69,11 +70,11 @@ class Side:
         """`longest`: tokens of the longest prompt. Raises StartupRefused where the KV cache came out too small."""
         self.server = server
         self._is_soiled = False
-        self._blocks_each = -(-longest // server.runner.cache.block_size)
-        num_blocks = server.runner.cache.num_blocks
-        if num_blocks < max_sequences * self._blocks_each:
+        self._longest = longest
+        num_blocks, num_needed = server.runner.cache.num_blocks, -(-longest // server.runner.cache.block_size)
+        if num_blocks < max_sequences * num_needed:
             raise StartupRefused(
-                f"the KV cache has {num_blocks} blocks and {max_sequences * self._blocks_each} are needed for prompts "
+                f"the KV cache has {num_blocks} blocks and {max_sequences * num_needed} are needed for prompts "
                 f"of {longest} tokens; lower --max-tokens-per-prompt, or free memory on {server.base.device}"
             )
 
@@ -90,36 +91,51 @@ class Side:
             if slot is None:  # nothing else is resident or loading here
                 raise GenerationFailed(f"{lease.version} could not be placed on {self.server.base.device}")
             try:
-                self._refuse_virtual_tokens(slot, info)
                 yield slot, info
             finally:
                 registry.retire(lease.version)
-
-    def _refuse_virtual_tokens(self, slot: int, info: AdapterInfo) -> None:
-        reach = self.server.registry.reach(slot)
-        if reach is not None and reach.num_virtual_tokens:
-            raise BadRequest(
-                f"{info.name} ({info.method}) puts virtual tokens before the prompt, of which drift has no measure: "
-                "leave it out.",
-                param="adapter",
-            )
 
     def logits(self, chunks: Pass, slot: int) -> torch.Tensor:
         """Runs one pass: (tokens of the pass, vocabulary), in the order of the chunks."""
         if chunks[0].start == 0 and self._is_soiled:
             self._clear_cache()
-        items = [self._scheduled(number, chunk, slot) for number, chunk in enumerate(chunks)]
-        scored = self.server.runner.run(Batch(tuple(items))).scored
-        logits = torch.cat([scored[item.sequence.sequence_id] for item in items])
+        reach = self.server.registry.reach(slot) if slot else None
+        at_once = self._num_sequences(0 if reach is None else reach.num_virtual_tokens)
+        parts = [self._logits(chunks[at : at + at_once], slot, reach) for at in range(0, len(chunks), at_once)]
+        logits = torch.cat(parts)
         self._is_soiled = self._is_soiled or bool(logits.isnan().any())
         return logits
 
-    def _scheduled(self, number: int, chunk: Chunk, slot: int) -> ScheduledSequence:
+    def _num_sequences(self, num_virtual_tokens: int) -> int:
+        """Prompts that the cache holds at once, each behind an adapter's virtual tokens."""
+        cache = self.server.runner.cache
+        num_sequences = cache.num_blocks // -(-(self._longest + num_virtual_tokens) // cache.block_size)
+        if not num_sequences:
+            raise GenerationFailed(
+                f"the adapter's {num_virtual_tokens} virtual tokens leave no room for the prompts; lower "
+                "--max-tokens-per-prompt"
+            )
+        return num_sequences
+
+    def _logits(self, chunks: Pass, slot: int, reach: Reach | None) -> torch.Tensor:
+        items = [self._scheduled(number, chunk, slot, reach) for number, chunk in enumerate(chunks)]
+        scored = self.server.runner.run(Batch(tuple(items))).scored
+        rows = [
+            scored[item.sequence.sequence_id][-chunk.num_tokens :] for item, chunk in zip(items, chunks, strict=True)
+        ]
+        return torch.cat(rows)
+
+    def _scheduled(self, number: int, chunk: Chunk, slot: int, reach: Reach | None) -> ScheduledSequence:
+        """The virtual tokens of an adapter are computed with a prompt's first chunk."""
         sequence = engine_sequence.Sequence(f"prompt-{number}", list(chunk.token_ids), _SCORED)
-        sequence.blocks = list(range(number * self._blocks_each, (number + 1) * self._blocks_each))
-        sequence.take(slot, self.server.registry.reach(slot))
-        sequence.num_computed_tokens = chunk.start
-        return ScheduledSequence(sequence, chunk.start, chunk.num_tokens, samples=False, wants_prompt_logits=True)
+        sequence.take(slot, reach)
+        num_virtual, size = sequence.num_virtual_tokens, self.server.runner.cache.block_size
+        num_blocks = -(-(self._longest + num_virtual) // size)
+        sequence.blocks = list(range(number * num_blocks, (number + 1) * num_blocks))
+        start = chunk.start + num_virtual if chunk.start else 0
+        end = chunk.start + num_virtual + chunk.num_tokens
+        sequence.num_computed_tokens = start
+        return ScheduledSequence(sequence, start, end - start, samples=False, wants_prompt_logits=True)
 
     def _clear_cache(self) -> None:
         """What a prompt with NaN left behind must not reach the next: attention may read past a sequence's end with

@@ -15,9 +15,7 @@ from transformers import AutoTokenizer
 from demo.recipes import METHODS
 from demo.train_adapters import style_for, train_adapter
 from examples import train
-from server.adapters.methods import method_for
 from server.ground.config import Settings
-from server.ground.errors import AdapterRejected
 from tests.api.conftest import Live, serving
 from tests.demo_files import BASE
 
@@ -25,8 +23,6 @@ from tests.demo_files import BASE
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 Trained = Callable[[str], Path]
-# Claimed by a method of the server that refuses a field of its config.
-NOT_YET = frozenset({"alora"})
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +52,6 @@ def config_of(folder: Path) -> dict[str, object]:
     return config
 
 
-def is_served(folder: Path) -> bool:
-    try:
-        method_for(config_of(folder))
-    except AdapterRejected:
-        return False
-    return True
-
-
 def tar_of(folder: Path) -> bytes:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
@@ -84,8 +72,6 @@ def test_a_training_saves_a_small_folder_of_finite_numbers(method: str, trained:
 @pytest.mark.parametrize("method", METHODS)
 def test_what_was_trained_is_uploaded_and_answers(method: str, trained: Trained, live: Live) -> None:
     folder = trained(method)
-    if method in NOT_YET or not is_served(folder):
-        pytest.skip("the server does not serve this method")
     name = train.name_of(method, style_for(method))
     uploaded = live.http.put(f"/v1/adapters/{name}", content=tar_of(folder))
     assert uploaded.status_code == 201, uploaded.text

@@ -12,7 +12,7 @@ from load_tests import many_adapters
 from load_tests.many_adapters import CannotMake, Made, make, sources, write
 from server.ground.config import Settings
 from tests.api.conftest import Live, serving
-from tests.demo_files import ADAPTERS, BASE, STORE
+from tests.demo_files import ADAPTERS, BASE, INSTALLED, STORE, store_of_five
 from tests.load_tests.another_make import nobody_listening
 
 METHODS = dict(zip(ADAPTERS, ("lora", "rslora", "dora", "vera", "ia3"), strict=True))
@@ -20,8 +20,13 @@ NUM_MADE = 12
 
 
 @pytest.fixture(scope="module")
-def made() -> list[Made]:
-    return list(make(STORE, NUM_MADE, seed=0))
+def five(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return store_of_five(tmp_path_factory.mktemp("five") / "store")
+
+
+@pytest.fixture(scope="module")
+def made(five: Path) -> list[Made]:
+    return list(make(five, NUM_MADE, seed=0))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +43,7 @@ def original(name: str) -> Path:
 
 
 def test_the_sources_are_the_current_versions_of_a_store() -> None:
-    assert [name for name, _ in sources(STORE)] == sorted(ADAPTERS)
+    assert [name for name, _ in sources(STORE)] == list(INSTALLED)
 
 
 def test_every_adapter_has_a_name_and_weights_of_its_own(made: list[Made]) -> None:
@@ -51,9 +56,9 @@ def test_sources_take_turns(made: list[Made]) -> None:
     assert [adapter.name for adapter in made] == [f"{name}-{number:04d}" for number, name in enumerate(turns)]
 
 
-def test_the_same_seed_makes_the_same_bytes_whatever_the_count(made: list[Made]) -> None:
-    assert list(make(STORE, 7, seed=0)) == made[:7]
-    assert all(ours.weights != other.weights for ours, other in zip(made, make(STORE, 5, seed=1), strict=False))
+def test_the_same_seed_makes_the_same_bytes_whatever_the_count(made: list[Made], five: Path) -> None:
+    assert list(make(five, 7, seed=0)) == made[:7]
+    assert all(ours.weights != other.weights for ours, other in zip(made, make(five, 5, seed=1), strict=False))
 
 
 def test_configurations_are_copied(made: list[Made]) -> None:
@@ -140,10 +145,11 @@ def test_a_count_that_is_none_is_refused(count: str, tmp_path: Path, capsys: pyt
     assert "--count" in capsys.readouterr().err
 
 
-def test_a_server_serves_them_all(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_serves_them_all(live: Live, five: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Uploaded through its API; each answers, alone and as a method of its own, and again is no error."""
+    flags = ["--source", str(five), "--count", str(NUM_MADE), "--url", live.url + "/v1/"]
     for _ in range(2):
-        assert many_adapters.main(["--count", str(NUM_MADE), "--url", live.url + "/v1/"]) == 0, capsys.readouterr().err
+        assert many_adapters.main(flags) == 0, capsys.readouterr().err
     listed = {info.name: info for info in live.server.registry.list()}
     assert len(listed) == NUM_MADE
     assert all(info.method == METHODS[name.rpartition("-")[0]] for name, info in listed.items())
