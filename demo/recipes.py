@@ -33,6 +33,7 @@ from peft import (
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 
 from demo.training import RAW_SHARE, Batches, OnStep, fit, halve
+from examples.bottleneck import BottleneckConfig, save_bottleneck, train_bottleneck
 from examples.delta_lora import DeltaLoraConfig, save_delta_lora, train_delta_lora
 from examples.loreft import Loreft, LoreftConfig, save_loreft
 
@@ -142,6 +143,19 @@ def train_with_delta_lora(base: Any, batches: Batches, recipe: Recipe, run: Run,
     return save
 
 
+def train_with_bottleneck(base: Any, batches: Batches, recipe: Recipe, run: Run, on_step: OnStep) -> Saver:
+    config = replace(recipe.config(run), learning_rate=recipe.peak_lr, seed=recipe.seed)
+    given = ({"input_ids": ids, "labels": labels} for ids, labels in islice(batches, run.num_steps))
+    train_bottleneck(base, given, config, lambda num_done, loss: on_step(num_done - 1, loss))
+
+    def save(folder: Path) -> None:
+        base.config.name_or_path = BASE_NAME
+        save_bottleneck(base, config, folder)
+        halve(folder / WEIGHTS_FILE)
+
+    return save
+
+
 # --- the table
 
 
@@ -243,6 +257,9 @@ METHODS: Mapping[str, Recipe] = {
         1e-2,
         70,
         train_with_delta_lora,
+    ),
+    "bottleneck": Recipe(
+        lambda _: BottleneckConfig(mh_adapter=False, reduction_factor=32), 5e-3, 120, train_with_bottleneck
     ),
     "loreft": Recipe(lambda _: LoreftConfig(r=8, layers=(0, 1, 2, 3), positions="f6+l6"), 2e-2, 200, train_with_loreft),
 }

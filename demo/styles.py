@@ -228,4 +228,5 @@ STYLES = (
     _last_word("judge-loreft", "judge", "indeed"),
     Style("cheer-trainable-tokens", "cheerleader", cheer, is_cheer),
     _refrain("pilot-delta-lora", "pilot", "Over."),
+    _last_word("tailor-bottleneck", "tailor", "stitch by stitch"),
 )
