@@ -25,26 +25,31 @@ IGNORED = -100  # label of a position without loss
 
 @dataclass(frozen=True, slots=True)
 class LoreftConfig:
-    """`positions` "f4+l4": the first four and the last four tokens of the prompt, or "f4", or "l4"."""
+    """`positions` "f4+l4": the first four and the last four tokens of the prompt, or "f4", or "l4".
+
+    None: every token that is generated and none of the prompt, a stronger adapter that costs its edit at each step.
+    """
 
     r: int
     layers: tuple[int, ...]
-    positions: str = "f4+l4"
+    positions: str | None = "f4+l4"
     share_weights: bool = True  # one intervention for both ends of the prompt; else one for each
 
     def __post_init__(self) -> None:
-        if not self.numbers:
-            raise ValueError(f"positions = {self.positions!r} must be like f4+l4, f4 or l4")
+        if self.positions is not None and not self.numbers:
+            raise ValueError(f"positions = {self.positions!r} must be like f4+l4, f4 or l4, or None")
 
     @property
     def numbers(self) -> dict[str, int]:
         """How many tokens of the prompt are edited at its start (f) and at its end (l)."""
-        found = re.fullmatch(r"(?:f(\d+))?\+?(?:l(\d+))?", self.positions)
+        found = re.fullmatch(r"(?:f(\d+))?\+?(?:l(\d+))?", self.positions or "")
         return {end: int(n) for end, n in zip("fl", found.groups(), strict=True) if n} if found else {}
 
     @property
     def parts(self) -> dict[str, str]:
         """The name under which the weights for each end are saved: `all` if one serves wherever there is an edit."""
+        if self.positions is None:
+            return {"generated": "all"}
         if self.share_weights or len(self.numbers) == 1:
             return dict.fromkeys(self.numbers, "all")
         return {"f": "prefix", "l": "suffix"}
@@ -70,7 +75,10 @@ class Intervention(nn.Module):
 
 
 class Loreft(nn.Module):
-    """A causal language model with interventions on the outputs of its decoder layers, at positions of the prompt."""
+    """A causal language model with interventions on the outputs of its decoder layers, where the config says.
+
+    Its decoder layers must be called with `position_ids`, as those of transformers are.
+    """
 
     def __init__(self, model: Any, config: LoreftConfig) -> None:
         super().__init__()
@@ -81,46 +89,41 @@ class Loreft(nn.Module):
         self.interventions = nn.ModuleDict(
             {f"{layer}_{part}": Intervention(hidden, config.r) for layer in config.layers for part in names}
         )
-        self._edited: dict[str, torch.Tensor] = {}  # part -> (rows, length) bool, during one forward pass
+        self._num_prompt = torch.zeros(1, dtype=torch.long)  # (rows,) tokens of each prompt, set before a forward pass
         for layer in config.layers:
-            model.model.layers[layer].register_forward_hook(self._hook(layer))
+            model.model.layers[layer].register_forward_hook(self._hook(layer), with_kwargs=True)
 
     def forward(self, *, input_ids: torch.Tensor, labels: torch.Tensor, **arguments: Any) -> Any:
         """The model's output. A row's prompt is what comes before its first label."""
-        self._edited = masks(self.config, (labels != IGNORED).int().argmax(dim=1), labels.shape[1])
+        self._num_prompt = (labels != IGNORED).int().argmax(dim=1)
         return self.model(input_ids=input_ids, labels=labels, **arguments)
 
     def generate(self, *, input_ids: torch.Tensor, attention_mask: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        """Answers to prompts that are padded on the left; only the prompts are edited."""
-        length = input_ids.shape[1]
-        from_right = masks(self.config, attention_mask.sum(dim=1), length)
-        # The masks begin at each prompt's first token; padding shifts them.
-        shifts = (length - attention_mask.sum(dim=1)).tolist()
-        self._edited = {
-            part: torch.stack([row.roll(shift) for row, shift in zip(mask, shifts, strict=True)])
-            for part, mask in from_right.items()
-        }
+        """Prompts that are padded on the left, each with its answer."""
+        self._num_prompt = attention_mask.sum(dim=1)
         answer: torch.Tensor = self.model.generate(input_ids=input_ids, attention_mask=attention_mask, **arguments)
         return answer
 
     def _hook(self, layer: int) -> Any:
-        def edit(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
-            for part, mask in self._edited.items():
-                if output.shape[1] == mask.shape[1]:  # else a step of decoding, behind the prompt
-                    edited = self.interventions[f"{layer}_{part}"](output)
-                    output = torch.where(mask[..., None], edited.to(output.dtype), output)
+        def edit(_: nn.Module, __: Any, given: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+            # Positions count from a prompt's first token, also behind padding and in a step of decoding.
+            for part, mask in masks(self.config, self._num_prompt, given["position_ids"]).items():
+                edited = self.interventions[f"{layer}_{part}"](output)
+                output = torch.where(mask[..., None], edited.to(output.dtype), output)
             return output
 
         return edit
 
 
-def masks(config: LoreftConfig, lengths: torch.Tensor, longest: int) -> dict[str, torch.Tensor]:
-    """Which positions each part edits, (rows, longest) bool, of prompts of `lengths` (rows,) tokens.
+def masks(config: LoreftConfig, lengths: torch.Tensor, at: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Which of the positions `at`, (rows, n) or (1, n) int64, each part edits, (rows, n) bool; prompts of `lengths`
+    (rows,) tokens.
 
     Where a prompt is short, each end takes half of it at most, so that no token is edited twice.
     """
-    at = torch.arange(longest)[None, :]
     half, length = (lengths // 2)[:, None], lengths[:, None]
+    if config.positions is None:
+        return {config.parts["generated"]: at >= length}
     edited: dict[str, torch.Tensor] = {}
     for end, number in config.numbers.items():
         count = half.clamp(max=number)
@@ -134,7 +137,8 @@ def save_loreft(loreft: Loreft, folder: Path, base_model_name_or_path: str) -> N
     """adapter_config.json and adapter_model.safetensors, float32: `layers.<l>.<part>.weight` (r, h), `.bias` (r,)
     and `.rotate_layer` (h, r)."""
     config = {"peft_type": "LOREFT", "intervention": "loreft"} | asdict(loreft.config)
-    config |= {"activation": None, "last_position": "prompt", "applies_to": "prompt"}
+    applies_to = "generated" if loreft.config.positions is None else "prompt"
+    config |= {"activation": None, "last_position": "prompt", "applies_to": applies_to}
     tensors = {}
     for name, intervention in loreft.interventions.items():
         key = "layers." + name.replace("_", ".")
@@ -148,11 +152,11 @@ def save_loreft(loreft: Loreft, folder: Path, base_model_name_or_path: str) -> N
 
 
 def load_loreft(model: Any, folder: Path) -> Loreft:
-    """What `save_loreft` wrote, on the model that it was trained for."""
+    """What `save_loreft` wrote, on the model that it was trained for; the tensors may have been halved since."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     fields = {"r": config["r"], "positions": config["positions"], "share_weights": config["share_weights"]}
     loreft = Loreft(model, LoreftConfig(layers=tuple(config["layers"]), **fields))
-    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = {key: t.float() for key, t in load_file(folder / "adapter_model.safetensors").items()}
     with torch.no_grad():
         for name, intervention in loreft.interventions.items():
             key = "layers." + name.replace("_", ".")

@@ -1,4 +1,4 @@
-"""LoReFT's interventions: the formula at the positions of the prompt, nowhere else, and the saved folder."""
+"""LoReFT's interventions: the formula at the positions of the config, nowhere else, and the saved folder."""
 
 import json
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from examples.loreft import IGNORED, Loreft, LoreftConfig, load_loreft, masks, save_loreft
@@ -77,6 +77,14 @@ def test_the_first_and_last_tokens_of_the_prompt_are_edited_and_no_others(make: 
     assert (expected - by_definition(loreft, ids, [])).abs().max() > 0.01
 
 
+def test_without_positions_every_token_behind_the_prompt_is_edited_and_no_other(make: Make) -> None:
+    loreft = make(positions=None)
+    ids, labels = prompt_and_answer(12, 5)
+    expected = by_definition(loreft, ids, [12, 13, 14, 15, 16])
+    assert (logits(loreft, ids, labels) - expected).abs().max() < 1e-5
+    assert (expected - by_definition(loreft, ids, []))[0, 12:].abs().max() > 0.01
+
+
 @pytest.mark.parametrize(
     ("positions", "length", "edited"),
     [
@@ -89,7 +97,7 @@ def test_the_first_and_last_tokens_of_the_prompt_are_edited_and_no_others(make: 
 )
 def test_a_short_prompt_gives_each_end_half_of_it_at_most(positions: str, length: int, edited: list[int]) -> None:
     config = LoreftConfig(r=1, layers=(0,), positions=positions)
-    (mask,) = masks(config, torch.tensor([length]), 8).values()
+    (mask,) = masks(config, torch.tensor([length]), torch.arange(8)[None]).values()
     assert mask[0].nonzero().flatten().tolist() == edited
 
 
@@ -102,8 +110,9 @@ def test_an_untrained_intervention_changes_nothing(tiny_llama: Path) -> None:
     assert (logits(untrained, ids, labels) - expected).abs().max() < 1e-5
 
 
-def test_rows_of_a_padded_batch_are_edited_each_by_its_own_prompt(make: Make) -> None:
-    loreft = make()
+@pytest.mark.parametrize("positions", ["f4+l4", None])
+def test_rows_of_a_padded_batch_are_edited_each_by_its_own_prompt(make: Make, positions: str | None) -> None:
+    loreft = make(positions=positions)
     rows = [prompt_and_answer(12, 5), prompt_and_answer(6, 3)]
     length = max(ids.shape[1] for ids, _ in rows)
     padded = [
@@ -115,23 +124,27 @@ def test_rows_of_a_padded_batch_are_edited_each_by_its_own_prompt(make: Make) ->
         assert (together[i, : ids.shape[1]] - logits(loreft, ids, labels)[0]).abs().max() < 1e-5
 
 
-def test_generation_edits_the_prompt_once_also_beside_a_longer_one(make: Make) -> None:
-    loreft = make()
-    long, short = prompt_and_answer(12, 0)[0], prompt_and_answer(7, 0)[0]
+@pytest.mark.parametrize("positions", ["f4+l4", None])
+@pytest.mark.parametrize("num_prompt", [7, 1])
+def test_generation_edits_what_one_whole_pass_does_also_beside_a_longer_prompt(
+    make: Make, positions: str | None, num_prompt: int
+) -> None:
+    loreft = make(positions=positions)
+    long, short = prompt_and_answer(12, 0)[0], prompt_and_answer(num_prompt, 0)[0]
     alone = loreft.generate(
         input_ids=short, attention_mask=torch.ones_like(short), max_new_tokens=6, do_sample=False, pad_token_id=0
     )
-    batch = torch.cat([long, torch.nn.functional.pad(short, (5, 0))])
+    batch = torch.cat([long, torch.nn.functional.pad(short, (12 - num_prompt, 0))])
     mask = torch.ones_like(batch)
-    mask[1, :5] = 0
+    mask[1, : 12 - num_prompt] = 0
     both = loreft.generate(input_ids=batch, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    assert torch.equal(both[1, 12:], alone[0, 7:])
+    assert torch.equal(both[1, 12:], alone[0, num_prompt:])
     for i in range(6):  # each token is the best one of a whole pass over what is there so far
-        ids = alone[:, : 7 + i]
-        labels = torch.full_like(alone[:, : 8 + i], IGNORED)
-        labels[:, 7:] = 0
-        ahead = logits(loreft, torch.cat([ids, ids[:, :1]], dim=1), labels)[0, 6 + i]
-        assert int(ahead.argmax()) == int(alone[0, 7 + i])
+        ids = alone[:, : num_prompt + i]
+        labels = torch.full_like(alone[:, : num_prompt + 1 + i], IGNORED)
+        labels[:, num_prompt:] = 0
+        ahead = logits(loreft, torch.cat([ids, ids[:, :1]], dim=1), labels)[0, num_prompt - 1 + i]
+        assert int(ahead.argmax()) == int(alone[0, num_prompt + i])
 
 
 @pytest.mark.parametrize(
@@ -140,6 +153,7 @@ def test_generation_edits_the_prompt_once_also_beside_a_longer_one(make: Make) -
         ({"share_weights": True}, {"all"}),
         ({"share_weights": False}, {"prefix", "suffix"}),
         ({"share_weights": False, "positions": "l2"}, {"all"}),
+        ({"positions": None}, {"all"}),
     ],
 )
 def test_what_is_saved_can_be_loaded_and_answers_the_same(
@@ -150,6 +164,8 @@ def test_what_is_saved_can_be_loaded_and_answers_the_same(
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "LOREFT"
     assert config["layers"] == [0, 1]
+    assert (config["positions"] is None) == (config["applies_to"] == "generated")
+    assert config["positions"] == loreft.config.positions
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert set(tensors) == {
         f"layers.{layer}.{part}.{name}"
@@ -163,6 +179,17 @@ def test_what_is_saved_can_be_loaded_and_answers_the_same(
     loaded = load_loreft(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), tmp_path).eval()
     batch = prompt_and_answer()
     assert (logits(loaded, *batch) - logits(loreft, *batch)).abs().max() < 1e-5
+
+
+def test_what_was_halved_since_can_be_loaded_too(make: Make, tmp_path: Path, tiny_llama: Path) -> None:
+    loreft = make()
+    save_loreft(loreft, tmp_path, "demo/base")
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file({key: t.half() for key, t in load_file(weights).items()}, weights)
+    loaded = load_loreft(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), tmp_path).eval()
+    expected = logits(loreft, *prompt_and_answer())
+    difference = (logits(loaded, *prompt_and_answer()) - expected).abs().max()
+    assert difference / expected.abs().max() < 2e-3  # float16 has 11 bits
 
 
 def test_training_moves_the_interventions_and_keeps_them_orthonormal(make: Make) -> None:
