@@ -126,7 +126,12 @@ def train_with_loreft(base: Any, batches: Batches, recipe: Recipe, run: Run, on_
     torch.manual_seed(recipe.seed)
     loreft = Loreft(base, recipe.config(run))
     fit(loreft, adamw(loreft, recipe), batches, run.num_steps, on_step)
-    return lambda folder: save_loreft(loreft, folder, BASE_NAME)
+
+    def save(folder: Path) -> None:
+        save_loreft(loreft, folder, BASE_NAME)
+        halve(folder / WEIGHTS_FILE)
+
+    return save
 
 
 def train_with_delta_lora(base: Any, batches: Batches, recipe: Recipe, run: Run, on_step: OnStep) -> Saver:
@@ -261,5 +266,5 @@ METHODS: Mapping[str, Recipe] = {
     "bottleneck": Recipe(
         lambda _: BottleneckConfig(mh_adapter=False, reduction_factor=32), 5e-3, 120, train_with_bottleneck
     ),
-    "loreft": Recipe(lambda _: LoreftConfig(r=8, layers=(0, 1, 2, 3), positions="f6+l6"), 2e-2, 200, train_with_loreft),
+    "loreft": Recipe(lambda _: LoreftConfig(r=8, layers=(0, 1, 2, 3), positions=None), 1e-2, 160, train_with_loreft),
 }
