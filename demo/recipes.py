@@ -232,7 +232,7 @@ METHODS: Mapping[str, Recipe] = {
         train_with_peft,
         batch_tokens=2048,
     ),
-    "bitfit": Recipe(_peft(BeftConfig, target_modules=LINEARS), 2e-2, 150, train_with_peft),
+    "bitfit": Recipe(_peft(BeftConfig, target_modules=LINEARS), 5e-2, 360, train_with_peft),
     "ln-tuning": Recipe(
         _peft(LNTuningConfig, target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
         5e-2,
