@@ -54,7 +54,7 @@ gpu: $(VENV)/.test  ## on a machine with a GPU: its tests, then the benchmarks i
 	$(BIN)/python -m load_tests.kernels --out load_tests/results/kernels-$$(date -u +%Y%m%dT%H%M%SZ).json
 	$(BIN)/graft bench --device cuda --out load_tests/results/gpu-$$(date -u +%Y%m%dT%H%M%SZ).json $(ARGS)
 
-demo: $(VENV)/.train  ## train the demo base and its adapters again (about an hour on 2 cores)
+demo: $(VENV)/.train  ## train the demo base and its first five adapters again (under 30 minutes on 2 cores); ARGS="--all" for all
 	$(BIN)/python -m demo.build $(ARGS)
 
 clean:  ## remove the environment and what the tools left behind
