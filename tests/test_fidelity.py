@@ -25,8 +25,6 @@ from tests.adapters.reft import KINDS as REFT_KINDS
 from tests.fidelity import DEFAULTS, dense_model, dequantized_twin, serve_kinds
 from tests.models import ARCHITECTURES
 
-# Without bias="all" where norms have biases (GPT-2, OPT, NeoX): those are no sites yet, and refused by name.
-_ONLY = ("lora-bias-only", "dora-bias-only")
 # Where an architecture differs from another of the list by its attention and norms only.
 _MAIN = (
     "lora", "lora-wide", "lora-patterns", "lora-bias-of-b", "lora-embedding-and-head", "rslora", "dora",
@@ -41,9 +39,9 @@ KINDS_OF: Mapping[str, tuple[str, ...]] = {
     "gemma2": (*_MAIN, *DEFAULTS, *_OF_SEQUENCES, *SAVED_KINDS),
     "gemma3": (*_MAIN, *DEFAULTS),
     "phi3": (*KINDS, *LINEAR_KINDS, *OWN_KINDS, *_OF_SEQUENCES, *SAVED_KINDS),  # PEFT has no defaults for it
-    "gpt2": (*KINDS, *_ONLY, *DEFAULTS, *_OF_SEQUENCES),
-    "opt": (*_MAIN, *_ONLY, *DEFAULTS),
-    "gpt_neox": (*_MAIN, *_ONLY, *DEFAULTS),
+    "gpt2": (*KINDS, *BIASED_KINDS, *DEFAULTS, *_OF_SEQUENCES),
+    "opt": (*_MAIN, *BIASED_KINDS, *DEFAULTS),
+    "gpt_neox": (*_MAIN, *BIASED_KINDS, *DEFAULTS),
     # PEFT's own defaults match nothing in these.
     "mixtral": _MAIN,
     "qwen3_moe": _MAIN,
