@@ -283,7 +283,8 @@ class DeviceTier:
         slots: list[Slot] = []
         for part in placement.adapter.parts:
             edits = {self._sites.by_path[path].index: self._slot_edit(edit) for path, edit in part.items()}
-            slots.append(Slot(next(free), digest, edits, rows, () if slots else placement.hashes))
+            has_ops = any(edit.ops for edit in edits.values())
+            slots.append(Slot(next(free), digest, edits, rows, () if slots else placement.hashes, has_ops))
         return slots
 
     def _note_reach(self, adapter: HostAdapter, slots: Sequence[int]) -> None:

@@ -66,10 +66,7 @@ class Slot:
     edits: Mapping[int, SlotEdit]
     rows: Mapping[bytes, Rows]
     hashes: tuple[bytes, ...]  # one per use, so that releasing undoes exactly what admitting did; the first part's
-
-    @property
-    def has_ops(self) -> bool:
-        return any(edit.ops for edit in self.edits.values())
+    has_ops: bool = False
 
 
 class RowStore(Protocol):
