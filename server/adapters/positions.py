@@ -37,7 +37,8 @@ class FromInvocation:
     def over(self, prompt_ids: Sequence[int]) -> tuple[Span, ...]:
         length = len(self.tokens)
         starts = range(len(prompt_ids) - length, -1, -1)
-        first = next((i for i in starts if tuple(prompt_ids[i : i + length]) == self.tokens), None)
+        found = (i for i in starts if prompt_ids[i] == self.tokens[0])
+        first = next((i for i in found if tuple(prompt_ids[i : i + length]) == self.tokens), None)
         return () if first is None else (Span(first, None),)
 
 

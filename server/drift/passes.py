@@ -108,7 +108,12 @@ class Side:
 
     def _num_sequences(self, num_virtual_tokens: int) -> int:
         """Prompts that the cache holds at once, each behind an adapter's virtual tokens."""
-        cache = self.server.runner.cache
+        cache, max_context = self.server.runner.cache, self.server.base.max_context
+        if self._longest + num_virtual_tokens > max_context:
+            raise GenerationFailed(
+                f"the adapter's {num_virtual_tokens} virtual tokens and a prompt of {self._longest} tokens exceed the "
+                f"base's context of {max_context}; lower --max-tokens-per-prompt"
+            )
         num_sequences = cache.num_blocks // -(-(self._longest + num_virtual_tokens) // cache.block_size)
         if not num_sequences:
             raise GenerationFailed(

@@ -97,7 +97,7 @@ def _dropped(request: DropRequest, side: Side, encoded: Encoded, folder: Path, s
     if reason := what_is_no_change(lowered):
         raise AdapterRejected(f"Its layers cannot be measured: {reason}.")
     _register(side.server, request.adapter, _WHOLE)
-    watch = Watch(lowered.edits, base.sites.products)
+    watch = Watch(lowered.edits, {site.path: site for site in base.sites.sites})
     with _slot(side, _WHOLE) as slot, watch.watching():
         say(f"measuring the layers on {encoded.num_tokens} tokens ...")
         for chunks in encoded.passes:

@@ -113,7 +113,7 @@ class BlockPool:
         blocks = [heappop(self._empty) for _ in range(min(count, len(self._empty)))]
         while len(blocks) < count:
             block, _ = self._kept.popitem(last=False)
-            del self._block_of[self._key_of.pop(block)]
+            self._forget_content(block)
             blocks.append(block)
         for block in blocks:
             self._num_holders[block] = 1
@@ -168,13 +168,15 @@ class BlockPool:
         """Has none of `blocks` be found again; holders keep them. No change for one that is not found anyway."""
         for block in blocks:
             self._forget_start(block)
-            key = self._key_of.pop(block, None)
-            if key is None:
-                continue
-            del self._block_of[key]
-            if not self._num_holders[block]:
+            self._forget_content(block)
+            if block in self._kept:
                 del self._kept[block]
                 heappush(self._empty, block)
+
+    def _forget_content(self, block: int) -> None:
+        key = self._key_of.pop(block, None)
+        if key is not None:
+            del self._block_of[key]
 
     def share(self, blocks: Iterable[int]) -> None:
         """One more holder for each of `blocks`, which are in use or kept; a kept one is then in use.
@@ -202,7 +204,7 @@ class BlockPool:
             self._num_holders[block] -= times
             if self._num_holders[block]:
                 continue
-            if block in self._key_of:
+            if block in self._key_of or block in self._start_key_of:
                 self._kept[block] = None
             else:
                 heappush(self._empty, block)
@@ -212,7 +214,7 @@ class BlockPool:
         free = {*self._empty, *self._kept}
         assert len(free) == len(self._empty) + len(self._kept)
         assert free == {block for block, num in enumerate(self._num_holders) if not num}
-        assert self._kept.keys() == free & self._key_of.keys()
+        assert self._kept.keys() == free & (self._key_of.keys() | self._start_key_of.keys())
         assert {key: block for block, key in self._key_of.items()} == self._block_of
         assert {key: block for block, key in self._start_key_of.items()} == self._start_of
 

@@ -562,7 +562,7 @@ class Scheduler:
     def _remember_start(self, sequence: Sequence, start: int) -> None:
         """Makes known the block that virtual tokens fill in part, once they are computed."""
         num_full, num_more = divmod(sequence.num_virtual_tokens, self._blocks.block_size)
-        is_computed = start < sequence.num_virtual_tokens <= sequence.num_computed_tokens
+        is_computed = start <= sequence.num_virtual_tokens <= sequence.num_computed_tokens
         if num_more and is_computed and self._reuses_prefixes:
             self._blocks.remember_start(sequence.blocks[num_full], self._start_key(sequence))
 

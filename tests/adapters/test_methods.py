@@ -316,6 +316,27 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], st
     "trainable tokens": ("lora", {"trainable_token_indices": [1]}, {}, "trainable_token_indices"),
     "target_parameters": ("lora", {"target_parameters": ["experts.up"]}, {}, "target_parameters .* target modules"),
     "alora of no ids": ("lora", {"alora_invocation_tokens": "go"}, {}, "alora_invocation_tokens .* list of token ids"),
+    "alora of too many": (
+        "lora", {"alora_invocation_tokens": list(range(300))}, {}, "has 300 tokens; the limit is 256"
+    ),
+    "alora with a bias": (
+        "lora", {"alora_invocation_tokens": [5], "bias": "all"}, {Q + ".bias": torch.ones(64)},
+        "q_proj.bias in the file: PEFT applies that before the invocation",
+    ),
+    "a whole weight that is not named": (
+        "lora", {"modules_to_save": ["lm_head"]},
+        {"base_model.model.lm_head.weight": torch.ones(96, 64), f"{Q}.weight": torch.ones(64, 64)},
+        "does not name .*q_proj",
+    ),
+    "a whole weight beside a pair": (
+        "lora", {"modules_to_save": ["q_proj"]}, {f"{Q}.weight": torch.ones(64, 64)}, "for the same module"
+    ),
+    "token ids beyond all": (
+        "lora", {"trainable_token_indices": [10**400]},
+        {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, 64)},
+        "must be a list of token ids",
+    ),
+    "r beyond all": ("lora", {"r": 10**400}, {}, "r in adapter_config.json must be a whole number"),
     "alora with dora": ("dora", {"alora_invocation_tokens": [5]}, {}, "alora_invocation_tokens and use_dora"),
     "arrow": ("lora", {"arrow_config": {"top_k": 2}}, {}, "arrow_config"),
     "qalora": ("lora", {"use_qalora": True}, {}, "use_qalora"),

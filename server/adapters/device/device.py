@@ -202,7 +202,7 @@ class DeviceTier:
             numbers = tuple(number for number in sorted({*slots} - {0}) if self._slots[number].has_ops)
             if not numbers:
                 return None
-            if self._op_edits is None or self._op_edits.numbers != numbers:
+            if self._op_edits is None or not self._op_edits.serves(numbers):
                 self._op_edits = None  # first, so that there are never two
                 self._op_edits = OpEdits(self, self._sites.by_index, [self._slots[number] for number in numbers])
             return StepOps(self._op_edits, slots, kept, num_mixed, ids, keep)

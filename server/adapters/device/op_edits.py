@@ -3,7 +3,7 @@
 Owns the lanes of every op's stack. Knows nothing about what an op means, what is resident or why.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -13,6 +13,8 @@ from server.adapters.device.step_edits import RowStore, Slot, StoredTensor
 from server.model.context import PlacedOp
 from server.ops import Run
 from server.ops.site_ops import SITE_OPS, OpSite, OpTokens
+
+_MAX_SLOTS_PER_USED, _NUM_SLOTS_FREE = 2, 4
 
 
 class OpEdits:
@@ -28,6 +30,11 @@ class OpEdits:
     @property
     def numbers(self) -> tuple[int, ...]:
         return tuple(slot.number for slot in self._slots)
+
+    def serves(self, numbers: Collection[int]) -> bool:
+        """Whether the stacks have these slots, and not too many others: making them anew costs copies of all."""
+        has_all = {*numbers} <= {*self.numbers}
+        return has_all and len(self._slots) <= _MAX_SLOTS_PER_USED * len(numbers) + _NUM_SLOTS_FREE
 
     def at(self, site: int) -> tuple[tuple[str, tuple[int, ...], Any], ...]:
         """(op, the slots that have it here in the order of its lanes, its stack), in the order of the closed list."""

@@ -83,8 +83,8 @@ def flag(config: Mapping[str, Any], name: str, default: bool = False) -> bool:
 
 
 def count(value: Any, name: str) -> int:
-    """A whole number of at least 1."""
-    if type(value) is not int or value < 1:
+    """A whole number of at least 1, and no more than a float can hold."""
+    if type(value) is not int or not 1 <= value < 1 << 53:
         raise AdapterRejected(f"{name} in adapter_config.json must be a whole number of at least 1, not {value!r:.40}.")
     return value
 

@@ -6,7 +6,7 @@ nothing about edits: what is computed from A and B is each method's own.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,7 @@ _LOFTQ_WARNING = (
     "LoftQ trained on a base that it had rounded. With the initial pair the adapter stands on this base's weights "
     "instead, so the answers differ from the training's by that rounding."
 )
+_MAX_INVOCATION = 256  # tokens; they are looked for in every prompt
 _TRAINING_ONLY = (".lora_velora_embed", ".lora_monteclora_sampler")
 
 
@@ -107,6 +108,8 @@ class LoraFile:
         has_up_bias = any("up_bias" in part.keys for part in self.parts)
         _check_saved(config, self.parts)
         self.positions = _positions(config)
+        if self.positions is not None:
+            _check_activated(self.parts)
         self._sites = sites
         self.warnings = warnings + contradictions(config, modules, has_up_bias=has_up_bias)
         if self._base_changing_init == "loftq":
@@ -158,7 +161,7 @@ class LoraFile:
         """
         if "token_rows" in part.keys:
             named = self._checkpoint.config.get("trainable_token_indices")
-            ids = named.get(part.module.rpartition(".")[2]) if isinstance(named, dict) else named
+            ids = _of_module(named, part.module) if isinstance(named, dict) else named
             rows = own_rows(
                 self._checkpoint, part.keys["token_rows"], ids, "trainable_token_indices", part.site, self._sites
             )
@@ -235,13 +238,29 @@ def _check_config(config: Mapping[str, Any]) -> None:
         raise AdapterRejected(f"bias = {bias!r:.40} in adapter_config.json must be none, all or lora_only.")
 
 
-def _check_saved(config: Mapping[str, Any], parts: Iterable[Part]) -> None:
+def _check_whole(part: Part, names: list[str]) -> None:
+    """A module that was saved as a whole is one that the config names, and nothing else beside."""
+    key, kind = part.keys["saved_weight"], part.site.kind
+    if kind not in (*PRODUCTS, SiteKind.NORM) or not part.module.endswith(tuple(names)):
+        raise AdapterRejected(f"{key}: modules_to_save in adapter_config.json does not name {part.module}.")
+    others = part.keys.keys() - {"saved_weight"} - ({"bias"} if kind is not SiteKind.EMBEDDING else set())
+    if others:
+        raise AdapterRejected(
+            f"{key} is a whole weight, and {part.keys[min(others)]} is for the same module, which it would replace. "
+            "Leave the module out of modules_to_save, or out of target_modules."
+        )
+
+
+def _check_saved(config: Mapping[str, Any], parts: Sequence[Part]) -> None:
     """What the config says that the adapter has of its own must be in the file."""
     saved = [part.module for part in parts if "saved_weight" in part.keys]
     names = config.get("modules_to_save") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise AdapterRejected("modules_to_save in adapter_config.json must be a list of names.")
     missing = [name for name in names if not any(module.endswith(name) for module in saved)]
+    for part in parts:
+        if "saved_weight" in part.keys:
+            _check_whole(part, names)
     if missing:
         raise AdapterRejected(
             f"modules_to_save in adapter_config.json names {missing[0]:.60}, and the file has no weight of it. Save "
@@ -255,6 +274,26 @@ def _check_saved(config: Mapping[str, Any], parts: Iterable[Part]) -> None:
         )
 
 
+_NOT_ACTIVATED = ("bias", "saved_weight", "token_rows", "embedding_down")
+
+
+def _check_activated(parts: Iterable[Part]) -> None:
+    """PEFT applies these to every token of an activated LoRA, also before its invocation."""
+    for part in parts:
+        role = next((role for role in _NOT_ACTIVATED if role in part.keys), None)
+        if role is not None:
+            raise AdapterRejected(
+                f"alora_invocation_tokens in adapter_config.json, and {part.keys[role]} in the file: PEFT applies that "
+                "before the invocation, too, which is not served. Train with bias='none', on linears, and without "
+                "modules_to_save and trainable_token_indices."
+            )
+
+
+def _of_module(named: Mapping[str, Any], module: str) -> Any:
+    """The value of the name that a module's path is, or ends in after a dot."""
+    return next((value for name, value in named.items() if f".{module}".endswith(f".{name}")), None)
+
+
 def _positions(config: Mapping[str, Any]) -> Positions | None:
     """Activated LoRA (Greenewald et al. 2025, arXiv:2504.12397) begins at its invocation."""
     tokens = config.get("alora_invocation_tokens")
@@ -262,6 +301,10 @@ def _positions(config: Mapping[str, Any]) -> Positions | None:
         return None
     if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens):
         raise AdapterRejected("alora_invocation_tokens in adapter_config.json must be a list of token ids.")
+    if len(tokens) > _MAX_INVOCATION:
+        raise AdapterRejected(
+            f"alora_invocation_tokens in adapter_config.json has {len(tokens)} tokens; the limit is {_MAX_INVOCATION}."
+        )
     return FromInvocation(tuple(tokens))
 
 

@@ -24,7 +24,7 @@ def own_rows(
     name = checkpoint.name(key)
     if site.kind is not SiteKind.EMBEDDING and site.table_of is None:
         raise AdapterRejected(f"{name}: {site.path} is no embedding, and no head that shares one's table.")
-    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 1 << 24 for i in ids):
         raise AdapterRejected(f"{field} in adapter_config.json must be a list of token ids, each 0 or more.")
     width = site.d_out if site.kind is SiteKind.EMBEDDING else site.d_in
     rows = checkpoint.take(key, (len(ids), width))

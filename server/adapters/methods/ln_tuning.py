@@ -31,6 +31,8 @@ class LnTuning:
         for key in checkpoint:
             if key.endswith(_ENDING):
                 site = finder.find(key.removesuffix(_ENDING), checkpoint.name(key))
+                if site.path in edits:
+                    raise AdapterRejected(f"{checkpoint.name(key)}: {site.path} is edited twice. Save one per file.")
                 edits[site.path] = _edit(checkpoint, key, site)
         return Lowered(self.name, 0, checkpoint.num_parameters, edits)
 

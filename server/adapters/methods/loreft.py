@@ -77,7 +77,8 @@ _READS = torch.tensor([1.0, 0.0])  # the op's input is the site's output
 _ACTIVATIONS = {
     "relu": "relu", "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh", "tanh": "tanh", "sigmoid": "sigmoid", "relu6": "relu6", "relu2": "relu2",
-    "mish": "mish", "quick_gelu": "quick_gelu", "gelu_10": "gelu_10",
+    "mish": "mish", "quick_gelu": "quick_gelu", "gelu_10": "gelu_10", "gelu_python": "gelu", "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh", "leaky_relu": "leaky_relu",
 }  # fmt: skip
 
 
@@ -97,8 +98,29 @@ class Loreft:
         first = parts["all"] or parts["prefix"]
         if (parts["all"] and (parts["prefix"] or parts["suffix"])) or bool(parts["prefix"]) != bool(parts["suffix"]):
             raise AdapterRejected("The file must have the part 'all' of its layers, or both 'prefix' and 'suffix'.")
+        _check_described(checkpoint, positions, has_two=bool(parts["suffix"]))
         rank = max((_rank(edit) for edits in parts.values() for edit in edits.values()), default=0)
         return Lowered(kind, rank, checkpoint.num_parameters, first, positions=positions, last_edits=parts["suffix"])
+
+
+def _check_described(checkpoint: Checkpoint, positions: Positions, *, has_two: bool) -> None:
+    """What the config says of the file must be so, and each part must have a place where it acts."""
+    config = checkpoint.config
+    if has_two and not (isinstance(positions, PromptEnds) and positions.first and positions.last):
+        raise AdapterRejected(
+            "The file has the parts 'prefix' and 'suffix', so positions in adapter_config.json must name both ends of "
+            "the prompt, as f7+l7."
+        )
+    found = [match for key in checkpoint if (match := _KEY.fullmatch(key))]
+    ranks = [checkpoint.shape(match[0])[0] for match in found if match[3] == "bias"]
+    layers = sorted({int(match[1]) for match in found})
+    said = {"layers": layers, "share_weights": not has_two, "r": max(ranks, default=0)}
+    for name, value in said.items():
+        if config.get(name) not in (None, value):
+            raise AdapterRejected(
+                f"{name} = {config[name]!r:.60} in adapter_config.json, and the file's is {value}. Save the config "
+                "that belongs to the weights."
+            )
 
 
 def _activation(config: Mapping[str, Any], kind: str) -> int | None:
@@ -169,6 +191,8 @@ def _rank(edit: Edit) -> int:
 
 def _positions(config: Mapping[str, Any], *, has_suffix: bool) -> Positions:
     if _one_of(config, "applies_to", ("prompt", "generated"), "prompt") == "generated":
+        if config.get("positions") is not None:
+            raise AdapterRejected("positions in adapter_config.json must be null where applies_to is 'generated'.")
         return Generated()
     num_left_out = _NUM_LEFT_OUT[_one_of(config, "last_position", _NUM_LEFT_OUT, "prompt")]
     text = fields.text(config, "positions")

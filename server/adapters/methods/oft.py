@@ -57,7 +57,8 @@ class Oft:
         modules = modules_of(checkpoint, sites, (), (_LINEAR, _EMBEDDING, *_BIASES), tuple(SiteKind))
         turned = [module for module in modules if _LINEAR in module or _EMBEDDING in module]
         made = lower_by_module(self.name, checkpoint, turned, lambda module: _edit(module, turn, bound, is_shared))
-        biases = {module.site.path: Edit(out_shift=_bias_change(module)) for module in modules if module not in turned}
+        changes = {module.site.path: _bias_change(module) for module in modules if module not in turned}
+        biases = {path: Edit(out_shift=change) for path, change in changes.items() if change is not None}
         return replace(made, edits={**made.edits, **biases}, warnings=made.warnings + _warnings(config))
 
 
@@ -75,7 +76,7 @@ def _warnings(config: Mapping[str, Any]) -> tuple[str, ...]:
     """PEFT changed the last term of the series in 0.18, and gives old adapters the new one, too."""
     if not fields.flag(config, "use_cayley_neumann", default=True):
         return ()
-    version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version")))
+    version = re.match(r"(\d{1,6})\.(\d{1,6})", str(config.get("peft_version")))
     if version is not None and (int(version[1]), int(version[2])) >= _NEW_SERIES:
         return ()
     return (

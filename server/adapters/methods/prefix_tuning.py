@@ -4,7 +4,7 @@ Owns the layout of PEFT's file: a row for each virtual token, in it keys and val
 they are saved, without a rotation. Li and Liang 2021, arXiv:2101.00190.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,12 +34,24 @@ class PrefixTuning:
                 f"{KEY} has rows of {rows.shape[1]} numbers, and the keys and values of this base's {len(layers)} "
                 f"layers have {width}. Was the adapter trained on another model?"
             )
+        _check_layers(checkpoint.config, layers)
         of_layer = torch.split(rows, [site.d_in for site in layers], dim=1)
         edits = {
             site.path: Edit(ops={"kv_rows": {"rows": own.contiguous()}})
             for site, own in zip(layers, of_layer, strict=True)
         }
         return Lowered(self.name, 0, rows.numel(), edits, num_virtual_tokens=len(rows))
+
+
+def _check_layers(config: Mapping[str, Any], layers: Sequence[Site]) -> None:
+    """What is said of the layout must be that of the base: the total width alone would also fit other cuts."""
+    wanted = {"num_layers": len(layers), "token_dim": layers[0].d_in // 2 if layers else 0}
+    for name, value in wanted.items():
+        if config.get(name) not in (None, value):
+            raise AdapterRejected(
+                f"{name} = {config[name]!r:.40} in adapter_config.json, and this base has {value}. Was the adapter "
+                "trained on another model?"
+            )
 
 
 METHOD = PrefixTuning()

@@ -11,6 +11,7 @@ from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.format.module_paths import SiteFinder
 from server.adapters.format.own_rows import own_rows
 from server.adapters.method import Edit, Lowered
+from server.ground.errors import AdapterRejected
 from server.model.site import Site
 
 _KNOWN = {"token_indices", "init_weights"}
@@ -33,6 +34,8 @@ class TrainableTokens:
             if parameter != _PARAMETER:
                 continue
             site = finder.find(module, checkpoint.name(key))
+            if site.path in edits:
+                raise AdapterRejected(f"{checkpoint.name(key)}: {site.path} is edited twice. Save one per file.")
             rows = own_rows(checkpoint, key, config.get("token_indices"), "token_indices", site, sites)
             edits.update({path: Edit(ops={"token_rows": tensors}) for path, tensors in rows.items()})
         return Lowered(self.name, 0, checkpoint.num_parameters, edits)

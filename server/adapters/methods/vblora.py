@@ -68,7 +68,8 @@ def _edit(module: ModuleTensors, rank: int, topk: int, bank: torch.Tensor) -> Ed
 def _mixed(logits: torch.Tensor, bank: torch.Tensor, topk: int) -> torch.Tensor:
     """(r, pieces, length): of each piece the sum of its `topk` vectors."""
     largest, chosen = logits.topk(topk, dim=-1)
-    return (largest.softmax(dim=-1).unsqueeze(-1) * bank[chosen]).sum(-2)
+    # As one product, which is no larger than its operands: gathered, each piece would hold `topk` vectors.
+    return torch.zeros_like(logits).scatter_(-1, chosen, largest.softmax(dim=-1)) @ bank
 
 
 METHOD = VbLora()

@@ -56,9 +56,11 @@ def _made(tensors: Tensors) -> tuple[int, int] | None:
 def _product(x: torch.Tensor, tensors: Tensors, by_token: bool) -> torch.Tensor:
     """Factors of each token's own have the tokens in front, as X has, so that both ways it is a product of matrices."""
     left, right = _factors(tensors, "left"), _factors(tensors, "right")
-    h = x.view(len(x), left[0].shape[-1], -1)  # X (tokens, c, d)
-    for factor in right:
-        h = h @ factor.mT
-    for factor in left:
-        h = factor @ h
+    num_rows, num_columns = left[0].shape[-1], right[0].shape[-1]
+    h = x.view(len(x), num_rows, num_columns)  # X (tokens, c, d)
+    # The side first that leaves less between the two: factors may be as long as the widths on one side alone.
+    is_left_first = left[-1].shape[-2] * num_columns < num_rows * right[-1].shape[-2]
+    for side in (left, right) if is_left_first else (right, left):
+        for factor in side:
+            h = factor @ h if side is left else h @ factor.mT
     return h.reshape(len(x), -1)

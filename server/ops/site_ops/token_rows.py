@@ -56,9 +56,9 @@ class TokenRows:
         return torch.where(is_own.any(1)[:, None], own.to(y.dtype), y)
 
     def _score(self, y: torch.Tensor, x: torch.Tensor, stacked: Tensors, tokens: OpTokens) -> torch.Tensor:
-        rows, ids = stacked["rows"].index_select(0, tokens.lanes), stacked["ids"].index_select(0, tokens.lanes)
-        scores = torch.einsum("tnd,td->tn", rows, x.float()).to(y.dtype)
-        # What is no id, or has no place in the vocabulary, is scored into a column that is cut off again.
-        wide = torch.cat([y, y.new_empty(y.shape[0], 1)], dim=1)
-        columns = torch.where((ids >= 0) & (ids < y.shape[1]), ids, y.shape[1])
-        return wide.scatter_(1, columns, scores)[:, : y.shape[1]]
+        for lane in range(1, stacked["ids"].shape[0]):
+            own = (tokens.lanes == lane).nonzero()
+            numbers = (stacked["ids"][lane] >= 0).nonzero().flatten()  # virtual tokens are never scored
+            ids, rows = stacked["ids"][lane, numbers], stacked["rows"][lane, numbers]
+            y[own, ids] = (x[own.flatten()].float() @ rows.T).to(y.dtype)
+        return y

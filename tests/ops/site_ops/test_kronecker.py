@@ -13,7 +13,7 @@ SHAPES: tuple[dict[str, tuple[int, int]], ...] = (
     {"left": (4, 3), "right": (5, 4)},
     {"left": (2, 2), "right_up": (10, 3), "right_down": (3, 6)},
     {"left": (4, 3), "right": (5, 4)},
-    {"left": (1, 1), "right": (20, 12)},
+    {"left": (1, 12), "right": (20, 1)},  # in the wrong order, as much between the two as the dense product holds
     {"left_up": (10, 2), "left_down": (2, 6), "right_up": (2, 1), "right_down": (1, 2)},
 )
 
