@@ -31,6 +31,7 @@ _MAIN = (
     "dora-embedding-and-head", "vera", "vera-drawn", "ia3", "ia3-attention",
 )  # fmt: skip
 _OF_SEQUENCES = (*SEQUENCE_KINDS, *REFT_KINDS)
+_LORA_BIASES = tuple(kind for kind in BIASED_KINDS if "oft" not in kind)  # PEFT has no OFT on GPT-2's modules
 KINDS_OF: Mapping[str, tuple[str, ...]] = {
     "llama": (*KINDS, *LINEAR_KINDS, *OWN_KINDS, *BIASED_KINDS, *LLAMA_KINDS, *DEFAULTS, *_OF_SEQUENCES, *SAVED_KINDS),
     "mistral": (*_MAIN, *DEFAULTS),
@@ -39,7 +40,7 @@ KINDS_OF: Mapping[str, tuple[str, ...]] = {
     "gemma2": (*_MAIN, *DEFAULTS, *_OF_SEQUENCES, *SAVED_KINDS),
     "gemma3": (*_MAIN, *DEFAULTS),
     "phi3": (*KINDS, *LINEAR_KINDS, *OWN_KINDS, *_OF_SEQUENCES, *SAVED_KINDS),  # PEFT has no defaults for it
-    "gpt2": (*KINDS, *BIASED_KINDS, *DEFAULTS, *_OF_SEQUENCES),
+    "gpt2": (*KINDS, *_LORA_BIASES, *DEFAULTS, *_OF_SEQUENCES),
     "opt": (*_MAIN, *BIASED_KINDS, *DEFAULTS),
     "gpt_neox": (*_MAIN, *BIASED_KINDS, *DEFAULTS),
     # PEFT's own defaults match nothing in these.
