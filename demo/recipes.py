@@ -136,29 +136,33 @@ def train_with_loreft(base: Any, batches: Batches, recipe: Recipe, run: Run, on_
 
 def train_with_delta_lora(base: Any, batches: Batches, recipe: Recipe, run: Run, on_step: OnStep) -> Saver:
     """Its own loop moves the weights of the base beside A and B; on the way there is no autocast and no schedule."""
-    config = replace(recipe.config(run), learning_rate=recipe.peak_lr, seed=recipe.seed)
-    given = ({"input_ids": ids, "labels": labels} for ids, labels in islice(batches, run.num_steps))
-    train_delta_lora(base, given, config, lambda num_done, loss: on_step(num_done - 1, loss))
-
-    def save(folder: Path) -> None:
-        base.config.name_or_path = BASE_NAME
-        save_delta_lora(base, config, folder)
-        halve(folder / WEIGHTS_FILE)
-
-    return save
+    return _train_by(train_delta_lora, save_delta_lora, base, batches, recipe, run, on_step)
 
 
 def train_with_bottleneck(base: Any, batches: Batches, recipe: Recipe, run: Run, on_step: OnStep) -> Saver:
+    return _train_by(train_bottleneck, save_bottleneck, base, batches, recipe, run, on_step)
+
+
+def _train_by(
+    train: Callable[..., None],
+    save: Callable[..., None],
+    base: Any,
+    batches: Batches,
+    recipe: Recipe,
+    run: Run,
+    on_step: OnStep,
+) -> Saver:
+    """By a loop of the technique's own, and saved by its own hand."""
     config = replace(recipe.config(run), learning_rate=recipe.peak_lr, seed=recipe.seed)
     given = ({"input_ids": ids, "labels": labels} for ids, labels in islice(batches, run.num_steps))
-    train_bottleneck(base, given, config, lambda num_done, loss: on_step(num_done - 1, loss))
+    train(base, given, config, lambda num_done, loss: on_step(num_done - 1, loss))
 
-    def save(folder: Path) -> None:
+    def saver(folder: Path) -> None:
         base.config.name_or_path = BASE_NAME
-        save_bottleneck(base, config, folder)
+        save(base, config, folder)
         halve(folder / WEIGHTS_FILE)
 
-    return save
+    return saver
 
 
 # --- the table

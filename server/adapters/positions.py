@@ -4,9 +4,19 @@ Owns these rules, which give each token the part of the adapter that edits it. K
 what an edit is. A rule refers to the original prompt, also after a preemption.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+_ENDS = re.compile(r"(?:f([0-9]{1,6}))?\+?(?:l([0-9]{1,6}))?")
+
+
+def prompt_ends(text: str) -> tuple[int, int] | None:
+    """The numbers of first and of last tokens that "f7+l7", "f7" or "l7" is about; None for other texts, and for 0."""
+    match = _ENDS.fullmatch(text)
+    first, last = (int(match[1] or 0), int(match[2] or 0)) if match else (0, 0)
+    return (first, last) if first or last else None
 
 
 @dataclass(frozen=True, slots=True)

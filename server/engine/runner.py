@@ -7,7 +7,7 @@ or how tokens are chosen.
 from collections.abc import Mapping
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate
 from types import ModuleType
 
 import torch
@@ -18,7 +18,7 @@ from server.engine.sequence import Batch, ScheduledSequence
 from server.model.attention import KVCache
 from server.model.base import Base
 from server.model.context import AttentionBatch, SiteKernels, StepContext
-from server.ops import DecodeBatch, Lanes, PrefillSpan, Run, TokenLayout
+from server.ops import DecodeBatch, Lanes, PrefillSpan, TokenLayout, runs_of
 from server.ops.runs import DecodeLists
 
 _RECOMPUTED_AT_ONCE = 512  # tokens: bounds what a long sequence takes for itself, once in its life
@@ -177,20 +177,10 @@ def _layout(adapters: Listing[int], num_mixed: int, edits: StepEdits | None, dev
     return TokenLayout(
         adapters=torch.tensor(adapters, device=device, dtype=torch.long),
         num_mixed=num_mixed,
-        runs=_runs(adapters, num_mixed),
+        runs=runs_of(adapters, num_mixed),
         lanes=lanes,
-        runs_after_lanes=_runs(adapters, lanes.num_tokens if lanes else 0),
+        runs_after_lanes=runs_of(adapters, lanes.num_tokens if lanes else 0),
     )
-
-
-def _runs(adapters: Listing[int], start: int) -> tuple[Run, ...]:
-    """The tokens from `start` on that have an adapter, in the longest runs of one."""
-    runs = []
-    for adapter, tokens in groupby(range(start, len(adapters)), key=adapters.__getitem__):
-        first, *others = tokens
-        if adapter:
-            runs.append(Run(first, (others or [first])[-1] + 1, adapter))
-    return tuple(runs)
 
 
 def _starts(lengths: Listing[int]) -> list[int]:

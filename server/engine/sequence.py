@@ -170,8 +170,8 @@ class Sequence:
     def take(self, slot: int, reach: Reach | None) -> None:
         """Takes the place on the device of its adapter, and what that has of a sequence."""
         self.slot, self.reach = slot, reach
-        positions = None if reach is None else reach.positions
-        self.spans = None if positions is None else positions.over(self.prompt_ids)
+        if reach is not None and reach.positions is not None and self.spans is None:
+            self.spans = reach.positions.over(self.prompt_ids)  # once: a version's rule and a prompt do not change
 
     def slots(self, start: int, stop: int) -> list[int]:
         """The slot that edits each of the tokens at positions start..stop-1."""

@@ -7,13 +7,13 @@ Knows nothing about scheduling or where adapters come from.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from server.ops import DecodeBatch, GroupEdits, PrefillSpan, StackHidden, TokenLayout
 from server.ops.runs import DecodeLists
-from server.ops.site_ops import OpTokens, SiteOp
+from server.ops.site_ops import PlacedOp
 
 
 class BatchEdits(Protocol):
@@ -24,15 +24,6 @@ class BatchEdits(Protocol):
 
     def embedding_rows(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """For an embedding's group: the row store as (all rows, vocabulary), and this step's row numbers (rows,)."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlacedOp:
-    """An op at one site, for the adapters of a step that have it there."""
-
-    op: SiteOp
-    stacked: Any  # what the op's own `stack` made
-    tokens: OpTokens
 
 
 class BatchOps(Protocol):

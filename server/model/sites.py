@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from server.model.context import FusedOutput, PlacedOp, Scope, SiteKernels, StepContext
+from server.model.context import FusedOutput, Scope, SiteKernels, StepContext
 from server.model.fused import FusedLinear
 from server.model.quantize import can_read_weight, dequantized_weight, is_quantized
 from server.model.site import SiteKind
@@ -31,6 +31,7 @@ from server.ops import (
     shrink,
     shrink_stack,
 )
+from server.ops.site_ops import PlacedOp, around
 
 
 class BaseSite:
@@ -120,15 +121,13 @@ class BaseSite:
         return self._with_ops(x, ops, context) if ops else self._normal(x, context)
 
     def _with_ops(self, x: torch.Tensor, ops: Sequence[PlacedOp], context: StepContext) -> torch.Tensor:
-        flat = x.view(-1) if self.kind is SiteKind.EMBEDDING else x.view(-1, self.d_in)
-        read = flat
-        for placed in ops:
-            read = placed.op.before(read, placed.stacked, placed.tokens, self)
-        y = self._normal(x if read is flat else read.view(x.shape), context)
-        out = y.view(-1, self.d_out)
-        for placed in ops:
-            out = placed.op.after(out, flat, placed.stacked, placed.tokens, self)
-        return out.view(y.shape)
+        is_embedding = self.kind is SiteKind.EMBEDDING
+        flat = x.view(-1) if is_embedding else x.view(-1, self.d_in)
+
+        def normal(read: torch.Tensor) -> torch.Tensor:
+            return self._normal(x if read is flat else read.view(x.shape), context).view(-1, self.d_out)
+
+        return around(ops, flat, normal, self).view(*(x.shape if is_embedding else x.shape[:-1]), self.d_out)
 
     def _normal(self, x: torch.Tensor, context: StepContext) -> torch.Tensor:
         if context.kernels is not None:

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 
 from server.ground.errors import StartupRefused
-from server.ops.edits import GroupEdits, Lanes, Run, SiteEdits, Stack, TokenLayout
+from server.ops.edits import GroupEdits, Lanes, Run, SiteEdits, Stack, TokenLayout, runs_of
 from server.ops.reference import (
     DecodeBatch,
     PrefillSpan,
@@ -47,6 +47,7 @@ __all__ = [
     "expand_stack",
     "load_kernels",
     "prefill_attention",
+    "runs_of",
     "scale",
     "scale_shift",
     "shift",

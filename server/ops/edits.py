@@ -6,6 +6,7 @@ Knows nothing about where rows are stored or what method an edit came from.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 
@@ -22,6 +23,16 @@ class Run:
     start: int
     end: int
     adapter: int
+
+
+def runs_of(adapters: Sequence[int], start: int) -> tuple[Run, ...]:
+    """The tokens from `start` on that have an adapter (batch-local numbers), in the longest runs of one."""
+    runs = []
+    for adapter, tokens in groupby(range(start, len(adapters)), key=adapters.__getitem__):
+        first, *others = tokens
+        if adapter:
+            runs.append(Run(first, (others or [first])[-1] + 1, adapter))
+    return tuple(runs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ Wu et al. 2024, "ReFT: Representation Finetuning for Language Models", arXiv:240
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +20,12 @@ from server.adapters.converting.pickles import PickleLimits, read_pickles
 from server.adapters.converting.pyreft_folder import PyreftFolder
 from server.adapters.format.content import CONFIG_FILE, WEIGHTS_FILE
 from server.adapters.merging.lora_folder import new_folder
+from server.adapters.positions import prompt_ends
 from server.ground.errors import AdapterRejected, BadRequest
 
 LAST_POSITIONS = ("prompt", "prompt-1")
 APPLIES_TO = ("prompt", "generated")
 _LINEAR = "linear"
-_POSITIONS = re.compile(r"(?:f([0-9]{1,6}))?\+?(?:l([0-9]{1,6}))?")
 _WITHOUT_ACTIVATION = ("consreft", "lobireft")
 # Of each kind: pyreft's name -> ours. All that is left out of a file, or beyond these, is refused, but for _NO_EFFECT.
 _SOURCE = {"learned_source.weight": "weight", "learned_source.bias": "bias"}
@@ -56,15 +55,14 @@ class Positions:
     @classmethod
     def of(cls, text: str) -> "Positions":
         """Raises BadRequest for what is no such text, and for no position at all."""
-        match = _POSITIONS.fullmatch(text)
-        first, last = (int(match[1] or 0), int(match[2] or 0)) if match else (0, 0)
-        if not match or not (first or last) or ("+" in text) != (match[1] is not None and match[2] is not None):
+        ends = prompt_ends(text)
+        if ends is None or ("+" in text) != ("f" in text and "l" in text):
             raise BadRequest(
                 f"--positions {text!r:.40}: write f7+l7 for the first 7 and the last 7 tokens of the prompt, or f7 or "
                 "l7 alone.",
                 param="positions",
             )
-        return cls(first, last)
+        return cls(*ends)
 
     def __str__(self) -> str:
         named = (("f", self.num_first), ("l", self.num_last))

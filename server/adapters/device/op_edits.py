@@ -4,15 +4,13 @@ Owns the lanes of every op's stack. Knows nothing about what an op means, what i
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
 
 from server.adapters.device.step_edits import RowStore, Slot, StoredTensor
-from server.model.context import PlacedOp
-from server.ops import Run
-from server.ops.site_ops import SITE_OPS, OpSite, OpTokens
+from server.ops import runs_of
+from server.ops.site_ops import SITE_OPS, OpSite, OpTokens, PlacedOp
 
 _MAX_SLOTS_PER_USED, _NUM_SLOTS_FREE = 2, 4
 
@@ -96,19 +94,9 @@ class StepOps:
             self._tokens[key] = OpTokens(
                 lanes=torch.tensor(lanes, dtype=torch.int64).to(device),
                 num_mixed=num_mixed,
-                runs=_runs(lanes, num_mixed),
+                runs=runs_of(lanes, num_mixed),
                 ids=self._ids[ids] if is_head else ids,
                 kept=self._kept,
                 mixed_lanes=tuple(lanes[:num_mixed]),
             )
         return self._tokens[key]
-
-
-def _runs(lanes: Sequence[int], start: int) -> tuple[Run, ...]:
-    """The longest runs of one lane from token `start` on; none for lane 0."""
-    runs = []
-    for lane, tokens in groupby(range(start, len(lanes)), key=lanes.__getitem__):
-        first, *others = tokens
-        if lane:
-            runs.append(Run(first, (others or [first])[-1] + 1, lane))
-    return tuple(runs)

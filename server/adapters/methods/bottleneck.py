@@ -25,7 +25,7 @@ from server.adapters.format.module_paths import SiteFinder
 from server.adapters.method import Edit, Lowered
 from server.ground.errors import AdapterRejected
 from server.model.site import Site
-from server.ops.site_ops.bottleneck import ACTIVATIONS
+from server.ops.site_ops.bottleneck import ACTIVATIONS, NAMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +102,7 @@ _REFUSED = {
     "train with use_gating=False",
 }
 
-_NON_LINEARITIES: Mapping[str, str] = {
-    "relu": "relu", "relu2": "relu2", "relu6": "relu6", "leakyrelu": "leaky_relu", "leaky_relu": "leaky_relu",
-    "silu": "silu", "swish": "silu", "mish": "mish", "tanh": "tanh", "sigmoid": "sigmoid", "linear": "linear",
-    "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_10": "gelu_10", "quick_gelu": "quick_gelu",
-}  # fmt: skip
+_NON_LINEARITIES: Mapping[str, str] = {**NAMES, "leakyrelu": "leaky_relu"}
 _OLD_NAMES = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # in files that name no version
 _KEY = re.compile(  # canonical_key takes the name "default" away where it is the last but one
     r"(?P<layer>(?:.+\.)?(?P<number>\d+))\.(?P<place>attention|output)_adapters\.adapters\."

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
+from server.adapters.by_module import ModuleTensors, lower_by_module, modules_of
 from server.adapters.format import fields
 from server.adapters.format.checkpoint import Checkpoint
-from server.adapters.format.module_paths import SiteFinder
 from server.adapters.method import Edit, Lowered
-from server.ground.errors import AdapterRejected
 from server.model.site import Site, SiteKind
 
-_ENDING = ".ln_tuning_layers.weight"
+_WEIGHT, _BIAS = "ln_tuning_layers.weight", "ln_tuning_layers.bias"
 
 
 class LnTuning:
@@ -26,25 +25,16 @@ class LnTuning:
 
     def lower(self, checkpoint: Checkpoint, sites: Mapping[str, Site]) -> Lowered:
         fields.check_known(checkpoint.config, set())
-        finder = SiteFinder(sites)
-        edits: dict[str, Edit] = {}
-        for key in checkpoint:
-            if key.endswith(_ENDING):
-                site = finder.find(key.removesuffix(_ENDING), checkpoint.name(key))
-                if site.path in edits:
-                    raise AdapterRejected(f"{checkpoint.name(key)}: {site.path} is edited twice. Save one per file.")
-                edits[site.path] = _edit(checkpoint, key, site)
-        return Lowered(self.name, 0, checkpoint.num_parameters, edits)
+        modules = modules_of(checkpoint, sites, (_WEIGHT,), (_BIAS,), (SiteKind.NORM,))
+        return lower_by_module(self.name, checkpoint, modules, _edit)
 
 
-def _edit(checkpoint: Checkpoint, key: str, site: Site) -> Edit:
-    if site.kind is not SiteKind.NORM:
-        raise AdapterRejected(f"{checkpoint.name(key)}: {site.path} is no norm, and LN_TUNING trains norms only.")
-    bias_key = key.removesuffix("weight") + "bias"
+def _edit(module: ModuleTensors) -> Edit:
+    site = module.site
     bias = torch.zeros(site.d_out) if site.bias is None else site.bias
-    if bias_key in checkpoint:
-        bias = checkpoint.take(bias_key, (site.d_out,))
-    return Edit(ops={"norm_weight": {"weight": checkpoint.take(key, (site.d_out,)), "bias": bias}})
+    if _BIAS in module:
+        bias = module.take(_BIAS, (site.d_out,))
+    return Edit(ops={"norm_weight": {"weight": module.take(_WEIGHT, (site.d_out,)), "bias": bias}})
 
 
 METHOD = LnTuning()

@@ -19,13 +19,12 @@ import torch
 from server.adapters.format import fields
 from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.method import Edit, Lowered
-from server.adapters.positions import Generated, Positions, PromptEnds
+from server.adapters.positions import Generated, Positions, PromptEnds, prompt_ends
 from server.ground.errors import AdapterRejected
 from server.model.site import Site, SiteKind
-from server.ops.site_ops.bottleneck import ACTIVATIONS
+from server.ops.site_ops.bottleneck import ACTIVATIONS, NAMES
 
 _KNOWN = {"intervention", "r", "layers", "positions", "share_weights", "activation", "last_position", "applies_to"}
-_POSITIONS = re.compile(r"(?:f(\d{1,6}))?\+?(?:l(\d{1,6}))?")
 _KEY = re.compile(r"layers\.(\d{1,5})\.(all|prefix|suffix)\.(.+)")
 _NUM_LEFT_OUT = {"prompt": 0, "prompt-1": 1}
 _Tensors = Mapping[str, torch.Tensor]
@@ -74,12 +73,6 @@ _OPTIONAL = {"noreft": frozenset({"proj_layer.bias"})}
 _READING = ("loreft", "direft", "noreft", "nodireft")  # the kinds with a W, which an activation may follow
 _TAKEN = {"loreft": "rotate_layer", "noreft": "proj_layer.weight"}  # what is taken off, past the activation
 _READS = torch.tensor([1.0, 0.0])  # the op's input is the site's output
-_ACTIVATIONS = {
-    "relu": "relu", "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh", "tanh": "tanh", "sigmoid": "sigmoid", "relu6": "relu6", "relu2": "relu2",
-    "mish": "mish", "quick_gelu": "quick_gelu", "gelu_10": "gelu_10", "gelu_python": "gelu", "gelu_fast": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh", "leaky_relu": "leaky_relu",
-}  # fmt: skip
 
 
 class Loreft:
@@ -128,9 +121,9 @@ def _activation(config: Mapping[str, Any], kind: str) -> int | None:
     name = config.get("activation")
     if name in (None, "linear"):
         return None
-    act = ACTIVATIONS.index(_ACTIVATIONS[name]) if isinstance(name, str) and name in _ACTIVATIONS else None
+    act = ACTIVATIONS.index(NAMES[name]) if isinstance(name, str) and name in NAMES else None
     if act is None or kind not in _READING:
-        known = ", ".join(_ACTIVATIONS) if kind in _READING else "none"
+        known = ", ".join(NAMES) if kind in _READING else "none"
         raise AdapterRejected(
             f"activation = {name!r:.40} in adapter_config.json is not served; of {kind} {known} are, and null."
         )
@@ -196,11 +189,10 @@ def _positions(config: Mapping[str, Any], *, has_suffix: bool) -> Positions:
         return Generated()
     num_left_out = _NUM_LEFT_OUT[_one_of(config, "last_position", _NUM_LEFT_OUT, "prompt")]
     text = fields.text(config, "positions")
-    match = _POSITIONS.fullmatch(text)
-    first, last = (int(match[1] or 0), int(match[2] or 0)) if match else (0, 0)
-    if not (first or last):
+    ends = prompt_ends(text)
+    if ends is None:
         raise AdapterRejected(f"positions = {text!r:.40} in adapter_config.json must be as f7+l7, f7 or l7.")
-    return PromptEnds(first, last, 2 if has_suffix else 1, num_left_out)
+    return PromptEnds(*ends, 2 if has_suffix else 1, num_left_out)
 
 
 def _one_of(config: Mapping[str, Any], name: str, known: Any, default: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from server.ops.edits import Run
-from server.ops.site_ops import SITE_OPS, OpSite, OpTokens, Tensors
+from server.ops.site_ops import SITE_OPS, OpSite, OpTokens, PlacedOp, Tensors, around
 
 
 def run_alone(
@@ -21,12 +21,9 @@ def run_alone(
     ids = flat if is_embedding else torch.zeros(num, dtype=torch.int64, device=device)
     lanes = torch.ones(num, dtype=torch.int64, device=device)
     tokens = OpTokens(lanes, 0, (Run(0, num, 1),), ids)
-    placed = [(op, op.stack([ops[name]], site)) for name, op in SITE_OPS.items() if name in ops]
-    read = flat
-    for op, stacked in placed:
-        read = op.before(read, stacked, tokens, site)
-    y = normal(x if read is flat else read.view(x.shape))
-    out = y.reshape(num, -1)
-    for op, stacked in placed:
-        out = op.after(out, flat, stacked, tokens, site)
-    return out.view(*y.shape[:-1], -1)
+    placed = [PlacedOp(op, op.stack([ops[name]], site), tokens) for name, op in SITE_OPS.items() if name in ops]
+
+    def flat_normal(read: torch.Tensor) -> torch.Tensor:
+        return normal(x if read is flat else read.view(x.shape)).reshape(num, -1)
+
+    return around(placed, flat, flat_normal, site).view(*(x.shape if is_embedding else x.shape[:-1]), -1)

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 
 from server.ops.site_ops.shaped_lanes import ShapedLanes, by_shape, products
-from server.ops.site_ops.site_op import OpSite, OpTokens, SiteShape, Tensors
+from server.ops.site_ops.site_op import OpSite, OpTokens, SiteOp, SiteShape, Tensors
 
 
-class BlockRotation:
+class BlockRotation(SiteOp):
     name = "block_rotation"
 
     def check(self, tensors: Tensors, site: SiteShape) -> None:

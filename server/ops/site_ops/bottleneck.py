@@ -21,7 +21,7 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
-from server.ops.site_ops.site_op import OpSite, OpTokens, SiteShape, Tensors
+from server.ops.site_ops.site_op import OpSite, OpTokens, SiteOp, SiteShape, Tensors
 
 LN_EPS = 1e-5  # PyTorch's own, which the adapters' norms have
 _STREAM = "residual stream"
@@ -65,8 +65,16 @@ _FUNCTIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 ACTIVATIONS = tuple(_FUNCTIONS)
 """The nonlinearities by number. `leaky_relu` has the slope 0.01."""
 
+NAMES: Mapping[str, str] = {
+    "relu": "relu", "relu2": "relu2", "relu6": "relu6", "leaky_relu": "leaky_relu", "silu": "silu", "swish": "silu",
+    "mish": "mish", "tanh": "tanh", "sigmoid": "sigmoid", "linear": "linear", "gelu": "gelu", "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_accurate": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_10": "gelu_10", "quick_gelu": "quick_gelu",
+}  # fmt: skip
+"""What transformers calls them."""
 
-class KeepStream:
+
+class KeepStream(SiteOp):
     """Before a norm: keeps what it reads for the rest of the step, until another norm does."""
 
     name = "keep_stream"
@@ -82,11 +90,8 @@ class KeepStream:
         tokens.kept[_STREAM] = x
         return x
 
-    def after(self, y: torch.Tensor, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
-        return y
 
-
-class Bottleneck:
+class Bottleneck(SiteOp):
     name = "bottleneck"
 
     def check(self, tensors: Tensors, site: SiteShape) -> None:
@@ -133,9 +138,6 @@ class Bottleneck:
         if "after" in stacked:
             stacked["is_last"] = _by_lane(of_lane, "is_last", like.new_zeros(1))
         return stacked
-
-    def before(self, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
-        return x
 
     def after(self, y: torch.Tensor, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
         of_token = {field: stacked[field].index_select(0, tokens.lanes) for field in _OF_LANE if field in stacked}

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import torch
 
-from server.ops.site_ops.shaped_lanes import ShapedLanes, by_shape, products
-from server.ops.site_ops.site_op import OpSite, OpTokens, SiteShape, Tensors
+from server.ops.site_ops.shaped_lanes import ShapedLanes, add_products, by_shape
+from server.ops.site_ops.site_op import OpSite, OpTokens, SiteOp, SiteShape, Tensors
 
 
-class Kronecker:
+class Kronecker(SiteOp):
     name = "kronecker"
 
     def check(self, tensors: Tensors, site: SiteShape) -> None:
@@ -27,15 +27,10 @@ class Kronecker:
     def stack(self, of_lane: Sequence[Tensors], site: OpSite) -> tuple[ShapedLanes, ...]:
         return by_shape(of_lane)
 
-    def before(self, x: torch.Tensor, stacked: tuple[ShapedLanes, ...], tokens: OpTokens, site: OpSite) -> torch.Tensor:
-        return x
-
     def after(
         self, y: torch.Tensor, x: torch.Tensor, stacked: tuple[ShapedLanes, ...], tokens: OpTokens, site: OpSite
     ) -> torch.Tensor:
-        for rows, added in products(x, stacked, tokens, _product):
-            y[rows] = (y[rows].float() + added).to(y.dtype)
-        return y
+        return add_products(y, x, stacked, tokens, _product)
 
 
 def _factors(tensors: Tensors, name: str) -> tuple[torch.Tensor, ...]:

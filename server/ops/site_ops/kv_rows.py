@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
-from server.ops.site_ops.site_op import OpSite, OpTokens, SiteShape, Tensors
+from server.ops.site_ops.site_op import OpSite, OpTokens, SiteOp, SiteShape, Tensors
 
 
-class KvRows:
+class KvRows(SiteOp):
     name = "kv_rows"
 
     def check(self, tensors: Tensors, site: SiteShape) -> None:
@@ -36,6 +36,3 @@ class KvRows:
         is_own = (tokens.ids < 0) & (tokens.lanes > 0)
         rows = stacked["rows"][tokens.lanes, (-1 - tokens.ids).clamp_min(0).clamp_max(stacked["rows"].shape[1] - 1)]
         return torch.where(is_own[:, None], rows.to(x.dtype), x)
-
-    def after(self, y: torch.Tensor, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
-        return y

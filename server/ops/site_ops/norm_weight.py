@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
-from server.ops.site_ops.site_op import OpSite, OpTokens, SiteShape, Tensors
+from server.ops.site_ops.site_op import OpSite, OpTokens, SiteOp, SiteShape, Tensors
 
 
-class NormWeight:
+class NormWeight(SiteOp):
     name = "norm_weight"
 
     def check(self, tensors: Tensors, site: SiteShape) -> None:
@@ -25,9 +25,6 @@ class NormWeight:
         blank = torch.zeros_like(of_lane[0]["weight"])
         weight, bias = (torch.stack([blank, *(own[field] for own in of_lane)]) for field in ("weight", "bias"))
         return {"weight": weight + site.weight_offset, "bias": bias}
-
-    def before(self, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
-        return x
 
     def after(self, y: torch.Tensor, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
         weight, bias = (stacked[field].index_select(0, tokens.lanes) for field in ("weight", "bias"))

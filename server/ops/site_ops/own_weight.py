@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from server.ops.site_ops.site_op import OpSite, OpTokens, SiteShape, Tensors
+from server.ops.site_ops.site_op import OpSite, OpTokens, SiteOp, SiteShape, Tensors
 
 
-class OwnWeight:
+class OwnWeight(SiteOp):
     name = "own_weight"
 
     def check(self, tensors: Tensors, site: SiteShape) -> None:
@@ -29,9 +29,6 @@ class OwnWeight:
 
     def stack(self, of_lane: Sequence[Tensors], site: OpSite) -> Tensors:
         return {f"{lane}.{field}": t for lane, own in enumerate(of_lane, start=1) for field, t in own.items()}
-
-    def before(self, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
-        return x
 
     def after(self, y: torch.Tensor, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
         for field, weight in stacked.items():

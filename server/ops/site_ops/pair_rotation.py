@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from server.ops.site_ops.shaped_lanes import ShapedLanes, by_shape, products
-from server.ops.site_ops.site_op import OpSite, OpTokens, SiteShape, Tensors
+from server.ops.site_ops.site_op import OpSite, OpTokens, SiteOp, SiteShape, Tensors
 
 
-class PairRotation:
+class PairRotation(SiteOp):
     name = "pair_rotation"
 
     def check(self, tensors: Tensors, site: SiteShape) -> None:
@@ -28,9 +28,6 @@ class PairRotation:
 
     def stack(self, of_lane: Sequence[Tensors], site: OpSite) -> tuple[ShapedLanes, ...]:
         return by_shape([{**own, "partners": own["partners"].long()} for own in of_lane])
-
-    def before(self, x: torch.Tensor, stacked: tuple[ShapedLanes, ...], tokens: OpTokens, site: OpSite) -> torch.Tensor:
-        return x
 
     def after(
         self, y: torch.Tensor, x: torch.Tensor, stacked: tuple[ShapedLanes, ...], tokens: OpTokens, site: OpSite

@@ -60,6 +60,15 @@ def products(
         yield from _of_mixed(x, group, tokens, product)
 
 
+def add_products(
+    y: torch.Tensor, x: torch.Tensor, groups: Sequence[ShapedLanes], tokens: OpTokens, product: Product
+) -> torch.Tensor:
+    """y (tokens, d_out), in place, with the product of x added for each token that has a lane; rounded once."""
+    for rows, added in products(x, groups, tokens, product):
+        y[rows] = (y[rows].float() + added).to(y.dtype)
+    return y
+
+
 def _of_mixed(
     x: torch.Tensor, group: ShapedLanes, tokens: OpTokens, product: Product
 ) -> Iterator[tuple[Rows, torch.Tensor]]:

@@ -4,7 +4,7 @@ Owns that contract and the tokens of a step as an op sees them. Knows nothing ab
 stored.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -81,8 +81,11 @@ class OpTokens:
 
 
 class SiteOp(Protocol):
-    """One op. `stacked` is what its own `stack` made, and nobody else looks into it: mostly its tensors by name, with a
-    lane's number as the first index."""
+    """One op; it leaves alone what it does not override.
+
+    `stacked` is what its own `stack` made, and nobody else looks into it: mostly its tensors by name, with a lane's
+    number as the first index.
+    """
 
     name: str
 
@@ -94,6 +97,33 @@ class SiteOp(Protocol):
 
     def before(self, x: torch.Tensor, stacked: Any, tokens: OpTokens, site: OpSite) -> torch.Tensor:
         """What the site reads in place of x (tokens, d_in); for an embedding ids (tokens,). Never written in place."""
+        return x
 
     def after(self, y: torch.Tensor, x: torch.Tensor, stacked: Any, tokens: OpTokens, site: OpSite) -> torch.Tensor:
         """What the site gives in place of y (tokens, d_out), which may be written to; x as the site was given it."""
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedOp:
+    """An op at one site, for the adapters of a step that have it there."""
+
+    op: SiteOp
+    stacked: Any
+    tokens: OpTokens
+
+
+def around(
+    placed: Sequence[PlacedOp], x: torch.Tensor, normal: Callable[[torch.Tensor], torch.Tensor], site: OpSite
+) -> torch.Tensor:
+    """What a site gives for x, (tokens, d_in) or ids (tokens,), with ops around what it does else: (tokens, d_out).
+
+    `normal` reads what they put in place of x: x itself where they put nothing there.
+    """
+    read = x
+    for one in placed:
+        read = one.op.before(read, one.stacked, one.tokens, site)
+    y = normal(read)
+    for one in placed:
+        y = one.op.after(y, x, one.stacked, one.tokens, site)
+    return y

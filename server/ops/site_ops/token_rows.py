@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 import torch
 
-from server.ops.site_ops.site_op import OpSite, OpTokens, SiteShape, Tensors
+from server.ops.site_ops.site_op import OpSite, OpTokens, SiteOp, SiteShape, Tensors
 
 _NO_ID = -(1 << 40)
 
 
-class TokenRows:
+class TokenRows(SiteOp):
     name = "token_rows"
 
     def check(self, tensors: Tensors, site: SiteShape) -> None:
@@ -41,9 +41,6 @@ class TokenRows:
             gain = torch.where(own["ids"] < 0, 1.0, site.gain if site.kind == "embedding" else 1.0)
             rows[lane, : len(own["ids"])] = own["rows"] * gain[:, None]
         return {"ids": ids, "rows": rows}
-
-    def before(self, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
-        return x
 
     def after(self, y: torch.Tensor, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
         if site.kind == "embedding":
