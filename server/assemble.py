@@ -192,7 +192,8 @@ def _engine(
     scheduler = Scheduler(limits, blocks, registry, tokenizer.eos_ids, reuses_prefixes=reuses)
     with _fitting("the KV cache", "--kv-memory"):
         runner = Runner(base, adapters, blocks.num_blocks, blocks.block_size, kernels)
-    return scheduler, runner, Engine(scheduler, blocks, runner, tokenizer, metrics.step)
+    overlaps = settings.overlap == "on" or (settings.overlap == "auto" and base.device.type == "cuda")
+    return scheduler, runner, Engine(scheduler, blocks, runner, tokenizer, metrics.step, overlaps=overlaps)
 
 
 def _read_template(path: Path | None) -> str | None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from server.assemble import Server
+from server.engine.chosen import Chosen
 from server.engine.flight import GenerationRequest
 from server.engine.runner import Runner, StepLogits
 from server.engine.sequence import Batch, Delta, FinishReason, SamplingParams
@@ -32,28 +33,27 @@ class FaultyRunner:
         self.num_faults = 0
         self.permits: threading.Semaphore | None = None  # one per step; None: steps need none
 
-    def run(self, batch: Batch) -> StepLogits:
+    def run(self, batch: Batch, before: Chosen | None = None) -> StepLogits:
         if self.permits is not None:
             assert self.permits.acquire(timeout=60)
         if self.num_faults:
             self.num_faults -= 1
             raise RuntimeError("the device fell off the bus")
-        return self.runner.run(batch)
+        return self.runner.run(batch, before)
 
     def is_device_alive(self) -> bool:
         return self.runner.is_device_alive()
 
 
-@pytest.fixture
-def server(tiny_llama: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
+@pytest.fixture(params=["off", "on"], ids=["one step at a time", "overlap"])
+def server(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
     """A base, and an adapter folder that says it is one but cannot be lowered."""
     broken = tmp_path / "adapters" / "broken"
     broken.mkdir(parents=True)
     (broken / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
     (broken / "adapter_model.safetensors").write_bytes(b"\x00" * 32)
-    with serving(
-        tiny_llama, tmp_path, adapters=str(tmp_path / "adapters"), max_queued="4", max_sequences="3", kv_memory="64KiB"
-    ) as server:
+    limits = {"max_queued": "4", "max_sequences": "3", "kv_memory": "64KiB", "overlap": request.param}
+    with serving(tiny_llama, tmp_path, adapters=str(tmp_path / "adapters"), **limits) as server:
         faulty = FaultyRunner(server.runner)
         server.engine._runner = faulty
         yield server
@@ -139,7 +139,7 @@ def test_a_stream_is_read_to_its_end_and_no_further(server: Server) -> None:
 
 def test_an_abort_ends_the_sequence_and_frees_it(server: Server) -> None:
     faulty: Any = server.engine._runner
-    faulty.permits = threading.Semaphore(1)
+    faulty.permits = threading.Semaphore(2)  # with overlap a step is launched before the last one is read
 
     async def run() -> None:
         stream = server.engine.submit(GenerationRequest("long", (1,), SamplingParams(100, ignore_eos=True)))

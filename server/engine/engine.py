@@ -13,14 +13,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
 
 from server.engine.blocks import BlockPool
+from server.engine.choice import NOT_FINITE, choose
+from server.engine.chosen import Chosen
 from server.engine.constraint import Constraint
 from server.engine.flight import DeltaStream, Flight, GenerationRequest
-from server.engine.logits import edit_logits
 from server.engine.masks import Masks, StepMasks
 from server.engine.runner import Runner, StepLogits
-from server.engine.sampler import SamplingRow, sample, token_logprobs
+from server.engine.sampler import token_logprobs
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Batch, Delta, FinishReason, ScheduledSequence, Sequence, TokenLogprobs
 from server.engine.token_rules import ending_ids, token_rules
@@ -30,7 +34,9 @@ from server.model.tokenizer import IncrementalDecoder, Tokenizer
 
 log = logging.getLogger(__name__)
 
-_MAX_FAILED_STEPS = 10  # in a row, with a device that still answers; then the engine is taken to be lost
+_T = TypeVar("_T")
+
+_MAX_FAILED_STEPS = 10  # in a row; then the engine is taken to be lost, though its device answers
 _GATHERING_S = 0.002  # an idle engine waits so long after it is woken: requests sent together share their first step
 _RESTED_S = 5.0  # without work: the server rests
 _IDLE_POLL_S = 0.005  # while sequences wait for an adapter that is being loaded
@@ -62,10 +68,22 @@ class EngineStats:
     num_hit_tokens: int  # of those, found there and not computed
 
 
+@dataclass(slots=True)
+class _Step:
+    """A step under way, from its launch until its tokens have been read."""
+
+    batch: Batch
+    started_s: float
+    logits: StepLogits
+    chosen: Chosen | None = None
+
+
 class Engine:
     """Runs one base's generations in a thread of its own, from construction to `close`.
 
-    `observe` is called after every step, on the engine's thread.
+    `observe` is called after every step, on the engine's thread. `overlaps`: the next step is scheduled, packed and
+    launched while the device computes one, and what that one gave is read meanwhile. It pays where launching is not
+    computing, on a GPU; a sequence that ends by a token is computed once more than needed.
     """
 
     def __init__(
@@ -75,13 +93,19 @@ class Engine:
         runner: Runner,
         tokenizer: Tokenizer,
         observe: Callable[[StepReport], None] = lambda report: None,
+        *,
+        overlaps: bool = False,
     ) -> None:
         self._scheduler = scheduler
         self._blocks = blocks
         self._runner = runner
         self._tokenizer = tokenizer
         self._observe = observe
+        self._overlaps = overlaps
         self._masks = Masks()
+        self._under_way: _Step | None = None  # launched and chosen, not read yet; none between turns without overlap
+        self._ended_s = 0.0  # when the last step ended
+        self._num_failed = 0  # parts of steps in a row, with a device that still answers
         self._flights: dict[str, Flight] = {}
         self._lock = threading.Lock()  # the scheduler and the flights; never held while the device works
         self._aborts: deque[str] = deque()
@@ -197,18 +221,16 @@ class Engine:
         self._hand_over()
 
     def _loop(self) -> None:
-        num_failed = 0
         while not self._is_closing and self._fault is None:
             self._wake.clear()
             batch = self._schedule()
-            if batch.sequences:
-                num_failed = 0 if self._try_step(batch) else num_failed + 1
-                if num_failed == _MAX_FAILED_STEPS or (num_failed and not self._runner.is_device_alive()):
-                    self._fault = f"{num_failed} steps failed in a row; see the log"
+            is_idle = not batch.sequences and self._under_way is None
+            if not is_idle:
+                self._turn(batch)
             self._hand_over()
-            if not batch.sequences and self._scheduler.num_waiting:
+            if is_idle and self._scheduler.num_waiting:
                 self._wake.wait(_IDLE_POLL_S)  # for its adapter; all else sets the event
-            elif not batch.sequences:
+            elif is_idle:
                 self._rest()
 
     def _rest(self) -> None:
@@ -229,25 +251,59 @@ class Engine:
                 self._end(self._flights[failed.sequence.sequence_id], FinishReason.ERROR, failed.error)
             return batch
 
-    def _try_step(self, batch: Batch) -> bool:
-        """Runs a step; when it fails, so do its sequences, and the engine goes on. Returns whether it ran."""
+    def _turn(self, batch: Batch) -> None:
+        """Launches a step, ends the one before it while the device computes, and has the new one's tokens chosen.
+
+        In this order a choice knows all tokens before it, for grammars and penalties, and the device waits for the CPU
+        only if ending a step takes longer than computing one. Where steps do not overlap, the new one ends here too.
+        """
+        before, self._under_way = self._under_way, None
+        # Filled while the device computes, and from where the tokens before have led.
+        masks = self._masks.begin(batch) if before is None else None
+        step = self._tried(batch, lambda: self._launch(batch, before)) if batch.sequences else None
+        if before is not None:
+            self._tried(before.batch, lambda: self._end_step(before))
+            masks = self._masks.begin(batch)
+        if step is None or not self._tried(batch, lambda: self._choose(step, masks)):
+            return
+        if self._overlaps:
+            self._under_way = step
+        else:
+            self._tried(batch, lambda: self._end_step(step))
+
+    def _tried(self, batch: Batch, part: Callable[[], _T]) -> _T | None:
+        """Does a part of a step; when it fails, so do the step's sequences, and the engine goes on. None: it failed."""
         try:
-            self._step(batch)
+            return part()
         except Exception as error:
             log.exception("a step of %d sequences failed", len(batch.sequences))
             with self._lock:
                 known = [self._flights.get(item.sequence.sequence_id) for item in batch.sequences]
                 flights = [flight for flight in known if flight is not None]
                 self._end_with_error(flights, f"The step failed with {type(error).__name__}: {error}")
-            return False
+                self._scheduler.drop(batch)
+            self._num_failed += 1
+            if self._num_failed == _MAX_FAILED_STEPS or not self._runner.is_device_alive():
+                self._fault = f"{self._num_failed} steps failed in a row; see the log"
+            return None
+
+    def _launch(self, batch: Batch, before: _Step | None) -> _Step:
+        started_s = time.perf_counter()
+        return _Step(batch, started_s, self._runner.run(batch, None if before is None else before.chosen))
+
+    def _choose(self, step: _Step, masks: StepMasks | None) -> bool:
+        """Has the device choose the step's tokens, which its sequences count from here on."""
+        step.chosen = choose(step.logits, self._flights, masks)
+        with self._lock:
+            self._scheduler.advance(step.batch)
         return True
 
-    def _step(self, batch: Batch) -> None:
-        started = time.perf_counter()
-        masks = self._masks.begin(batch)  # filled while the device computes
-        logits = self._runner.run(batch)
-        self._fail_overflown(logits)
-        tokens = self._sample(logits, masks)
+    def _end_step(self, step: _Step) -> bool:
+        """Waits for a step's tokens, books them and makes its deltas."""
+        batch, logits = step.batch, step.logits
+        assert step.chosen is not None
+        tokens = step.chosen.read()
+        self._fail_overflown(logits, tokens)
         self._follow_grammars(logits, tokens)
         scores = self._score(logits, tokens)
         with self._lock:
@@ -255,41 +311,24 @@ class Engine:
             for item in batch.sequences:
                 if item.sequence.sequence_id in self._flights:
                     self._emit(item.sequence, tokens, scores, item.sequence in ended)
+        self._num_failed = 0
         self._num_steps += 1
         num_adapters = len({item.sequence.version for item in batch.sequences} - {None})
-        duration_s = time.perf_counter() - started
+        now_s = time.perf_counter()
+        duration_s = now_s - max(step.started_s, self._ended_s)  # steps that overlap do not count a time twice
+        self._ended_s = now_s
         self._observe(StepReport(len(batch.sequences), batch.num_tokens, num_adapters, duration_s))
+        return True
 
-    def _fail_overflown(self, logits: StepLogits) -> None:
+    def _fail_overflown(self, logits: StepLogits, tokens: dict[str, int]) -> None:
         """Ends the sequences whose logits are not numbers: an adapter of extreme weights has overflown."""
-        overflown = []
-        if logits.samplers:
-            is_finite = logits.sampled.amax(dim=-1).isfinite().tolist()  # amax passes NaN on
-            overflown = [item.sequence for item, is_fine in zip(logits.samplers, is_finite, strict=True) if not is_fine]
-        scored = [name for name, rows in logits.scored.items() if not rows.amax(dim=-1).isfinite().all()]
+        overflown = [name for name, token in tokens.items() if token == NOT_FINITE]
+        overflown += [name for name, rows in logits.scored.items() if not rows.amax(dim=-1).isfinite().all()]
         with self._lock:
-            flights = {sequence.sequence_id: self._flights[sequence.sequence_id] for sequence in overflown}
-            flights |= {name: self._flights[name] for name in scored}
+            flights = {name: self._flights[name] for name in overflown if name in self._flights}
             self._end_with_error(
                 list(flights.values()), "The model's output overflowed: the adapter's weights or scaling are too large."
             )
-
-    def _sample(self, logits: StepLogits, masks: StepMasks | None) -> dict[str, int]:
-        """The next token of each sequence that samples, by sequence id."""
-        if not logits.samplers:
-            return {}
-        rows = [self._sampling_row(item) for item in logits.samplers]
-        allowed = logits.sampled if masks is None else masks.applied(logits)
-        tokens = sample(edit_logits(allowed, rows), rows).tolist()
-        return {item.sequence.sequence_id: token for item, token in zip(logits.samplers, tokens, strict=True)}
-
-    def _sampling_row(self, item: ScheduledSequence) -> SamplingRow:
-        params = item.sequence.params
-        # One random number per sampled token of this request, so that a seed does not depend on the batch.
-        flight = self._flights.get(item.sequence.sequence_id)  # None: it has just failed
-        uniform = flight.random.random() if flight is not None and params.temperature > 0 else 0.0
-        rules = None if flight is None else flight.rules
-        return SamplingRow(params.temperature, params.top_p, params.top_k, uniform, params.min_p, rules)
 
     def _follow_grammars(self, logits: StepLogits, tokens: dict[str, int]) -> None:
         """Moves each grammar on by its sequence's new token; ends the sequences whose grammar cannot go on."""
@@ -306,9 +345,9 @@ class Engine:
 
     def _score(self, logits: StepLogits, tokens: dict[str, int]) -> dict[str, TokenLogprobs]:
         """Log-probabilities of the sampled tokens for which they are wanted; those of prompts go to their flights."""
-        for sequence_id, rows in logits.scored.items():
-            if sequence_id in self._flights:
-                self._score_prompt(sequence_id, logits, rows.shape[0])
+        for item in logits.scorers:
+            if item.sequence.sequence_id in self._flights:
+                self._score_prompt(item, logits.scored[item.sequence.sequence_id])
         scores = {}
         for row, item in enumerate(logits.samplers):
             sequence_id, num_top = item.sequence.sequence_id, item.sequence.params.logprobs
@@ -316,15 +355,18 @@ class Engine:
                 scores[sequence_id] = token_logprobs(logits.sampled[row : row + 1], [tokens[sequence_id]], num_top)[0]
         return scores
 
-    def _score_prompt(self, sequence_id: str, logits: StepLogits, num_rows: int) -> None:
-        """The row of a position scores the token after it, as far as that is still the prompt's."""
-        flight = self._flights[sequence_id]
-        sequence = flight.sequence
-        end = sequence.num_computed_tokens + 1 + num_rows - sequence.num_virtual_tokens
-        start = max(end - num_rows, 1)  # nothing is said of the prompt's first token, whatever stands before it
+    def _score_prompt(self, item: ScheduledSequence, logits: torch.Tensor) -> None:
+        """The row of a position, of `logits` (tokens of the item, vocabulary), scores the token after it.
+
+        As far as that is still the prompt's.
+        """
+        sequence = item.sequence
+        end = item.end + 1 - sequence.num_virtual_tokens
+        start = max(end - item.num_tokens, 1)  # nothing is said of the prompt's first token, whatever stands before it
         following = sequence.prompt_ids[start : max(end, start)]
-        rows = logits.scored[sequence_id][start - end + num_rows :][: len(following)]
-        flight.add_prompt_scores(start, token_logprobs(rows, following, sequence.params.prompt_logprobs or 0))
+        rows = logits[start - end + item.num_tokens :][: len(following)]
+        scores = token_logprobs(rows, following, sequence.params.prompt_logprobs or 0)
+        self._flights[sequence.sequence_id].add_prompt_scores(start, scores)
 
     def _emit(
         self, sequence: Sequence, tokens: dict[str, int], scores: dict[str, TokenLogprobs], has_ended: bool

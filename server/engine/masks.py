@@ -11,7 +11,7 @@ from llguidance import LLExecutor
 
 from server.engine.constraint import Constraint
 from server.engine.runner import StepLogits
-from server.engine.sequence import Batch
+from server.engine.sequence import Batch, SequenceStatus
 
 _BITS = 32
 
@@ -28,7 +28,9 @@ class Masks:
         bound = {
             item.sequence.sequence_id: item.sequence.constraint
             for item in batch.sequences
-            if item.samples and item.sequence.constraint is not None
+            if item.samples
+            and item.sequence.constraint is not None
+            and item.sequence.status is not SequenceStatus.FINISHED
         }
         if not bound:
             return None

@@ -26,7 +26,7 @@ class SamplingRow:
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """One token per row: logits (rows, vocabulary) -> (rows,) int64 on the CPU.
+    """One token per row: logits (rows, vocabulary) -> (rows,) int64 on the same device.
 
     A row's choice depends on its own logits and its own random number only, so a seed gives the same answer in any
     batch. Temperature 0 takes the most likely token.
@@ -34,12 +34,12 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     greedy = torch.argmax(logits, dim=-1)
     drawn = [i for i, row in enumerate(rows) if row.temperature > 0]
     if not drawn:
-        return greedy.cpu()
+        return greedy
     # Two ways that may answer one random number differently, so a row's way must not depend on its neighbours.
     for of_way in ([i for i in drawn if _is_cut(rows[i])], [i for i in drawn if not _is_cut(rows[i])]):
         if of_way:
             greedy[of_way] = _draw(logits[of_way].float(), [rows[i] for i in of_way])
-    return greedy.cpu()
+    return greedy
 
 
 def _is_cut(row: SamplingRow) -> bool:

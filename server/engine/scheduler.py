@@ -3,7 +3,9 @@
 Owns the waiting and the running sequences, their blocks and their residencies. Knows nothing about tensors, text, how
 an adapter gets to the device, or who reads the tokens.
 
-A step is `schedule`, then the forward pass, then `commit`. In one step:
+A step is `schedule`, then the forward pass, then `commit`. The next may be scheduled while the pass still runs, after
+`advance`: its sequences then count the token that it chooses as known, though nobody knows which it is, and one that
+turns out to have ended has been computed once in vain. In one step:
 
 1. running sequences with one token to compute get it;
 2. running sequences with more get a chunk of what the token budget leaves, in order of arrival;
@@ -47,6 +49,7 @@ from typing import Any, Protocol
 from server.adapters.positions import Reach
 from server.engine.blocks import BlockPool, block_key, root_key
 from server.engine.sequence import (
+    UNKNOWN_TOKEN,
     Batch,
     FailedSequence,
     FinishReason,
@@ -191,6 +194,7 @@ class Scheduler:
         self._num_hit_tokens = 0
         self._turns: dict[Hashable, _Turn] = {}  # of the versions that are held
         self._num_rotations = 0
+        self._advanced: Batch | None = None  # the step under way, if more has been booked than its end will tell
 
     @property
     def num_waiting(self) -> int:
@@ -251,7 +255,7 @@ class Scheduler:
     def abort(self, sequence_id: str) -> Sequence | None:
         """Ends a sequence that its reader has left; None when it is not in flight (any more).
 
-        Like `finish`, it may come at any time but between `schedule` and the reading of that batch by the forward pass.
+        Like `finish`, it may come at any time but between `schedule` and the launch of that batch's forward pass.
         """
         sequence = self._sequences.get(sequence_id)
         if sequence is not None:
@@ -288,13 +292,12 @@ class Scheduler:
             self._admit_waiting(step)
         return Batch(tuple(step.items.values()), tuple(step.failed))
 
-    def commit(self, batch: Batch, sampled: Mapping[str, int]) -> list[Sequence]:
-        """Books a step that has run: `sampled` has a token for the id of each sequence of the batch that samples.
+    def advance(self, batch: Batch) -> None:
+        """Counts what a step computes as computed, and the tokens that it chooses as known, before it has ended.
 
-        Returns the sequences that this ended, by an end-of-sequence token (which stays in the output) or by length.
-        Sequences that ended while the step ran are passed over. Raises ValueError for a step that is not the latest.
+        So the next one can be scheduled while it runs. `commit` of this very step comes next, before another advance.
         """
-        ended: list[Sequence] = []
+        assert self._advanced is None, "the step before has not been committed"
         for item in batch.sequences:
             sequence = item.sequence
             if sequence.status is SequenceStatus.FINISHED:
@@ -302,15 +305,39 @@ class Scheduler:
             if sequence.status is SequenceStatus.WAITING or sequence.num_computed_tokens != item.start:
                 raise ValueError(f"sequence {sequence.sequence_id!r} has moved on since this batch was scheduled")
             sequence.num_computed_tokens += item.num_tokens
-            self._remember_filled(sequence, item.start)
-            self._remember_start(sequence, item.start)
             if item.samples:
-                sequence.output_ids.append(sampled[sequence.sequence_id])
-            reason = self._end_of(sequence)
+                sequence.output_ids.append(UNKNOWN_TOKEN)
+        self._advanced = batch
+
+    def commit(self, batch: Batch, sampled: Mapping[str, int]) -> list[Sequence]:
+        """Books a step that has run: `sampled` has a token for the id of each sequence of the batch that samples.
+
+        Returns the sequences that this ended, by an end-of-sequence token (which stays in the output) or by length.
+        Sequences that ended while the step ran are passed over. Raises ValueError for a step that is not the latest.
+        """
+        if self._advanced is not batch:
+            self.advance(batch)
+        self._advanced = None
+        ended: list[Sequence] = []
+        for item in batch.sequences:
+            sequence = item.sequence
+            if sequence.status is SequenceStatus.FINISHED:
+                continue
+            if sequence.status is SequenceStatus.RUNNING:  # else preempted since, and its blocks are others'
+                self._remember_filled(item)
+                self._remember_start(item)
+            if item.samples:
+                sequence.output_ids[-1] = sampled[sequence.sequence_id]
+            reason = self._end_of(item)
             if reason is not None:
                 self.finish(sequence, reason)
                 ended.append(sequence)
         return ended
+
+    def drop(self, batch: Batch) -> None:
+        """Forgets a step that has failed. Its sequences have been ended before."""
+        if self._advanced is batch:
+            self._advanced = None
 
     def check_integrity(self) -> None:
         """Asserts what holds between any two calls; for tests and for storms."""
@@ -325,7 +352,8 @@ class Scheduler:
         assert all(_turn_in_line(one) < _turn_in_line(other) for one, other in pairwise(self._waiting))
         for sequence in self._running:
             assert sequence.status is SequenceStatus.RUNNING
-            assert sequence.num_pending > 0
+            assert sequence.num_pending > 0 or self._advanced is not None
+            assert not sequence.awaits_token or self._advanced is not None
             assert len(sequence.blocks) >= self._blocks.num_blocks_for(sequence.num_computed_tokens)
             for number, block in enumerate(sequence.blocks):
                 assert self._blocks.key_of(block) in (None, *sequence.block_keys[number : number + 1])
@@ -334,17 +362,20 @@ class Scheduler:
             assert not sequence.blocks
             assert sequence.num_computed_tokens == sequence.slot == 0
 
-    def _end_of(self, sequence: Sequence) -> FinishReason | None:
+    def _end_of(self, item: ScheduledSequence) -> FinishReason | None:
         """`max_tokens` bounds the length; with an adapter's virtual tokens the context may end earlier."""
+        sequence = item.sequence
         params, last = sequence.params, sequence.output_ids[-1] if sequence.output_ids else None
         is_eos = last in self._eos_ids and not params.ignore_eos
         is_whole = sequence.constraint is not None and sequence.constraint.is_complete
         if is_eos or is_whole or last in params.stop_token_ids:
             return FinishReason.STOP
+        return FinishReason.LENGTH if self._is_whole(sequence, item.end) else None
+
+    def _is_whole(self, sequence: Sequence, num_computed_tokens: int) -> bool:
+        """Whether it has all tokens that it may have, once so many of them are computed."""
         is_longest = sequence.num_tokens == self._longest(sequence)
-        if is_longest and sequence.num_computed_tokens >= sequence.num_first_tokens:
-            return FinishReason.LENGTH
-        return None
+        return is_longest and num_computed_tokens >= sequence.num_first_tokens
 
     def _longest(self, sequence: Sequence) -> int:
         """Tokens known at its longest possible end."""
@@ -367,7 +398,8 @@ class Scheduler:
         for sequence in decodes + prefills:
             if not step.num_tokens_left:
                 return
-            if sequence.status is SequenceStatus.RUNNING:
+            # One that is whole ends when the step under way is committed.
+            if sequence.status is SequenceStatus.RUNNING and not self._is_whole(sequence, sequence.num_computed_tokens):
                 self._continue_one(sequence, step)
 
     def _continue_one(self, sequence: Sequence, step: _Step) -> None:
@@ -404,7 +436,7 @@ class Scheduler:
         """Starts the sequences that have lacked room for too long, at the cost of others. Whether more may start."""
         absent: set[Hashable] = set()  # being loaded or copied: nobody gives way for that
         for sequence in self._overdue(step.now_s):
-            if sequence.short_since_s is None or sequence.version in absent:
+            if sequence.short_since_s is None or sequence.version in absent or sequence.awaits_token:
                 continue
             try:
                 slot = self._hold_at_others_cost(sequence, step)
@@ -454,7 +486,7 @@ class Scheduler:
             if self._is_held_back(sequence, step):
                 short.add(sequence.version)
                 continue
-            if sequence.version in absent:
+            if sequence.version in absent or sequence.awaits_token:
                 continue
             try:
                 slot = self._hold(sequence, step)
@@ -559,16 +591,18 @@ class Scheduler:
         at = num_full * self._blocks.block_size, num_virtual
         return block_key(parent, sequence.token_ids(*at), sequence.edit_identities(*at))
 
-    def _remember_start(self, sequence: Sequence, start: int) -> None:
+    def _remember_start(self, item: ScheduledSequence) -> None:
         """Makes known the block that virtual tokens fill in part, once they are computed."""
+        sequence = item.sequence
         num_full, num_more = divmod(sequence.num_virtual_tokens, self._blocks.block_size)
-        is_computed = start <= sequence.num_virtual_tokens <= sequence.num_computed_tokens
+        is_computed = item.start <= sequence.num_virtual_tokens <= item.end
         if num_more and is_computed and self._reuses_prefixes:
             self._blocks.remember_start(sequence.blocks[num_full], self._start_key(sequence))
 
-    def _remember_filled(self, sequence: Sequence, start: int) -> None:
-        """Makes the blocks known that were filled by the tokens from position `start` on."""
-        first, stop = start // self._blocks.block_size, sequence.num_computed_tokens // self._blocks.block_size
+    def _remember_filled(self, item: ScheduledSequence) -> None:
+        """Makes the blocks known that a step has filled."""
+        sequence = item.sequence
+        first, stop = item.start // self._blocks.block_size, item.end // self._blocks.block_size
         if self._reuses_prefixes and first < stop:
             keys = list(self._keys(sequence, stop))
             for block, key in zip(sequence.blocks[first:stop], keys[first:], strict=True):

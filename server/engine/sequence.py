@@ -81,6 +81,9 @@ class Delta:
         return self.finish_reason is not None
 
 
+UNKNOWN_TOKEN = -(1 << 31)  # in place of a token that a step under way chooses; no virtual token has this id
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One generation in flight. The scheduler alone changes the fields below `constraint`; others read them.
@@ -88,7 +91,8 @@ class Sequence:
     Known tokens are the virtual ones that its adapter puts before the prompt, the prompt, and the output so far; the
     first `num_computed_tokens` of them have their keys and values in `blocks`. A preempted sequence keeps its known
     tokens and computes again, the output too, what is not found in the cache; `prompt_ids` stays the original prompt,
-    to which position rules refer.
+    to which position rules refer. While a step runs that chooses its next token, that one counts as known already and
+    stands last in `output_ids` as UNKNOWN_TOKEN.
     """
 
     sequence_id: str
@@ -125,8 +129,14 @@ class Sequence:
         return len(self.prompt_ids)
 
     @property
+    def awaits_token(self) -> bool:
+        """Whether its newest token is being chosen by a step under way."""
+        return bool(self.output_ids) and self.output_ids[-1] == UNKNOWN_TOKEN
+
+    @property
     def num_output_tokens(self) -> int:
-        return len(self.output_ids)
+        """Those that have been chosen."""
+        return len(self.output_ids) - self.awaits_token
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -215,13 +225,18 @@ class ScheduledSequence:
     copied_block: int | None = None
 
     @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
     def token_ids(self) -> list[int]:
-        return self.sequence.token_ids(self.start, self.start + self.num_tokens)
+        """The last may be UNKNOWN_TOKEN, if the step before this one chooses it."""
+        return self.sequence.token_ids(self.start, self.end)
 
     @property
     def slots(self) -> list[int]:
         """The slot that edits each of these tokens."""
-        return self.sequence.slots(self.start, self.start + self.num_tokens)
+        return self.sequence.slots(self.start, self.end)
 
 
 @dataclass(frozen=True, slots=True)

@@ -304,6 +304,15 @@ class Settings(BaseSettings):
         BeforeValidator(_on_or_off),
         Flag("limits", "{on,off}", "whether a prompt's beginning that the KV cache still holds is not computed again"),
     ] = "on"
+    overlap: Annotated[
+        Literal["auto", "on", "off"],
+        BeforeValidator(_on_or_off),
+        Flag(
+            "limits",
+            "{auto,on,off}",
+            "whether a step is prepared while the device computes the one before; auto: with a GPU",
+        ),
+    ] = "auto"
 
     config: Annotated[UserPath | None, Flag("process", "FILE", "YAML file with any of these settings as keys")] = None
     ops: Annotated[

@@ -208,7 +208,7 @@ def _shrink(
     run, split = tl.program_id(0), tl.program_id(2)
     member = tl.program_id(1) // num_rank_blocks
     first = tl.program_id(1) % num_rank_blocks * BLOCK_R
-    start, stop = tl.load(starts + run), tl.load(starts + run + 1)
+    start, stop = tl.load(starts + run).to(tl.int32), tl.load(starts + run + 1).to(tl.int32)
     if start == stop:
         return
     sheet, fields = _fields(addresses, members, tl.load(slots + tl.load(order + start)), member)
@@ -238,7 +238,7 @@ def _embed(
     TILE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     run, first = tl.program_id(0), tl.program_id(1) * BLOCK_R
-    start, stop = tl.load(starts + run), tl.load(starts + run + 1)
+    start, stop = tl.load(starts + run).to(tl.int32), tl.load(starts + run + 1).to(tl.int32)
     if start == stop:
         return
     sheet, fields = _fields(addresses, members, tl.load(slots + tl.load(order + start)), 0)
@@ -310,7 +310,7 @@ def _expand(
     NUM_SPLITS: tl.constexpr, TILE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     run, member = tl.program_id(0), first_member + tl.program_id(2)
-    start, stop = tl.load(starts + run), tl.load(starts + run + 1)
+    start, stop = tl.load(starts + run).to(tl.int32), tl.load(starts + run + 1).to(tl.int32)
     columns = members + member * _NUM_COLUMNS
     # Hints that let a thread load 16 bytes at once: strides are rounded up to that, widths most often.
     alignment: tl.constexpr = 8 if IS_ALIGNED else 1
@@ -478,7 +478,7 @@ def _attend(
     is_out = is_head[:, None] & (d < width)[None, :]
     queries = query + sequence * sequence_stride + head[:, None] * query_head + d[None, :] * query_step
     q = tl.load(queries, is_out, other=0.0).to(keys.dtype.element_ty)
-    stop = tl.load(lengths + sequence)
+    stop = tl.load(lengths + sequence).to(tl.int32)
     start = tl.maximum(stop - window, 0) if HAS_WINDOW else 0
     num_tokens = tl.cdiv(tl.cdiv(stop - start, BLOCK_T), tl.num_programs(2)) * BLOCK_T
     start += part * num_tokens

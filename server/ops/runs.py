@@ -1,12 +1,14 @@
 """What kernels know of a step: its tokens in runs of those with the same rank rows, and the blocks that decodes read.
 
-Owns the order of the tokens and the cut, made on the CPU in vectorised code, and the one copy to the device. Knows
-nothing about why two slots have the same rows: it is given a class for each slot.
+Owns the order of the tokens and the cut, made on the CPU in vectorised code. Knows nothing about why two slots have the
+same rows: it is given a class for each slot. All numbers are int64.
 """
 
 from dataclasses import dataclass
 
 import torch
+
+from server.ops.sending import send
 
 # Tokens of a run. At decode a run is one sequence's token, or a few of one adapter's: 16 is the smallest tile of a
 # tensor core. A prefill chunk reads its rows once per run, so there longer runs pay; beyond 64 the accumulators of an
@@ -23,8 +25,8 @@ class Runs:
     """
 
     max_length: int
-    order: torch.Tensor  # (tokens,) int32
-    starts: torch.Tensor  # (num + 1,) int32, ascending
+    order: torch.Tensor  # (tokens,)
+    starts: torch.Tensor  # (num + 1,) ascending
 
     @property
     def num(self) -> int:
@@ -38,7 +40,7 @@ class TokenRuns:
     Adapters that share a projection (VeRA both, LoRA-FA `down`) are one run there: one product for all their tokens.
     """
 
-    slots: torch.Tensor  # (tokens,) int32
+    slots: torch.Tensor  # (tokens,)
     by_down: Runs
     by_up: Runs
 
@@ -63,9 +65,7 @@ class TokenRuns:
         if is_static or not torch.equal(downs, ups):
             cuts.append(_cut(ups, is_static))
         parts = [slots, *(part for _, *of_cut in cuts for part in of_cut)]
-        packed = torch.cat(parts).to(torch.int32)
-        if device.type == "cuda":
-            packed = packed.pin_memory().to(device, non_blocking=True)
+        packed = send(torch.cat(parts), device)
         on_device, *pieces = torch.split(packed, [len(part) for part in parts])
         orders = zip(cuts, pieces[::2], pieces[1::2], strict=True)
         runs = [Runs(length, order, starts) for (length, *_), order, starts in orders]
@@ -92,6 +92,6 @@ def _cut(classes: torch.Tensor, is_static: bool) -> tuple[int, torch.Tensor, tor
 class DecodeLists:
     """The decoding sequences of a step, one query each, and the blocks of each in the order of their tokens."""
 
-    lengths: torch.Tensor  # (sequences,) int32 cached tokens of each sequence, the new one included
-    firsts: torch.Tensor  # (sequences,) int32 where each sequence's blocks begin in `blocks`
-    blocks: torch.Tensor  # (blocks,) int32
+    lengths: torch.Tensor  # (sequences,) cached tokens of each sequence, the new one included
+    firsts: torch.Tensor  # (sequences,) where each sequence's blocks begin in `blocks`
+    blocks: torch.Tensor  # (blocks,)

@@ -21,7 +21,15 @@ from server.adapters.device.rows import RowAllocator
 from server.adapters.positions import Reach
 from server.engine.blocks import BlockPool
 from server.engine.scheduler import Scheduler, SchedulerLimits
-from server.engine.sequence import Batch, FinishReason, SamplingParams, ScheduledSequence, Sequence, SequenceStatus
+from server.engine.sequence import (
+    UNKNOWN_TOKEN,
+    Batch,
+    FinishReason,
+    SamplingParams,
+    ScheduledSequence,
+    Sequence,
+    SequenceStatus,
+)
 from server.ground.errors import AdapterRejected, ContextTooLong, GraftError, Overloaded, RequestTimedOut
 
 VOCABULARY = 12
@@ -134,7 +142,11 @@ class Shelf:
 class World:
     """A scheduler and what stands around it, the sequences that it accepted, and what must be true of them."""
 
-    def __init__(self, *, num_blocks: int, block_size: int, max_sequences: int, spare_tokens: int) -> None:
+    def __init__(
+        self, *, num_blocks: int, block_size: int, max_sequences: int, spare_tokens: int, overlaps: bool
+    ) -> None:
+        self.overlaps = overlaps
+        self.under_way: tuple[Batch, dict[str, int]] | None = None  # a step that has not been committed, what it chose
         self.now_s = 0.0
         self.shelf = Shelf()
         self.pool = BlockPool(num_blocks, block_size)
@@ -195,17 +207,31 @@ class World:
             self._write_garbage(batch)
             for item in batch.sequences:
                 self._discard(item.sequence)
+            sampled = {}
+        else:
+            sampled = {item.sequence.sequence_id: self._compute(item) for item in batch.sequences}
+        self._commit_what_is_under_way()
+        if fate == "failed":
             return
-        sampled = {item.sequence.sequence_id: self._compute(item) for item in batch.sequences}
-        if batch.sequences and fate in ("overflown", "aborted"):
-            sequence = batch.sequences[pick % len(batch.sequences)].sequence
+        going = [item.sequence for item in batch.sequences if item.sequence.status is not SequenceStatus.FINISHED]
+        if going and fate in ("overflown", "aborted"):
+            sequence = going[pick % len(going)]
             if fate == "overflown":
                 self._discard(sequence)
             else:
                 assert self.scheduler.abort(sequence.sequence_id) is sequence
                 self._end(sequence)
-        for sequence in self.scheduler.commit(batch, sampled):
-            self._end(sequence)
+        self.scheduler.advance(batch)
+        self.under_way = batch, sampled
+        if not self.overlaps:
+            self._commit_what_is_under_way()
+
+    def _commit_what_is_under_way(self) -> None:
+        if self.under_way is not None:
+            batch, sampled = self.under_way
+            self.under_way = None
+            for sequence in self.scheduler.commit(batch, sampled):
+                self._end(sequence)
 
     def abort(self, pick: int) -> None:
         if self.accepted:
@@ -242,7 +268,8 @@ class World:
         assert +self.shelf.holds == Counter(s.version for s in self.running if s.version is not None)
         assert self.pool.num_used == len({block for sequence in self.running for block in sequence.blocks})
         for sequence in self.accepted:
-            assert sequence.output_ids == self.outputs[sequence.sequence_id][: sequence.num_output_tokens]
+            chosen = sequence.output_ids[: sequence.num_output_tokens]
+            assert chosen == self.outputs[sequence.sequence_id][: sequence.num_output_tokens]
             self._check_keys(sequence)
         for sequence in self.running:
             assert self._read(sequence) == self._needed(sequence)
@@ -258,6 +285,7 @@ class World:
                 break
             self.step()
             self.check()
+        self.step()
         assert not self.accepted
         assert (self.pool.num_used, self.scheduler.num_running, self.scheduler.num_waiting) == (0, 0, 0)
         assert self.endings.total() == self.num_added
@@ -289,6 +317,9 @@ class World:
         state = self._read(sequence)[-1] if item.start else 0
         for position, token in enumerate(item.token_ids, start=item.start):
             self._require_private(sequence, position // size)
+            if token == UNKNOWN_TOKEN:  # the device has it
+                assert self.under_way is not None
+                token = self.under_way[1][sequence.sequence_id]
             state = following(state, token, sequence.edit_identity, sequence.cache_salt)
             self.cells[sequence.blocks[position // size]][position % size] = state
         return state % VOCABULARY
@@ -336,6 +367,7 @@ WORLDS = {
     "block_size": st.integers(2, 5),
     "max_sequences": st.integers(1, 5),
     "spare_tokens": st.integers(0, 12),
+    "overlaps": st.booleans(),
 }
 REQUESTS = st.tuples(
     st.integers(0, len(STEMS) - 1),
@@ -352,9 +384,13 @@ class Storm(RuleBasedStateMachine):
     num_steps = 0  # over all examples
 
     @initialize(**WORLDS)
-    def start(self, num_blocks: int, block_size: int, max_sequences: int, spare_tokens: int) -> None:
+    def start(self, num_blocks: int, block_size: int, max_sequences: int, spare_tokens: int, overlaps: bool) -> None:
         self.world = World(
-            num_blocks=num_blocks, block_size=block_size, max_sequences=max_sequences, spare_tokens=spare_tokens
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_sequences=max_sequences,
+            spare_tokens=spare_tokens,
+            overlaps=overlaps,
         )
 
     @rule(requests=st.lists(REQUESTS, min_size=1, max_size=4))
@@ -448,14 +484,16 @@ def random_turn(world: World, dice: random.Random) -> None:
     world.step(dice.choice(FATES) if dice.random() < 0.1 else "fine", dice.randrange(4))
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_two_thousand_steps_of_a_storm(seed: int) -> None:
+def test_two_thousand_steps_of_a_storm(seed: int, overlaps: bool) -> None:
     dice = random.Random(seed)
     world = World(
         num_blocks=dice.randint(12, 18),
         block_size=dice.randint(2, 5),
         max_sequences=dice.randint(3, 6),
         spare_tokens=dice.randint(4, 14),
+        overlaps=overlaps,
     )
     while world.num_steps < 2000:
         random_turn(world, dice)

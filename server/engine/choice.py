@@ -1,0 +1,43 @@
+"""The choice of a step's tokens: its sequences' rules, masks and random numbers meet their logits.
+
+Owns what each row is sampled with, and the mark of rows that are no numbers. Nothing here waits for the device. Knows
+nothing about the loop, or what becomes of a token.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from server.engine.chosen import Chosen
+from server.engine.flight import Flight
+from server.engine.logits import edit_logits
+from server.engine.masks import StepMasks
+from server.engine.runner import StepLogits
+from server.engine.sampler import SamplingRow, sample
+from server.engine.sequence import ScheduledSequence
+
+NOT_FINITE = -1  # instead of a token: the row's logits are not numbers
+
+
+def choose(logits: StepLogits, flights: Mapping[str, Flight], masks: StepMasks | None) -> Chosen:
+    """The next token of each sequence that samples, NOT_FINITE where its logits do not tell; `flights` by sequence id.
+
+    A sequence that is in flight no more (it ended while the step ran) gets a token that nobody reads.
+    """
+    names = [item.sequence.sequence_id for item in logits.samplers]
+    if not names:
+        return Chosen(torch.empty(0, dtype=torch.int64), names)
+    rows = [_sampling_row(item, flights) for item in logits.samplers]
+    allowed = logits.sampled if masks is None else masks.applied(logits)
+    tokens = sample(edit_logits(allowed, rows), rows)
+    is_finite = logits.sampled.amax(dim=-1).isfinite()  # amax passes NaN on
+    return Chosen(torch.where(is_finite, tokens, NOT_FINITE), names)
+
+
+def _sampling_row(item: ScheduledSequence, flights: Mapping[str, Flight]) -> SamplingRow:
+    params = item.sequence.params
+    flight = flights.get(item.sequence.sequence_id)
+    # One random number per sampled token of this request, so that a seed does not depend on the batch.
+    uniform = flight.random.random() if flight is not None and params.temperature > 0 else 0.0
+    rules = None if flight is None else flight.rules
+    return SamplingRow(params.temperature, params.top_p, params.top_k, uniform, params.min_p, rules)

@@ -1,0 +1,41 @@
+"""The tokens that a step has chosen: they stay on the device for the next step, and come to the CPU meanwhile.
+
+Owns the way back of a few numbers. Knows nothing about how they were chosen.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+
+class Reading:
+    """A tensor on its way from the device to the CPU, behind all that the device was given before."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tensor.device.type != "cuda":
+            self._host = tensor
+            return
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record()
+
+    def wait(self) -> torch.Tensor:
+        """The tensor on the CPU, as soon as it is there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
+class Chosen:
+    """One step's choice: a token for each row of `tokens` (rows,) int64, and whose row each is."""
+
+    def __init__(self, tokens: torch.Tensor, sequence_ids: Sequence[str]) -> None:
+        self.tokens = tokens
+        self.row_of: Mapping[str, int] = {name: row for row, name in enumerate(sequence_ids)}
+        self._reading = Reading(tokens)
+
+    def read(self) -> dict[str, int]:
+        """The tokens by sequence id. Waits for the device."""
+        return dict(zip(self.row_of, self._reading.wait().tolist(), strict=True))
