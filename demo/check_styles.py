@@ -8,7 +8,7 @@ fails.
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -30,6 +30,7 @@ from demo.styles import STYLES
 from demo.train_adapters import ADAPTERS, METHOD_OF
 from demo.train_base import BASE, IGNORED, encode, next_token_loss, pad_right
 from demo.world import document
+from examples.bottleneck import load_bottleneck
 from examples.loreft import load_loreft
 from server.adapters.store.folder_store import Store
 
@@ -91,7 +92,7 @@ def load(voice: str, weights: str, adapters: Path = ADAPTERS, base: Path = BASE)
         quantize_nf4(model)
     if voice != BARE:
         folder = folder_of(adapters / voice)
-        without_peft = {"loreft": load_loreft, "delta-lora": with_moved_weights}.get(METHOD_OF[voice])
+        without_peft = WITHOUT_PEFT.get(METHOD_OF[voice])
         model = without_peft(model, folder) if without_peft else PeftModel.from_pretrained(model, str(folder))
     return model.eval()
 
@@ -106,6 +107,13 @@ def with_moved_weights(model: Any, folder: Path) -> Any:
         if parameter:
             model.get_submodule(module).weight.data += factor * tensors[f"{module}.lora_B.weight"] @ down
     return model
+
+
+WITHOUT_PEFT: dict[str, Callable[[Any, Path], Any]] = {
+    "loreft": load_loreft,
+    "delta-lora": with_moved_weights,
+    "bottleneck": load_bottleneck,
+}
 
 
 def generate(

@@ -6,12 +6,12 @@ layers after the sub-blocks of a transformers model, by forward hooks, and saves
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
@@ -98,6 +98,19 @@ def save_bottleneck(
         folder / "adapter_model.safetensors",
     )
     (folder / "adapter_config.json").write_text(json.dumps(_described(model, config, name), indent=2) + "\n")
+
+
+def load_bottleneck(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model with what `save_bottleneck` wrote put in place; the tensors may have been halved since."""
+    described = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    known = {field.name for field in fields(BottleneckConfig)}
+    _insert(model, BottleneckConfig(**{key: value for key, value in described["config"].items() if key in known}))
+    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        path, _, within = key.partition(f".adapters.{described['name']}.")
+        layer, _, part = within.replace("adapter_down.0", "adapter_down").partition(".")
+        with torch.no_grad():
+            model.get_submodule(path).get_submodule(layer).get_parameter(part).copy_(tensor)
+    return model
 
 
 def _insert(model: PreTrainedModel, config: BottleneckConfig) -> list[Bottleneck]:

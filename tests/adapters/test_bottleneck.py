@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from examples.bottleneck import BottleneckConfig, save_bottleneck, train_bottleneck
+from examples.bottleneck import BottleneckConfig, load_bottleneck, save_bottleneck, train_bottleneck
 from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.lowering import lower
 from server.adapters.merging.change import what_is_no_change
@@ -377,6 +377,17 @@ def test_what_the_example_trains_is_served_as_it_was_trained(model: str, tmp_pat
     expected = torch.log_softmax(logits.double(), dim=-1)
     rows = logprob_rows([*got.prompt_logprobs[1:], *got.logprobs], oracle.VOCAB_SIZE)
     assert float((rows - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def test_what_the_example_saved_it_loads(tmp_path: Path) -> None:
+    trained, config = oracle.made("llama"), BottleneckConfig(mh_adapter=False, reduction_factor=8, learning_rate=0.02)
+    ids = torch.arange(16)[None]
+    train_bottleneck(trained, [{"input_ids": ids, "labels": ids}] * 3, config, lambda *_: None)
+    save_bottleneck(trained, config, tmp_path, name="own")
+    loaded = load_bottleneck(oracle.made("llama"), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, trained(ids).logits)
+        assert not torch.equal(loaded(ids).logits, oracle.made("llama")(ids).logits)
 
 
 @pytest.mark.parametrize(
