@@ -51,11 +51,13 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The bytes of an adapter on the tiers above the disk, each tensor counted in full even where others share it."""
+    """What an adapter takes: bytes on the tiers above the disk, each tensor counted in full even where others share it,
+    and tokens of each sequence's context."""
 
     host_bytes: int
     device_bytes: int  # its rows
     needed_bytes: int  # on an empty device, the edges of slabs counted
+    num_virtual_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,6 +154,10 @@ class Registry:
         """What the adapter in a slot that is held does to a sequence's positions; None: one part, everywhere."""
         return self._device.reach(slot)
 
+    def num_virtual_tokens(self, version: AdapterVersion) -> int | None:
+        """How many tokens the adapter puts before every prompt; None until it has been loaded once."""
+        return self._residency.num_virtual_tokens(version)
+
     def lacks_room(self, version: AdapterVersion) -> bool:
         """Whether `admit` gave None because adapters that are held leave it no room: it is on the host."""
         return self._residency.lacks_room(version)

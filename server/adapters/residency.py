@@ -99,8 +99,8 @@ class Residency:
         if content.num_unloads == 0 and content.refused_at == self._books.num_easings:
             return None  # nothing has changed that could make room
         content.refused_at = None
-        if content.num_unloads or content.is_promoting or content.is_copying:
-            return None
+        if content.num_unloads or content.is_promoting or content.is_copying or content.is_loading:
+            return None  # a load's end tells what the adapter takes; what is on the host before is not yet known
         adapter = self._on_host(content)
         if adapter is not None and _is_large(content) and not content.must_reserve_inline:
             self._promote(content, is_early=False)
@@ -136,6 +136,12 @@ class Residency:
         """`Registry.lacks_room`."""
         with self._books.lock:
             return self._held_content(version).refused_at is not None
+
+    def num_virtual_tokens(self, version: AdapterVersion) -> int | None:
+        """`Registry.num_virtual_tokens`."""
+        with self._books.lock:
+            sizes = self._held_content(version).sizes
+            return None if sizes is None else sizes.num_virtual_tokens
 
     def least_valuable(self, versions: Iterable[AdapterVersion]) -> AdapterVersion | None:
         """`Registry.least_valuable`."""

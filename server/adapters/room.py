@@ -53,7 +53,8 @@ class Device(Protocol):
 
 def measure(device: Device, adapter: HostAdapter) -> Sizes:
     """What the adapter takes. Slow: plays an admission through. Raises AdapterRejected for more than the device has."""
-    sizes = Sizes(adapter.tensor_bytes, device.resident_bytes(adapter), device.needed_bytes(adapter))
+    in_bytes = adapter.tensor_bytes, device.resident_bytes(adapter), device.needed_bytes(adapter)
+    sizes = Sizes(*in_bytes, adapter.num_virtual_tokens)
     if sizes.needed_bytes > device.capacity_bytes:
         raise never_fits(device, adapter)
     return sizes

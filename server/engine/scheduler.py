@@ -111,6 +111,9 @@ class Residency(Protocol):
     def reach(self, slot: int) -> Reach | None:
         """What the adapter in a slot that is held does to a sequence's positions; None: one part, everywhere."""
 
+    def num_virtual_tokens(self, version: Any) -> int | None:
+        """How many tokens the adapter puts before every prompt; None while that is not known. Asks for no loading."""
+
     def lacks_room(self, version: Any) -> bool:
         """Whether `admit` gave None because adapters that are held leave it no room, and not because it is loading."""
 
@@ -244,6 +247,7 @@ class Scheduler:
         if sequence.sequence_id in self._sequences:
             raise ValueError(f"a sequence {sequence.sequence_id!r} is already in flight")
         self.check_fits(sequence.num_prompt_tokens, sequence.params.max_tokens)
+        self._check_room_for_prompt(sequence)
         if len(self._waiting) >= self._limits.max_queued:
             raise Overloaded(f"The queue is full: max_queued is {self._limits.max_queued}. Retry in a moment.")
         sequence.arrival = self._num_arrived
@@ -528,10 +532,6 @@ class Scheduler:
             self._unhold(sequence.version)
             return False
         sequence.take(slot, self._residency.reach(slot) if slot else None)
-        if sequence.num_first_tokens + min(sequence.params.max_tokens, 1) > self.max_total_tokens:
-            self._unhold(sequence.version)
-            self._fail(sequence, self._too_long(sequence), step)
-            return True
         found = self._find(sequence)
         copied_block = self._find_start(sequence, len(found))
         num_found = len(found) * self._blocks.block_size if copied_block is None else sequence.num_virtual_tokens
@@ -640,9 +640,11 @@ class Scheduler:
         sequence.num_computed_tokens = 0
 
     def _hold(self, sequence: Sequence, step: _Step) -> int | None:
+        """Its slot, once its adapter is there for it. Raises GraftError where that cannot be, or would be of no use."""
         version = sequence.version
         if version is None:
             return 0
+        self._check_room_for_prompt(sequence)  # first: nobody makes room for an adapter that then cannot be used
         slot = self._residency.admit(version)
         if slot is not None:
             self._num_holds[version] += 1
@@ -657,13 +659,18 @@ class Scheduler:
         if not self._num_holds[version]:
             del self._num_holds[version], self._turns[version]
 
-    def _too_long(self, sequence: Sequence) -> ContextTooLong:
-        """For a sequence that its adapter's virtual tokens leave no room in the context."""
-        return ContextTooLong(
-            f"The prompt has {sequence.num_prompt_tokens} tokens and the adapter puts {sequence.num_virtual_tokens} "
-            f"virtual ones before it; a request may come to at most {self.max_total_tokens}. Shorten the prompt.",
-            param="prompt",
-        )
+    def _check_room_for_prompt(self, sequence: Sequence) -> None:
+        """Raises ContextTooLong for a prompt that the adapter's virtual tokens, where known, leave no room."""
+        num_virtual = None if sequence.version is None else self._residency.num_virtual_tokens(sequence.version)
+        if not num_virtual:
+            return
+        num_tokens = num_virtual + sequence.num_prompt_tokens + min(sequence.params.max_tokens, 1)
+        if num_tokens > self.max_total_tokens:
+            raise ContextTooLong(
+                f"The prompt has {sequence.num_prompt_tokens} tokens and the adapter puts {num_virtual} virtual ones "
+                f"before it; a request may come to at most {self.max_total_tokens}. Shorten the prompt.",
+                param="prompt",
+            )
 
     def _out_of_blocks(self, sequence: Sequence) -> GenerationFailed:
         """For a sequence that runs alone: its blocks and the free ones are all that it can ever get."""

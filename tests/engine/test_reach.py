@@ -103,13 +103,32 @@ def test_whoever_comes_and_goes_reads_the_virtual_tokens(seed: int) -> None:
     assert_nothing_is_held(server)
 
 
-def test_a_prompt_that_they_leave_no_room_fails_when_that_is_known() -> None:
+def test_a_prompt_that_they_leave_no_room_is_refused_at_the_door() -> None:
     server = with_virtual_tokens(max_context=12)
+    sequence = server.sequence(num_prompt=7, max_tokens=3, version="a")
+    with pytest.raises(ContextTooLong, match="7 tokens and the adapter puts 6 virtual ones"):
+        server.scheduler.add(sequence)
+    assert_nothing_is_held(server)
+
+
+def test_an_adapter_that_loads_meanwhile_is_not_asked_for_its_place() -> None:
+    """How many virtual tokens it has is known once it is loaded: in time to refuse before anybody makes room."""
+    server = with_virtual_tokens(max_context=12, room=1)
+    server.residency.absent.add("a")
+    other = server.add(server.sequence(num_prompt=2, max_tokens=9, version="b"))
     sequence = server.add(server.sequence(num_prompt=7, max_tokens=3, version="a"))
-    [failed] = server.schedule().failed
+    server.step()
+    num_asked = server.residency.num_asked["a"]
+    server.residency.absent.clear()
+    server.now_s += 100  # it is overdue, and others would have to give way
+    [failed] = server.step().failed
     assert failed.sequence is sequence
     assert isinstance(failed.error, ContextTooLong)
     assert "6 virtual ones" in failed.error.message
+    assert server.residency.num_asked["a"] == num_asked
+    server.run_to_the_end()
+    assert other.output_ids == alone(other)
+    assert (server.scheduler.num_preemptions, server.scheduler.num_rotations) == (0, 0)
     assert_nothing_is_held(server)
 
 

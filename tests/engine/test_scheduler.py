@@ -119,6 +119,10 @@ class FakeResidency:
     def reach(self, slot: int) -> Reach | None:
         return self.reaches.get(slot)
 
+    def num_virtual_tokens(self, version: Hashable) -> int | None:
+        reach = None if version in self.absent else self.reaches.get(SLOTS[version])
+        return None if version in self.absent else 0 if reach is None else reach.num_virtual_tokens
+
     def lacks_room(self, version: Hashable) -> bool:
         return version not in self.absent
 

@@ -108,6 +108,9 @@ class Shelf:
     def reach(self, slot: int) -> Reach | None:
         return None
 
+    def num_virtual_tokens(self, version: Version) -> int:
+        return 0
+
     def lacks_room(self, version: Version) -> bool:
         return version.name not in self.loading
 
