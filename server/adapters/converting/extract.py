@@ -37,18 +37,18 @@ Progress = Callable[[int, int], None]  # tensors done, tensors in all
 class Extraction:
     """What to keep of each change: at most `rank`, and with `energy` no more than holds this share of its square.
 
-    `targets` are names of linears, or ends of paths; None means all but the head. `is_strict` refuses a change that
-    would be left out.
+    Without a `rank` it is the largest that is served. `targets` are names of linears, or ends of paths; None means all
+    but the head. `is_strict` refuses a change that would be left out.
     """
 
-    rank: int = MAX_RANK
+    rank: int | None = None
     energy: float = 1.0
     targets: tuple[str, ...] | None = None
     is_strict: bool = False
 
     def __post_init__(self) -> None:
         """Raises BadRequest for what is out of range."""
-        if not 1 <= self.rank <= MAX_RANK:
+        if self.rank is not None and not 1 <= self.rank <= MAX_RANK:
             raise BadRequest(f"--rank {self.rank}: it must be from 1 to {MAX_RANK}.", param="rank")
         if not 0 < self.energy <= 1:
             raise BadRequest(f"--energy {self.energy}: it must be above 0 and at most 1, such as 0.9.", param="energy")
@@ -149,7 +149,7 @@ def _check_rank(how: Extraction, chosen: Mapping[str, BaseSite]) -> None:
     if not chosen:
         raise BadRequest("--targets: the checkpoint has no weights of its own for these (a tied head has none).")
     largest = max(min(site.d_in, site.d_out) for site in chosen.values())
-    if how.energy == 1 and how.rank > largest:
+    if how.energy == 1 and how.rank is not None and how.rank > largest:
         raise BadRequest(
             f"--rank {how.rank}: the largest rank that these modules can have is {largest}. Give a smaller one.",
             param="rank",
@@ -202,7 +202,7 @@ def _carried(
 
 def _factors(change: torch.Tensor, how: Extraction) -> Factors:
     """Of a change (d_out, d_in) that is not zero."""
-    rank = min(how.rank, *change.shape)
+    rank = min(MAX_RANK if how.rank is None else how.rank, *change.shape)
     if min(change.shape) <= _MAX_EXACT or 4 * rank > min(change.shape):  # a wide basis costs more than it saves
         return truncate_dense(change, rank, how.energy)
     return truncate_drawn(change, rank, how.energy)

@@ -4,6 +4,7 @@ Owns that process, its limits, and the sentences for what goes wrong in it. Know
 """
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,8 @@ from safetensors.torch import load_file
 from server.ground.errors import AdapterRejected
 
 _PROGRAM = Path(__file__).with_name("pickle_process.py")
+_MAX_SHOWN = 200  # characters of what the process says when it ends
+_MAX_SHOWN_BYTES = 4096  # that are looked at for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +51,40 @@ def read_pickles(paths: Sequence[Path], limits: PickleLimits | None = None) -> t
 
 def _run(paths: Sequence[Path], folder: Path, max_bytes: int, limits: PickleLimits) -> None:
     """Isolated (-I) and with a bare environment: what a file could get out of torch's reader to see is little."""
+    where, errors = paths[0].parent, folder / "stderr"
     try:
-        done = subprocess.run(
-            [sys.executable, "-I", str(_PROGRAM), str(folder), str(max_bytes), str(limits.cpu_s)],
-            input=json.dumps([str(path.absolute()) for path in paths]).encode(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={"OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-            timeout=limits.wall_s,
-            check=False,
-        )
+        with errors.open("wb") as stderr:
+            done = subprocess.run(
+                [sys.executable, "-I", str(_PROGRAM), str(folder), str(max_bytes), str(limits.cpu_s)],
+                input=json.dumps([str(path.absolute()) for path in paths]).encode(),
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env={"OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+                timeout=limits.wall_s,
+                check=False,
+            )
     except subprocess.TimeoutExpired as error:
-        raise AdapterRejected(f"Reading {paths[0].parent} took more than {limits.wall_s:g} s.") from error
+        raise AdapterRejected(f"Reading {where} took more than {limits.wall_s:g} s.") from error
+    except OSError as error:
+        raise AdapterRejected(f"The process that reads the .bin files of {where} did not start: {error}.") from error
     if done.returncode != 0:
-        raise AdapterRejected(
-            f"The process that reads the .bin files of {paths[0].parent} ended; they may take too much memory or time. "
-            "Save the adapter again from pyreft."
-        )
+        raise AdapterRejected(f"The process that reads the .bin files of {where} {_end(done.returncode, errors)}.")
     answer = json.loads(done.stdout)
     if answer:
         raise AdapterRejected(f"{paths[answer['file']].name}: {answer['words']}. Save the adapter again from pyreft.")
+
+
+def _end(returncode: int, errors: Path) -> str:
+    """How the process ended. What it last wrote is shown as data: a file may have had a say in it."""
+    if returncode < 0:
+        by = signal.strsignal(-returncode) or f"signal {-returncode}"
+        return f"was killed ({by}): they take too much memory or time. Save the adapter again from pyreft"
+    with errors.open("rb") as written:
+        written.seek(max(0, errors.stat().st_size - _MAX_SHOWN_BYTES))
+        lines = written.read().decode(errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")
+    return f"ended with the status {returncode}, and last wrote {last[-_MAX_SHOWN:]!r}"
 
 
 def _load(written: Path, path: Path) -> Mapping[str, torch.Tensor]:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers.activations import ACT2FN
 
 from server.adapters.converting.pickles import PickleLimits, read_pickles
 from server.adapters.converting.pyreft_folder import PyreftFolder
@@ -22,6 +21,7 @@ from server.adapters.format.content import CONFIG_FILE, WEIGHTS_FILE
 from server.adapters.merging.lora_folder import new_folder
 from server.adapters.positions import prompt_ends
 from server.ground.errors import AdapterRejected, BadRequest
+from server.ops.site_ops.bottleneck import NAMES
 
 LAST_POSITIONS = ("prompt", "prompt-1")
 APPLIES_TO = ("prompt", "generated")
@@ -174,9 +174,9 @@ def _check_activation(kind: str, activation: str | None) -> None:
         return
     if activation != _LINEAR and kind in _WITHOUT_ACTIVATION:
         raise BadRequest(f"--activation {activation}: {kind} has none. Leave it out.", param="activation")
-    if activation not in ACT2FN:
-        known = ", ".join(sorted(ACT2FN))
-        raise BadRequest(f"--activation {activation!r:.40}: pyreft knows {known}.", param="activation")
+    if activation not in NAMES:
+        known = ", ".join(sorted(NAMES))
+        raise BadRequest(f"--activation {activation!r:.40} cannot be served: {known} can.", param="activation")
 
 
 def _parts(folder: PyreftFolder, training: Training) -> Sequence[str]:

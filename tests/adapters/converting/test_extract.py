@@ -311,6 +311,16 @@ def test_the_command_prints_the_energy_by_layer_and_draws_it(
     assert plot.read_text().startswith("<?xml")
 
 
+def test_all_of_the_energy_needs_no_rank(
+    base: Callable[[str], Path], tuned: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though the largest rank that is served is more than these modules can have."""
+    out = tmp_path / "out"
+    asked = ["convert", "extract", str(base("llama")), str(tuned(low_rank_everywhere(2))), str(out)]
+    assert main([*asked, "--energy", "1"]) == 0
+    assert "100.0% of the change's energy kept" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("flags", "words"), [([], "Say how much to keep"), (["--rank", "99"], "is 64")])
 def test_the_command_says_what_is_missing(
     flags: list[str], words: str, base: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -17,13 +17,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers.activations import ACT2FN
 
+from server.adapters.converting import pickles
 from server.adapters.converting.pickles import PickleLimits, read_pickles
 from server.adapters.converting.pyreft_folder import PyreftFolder
 from server.adapters.converting.reft import Positions, Training, convert, open_questions, rotation
 from server.adapters.format.content import CONFIG_FILE, WEIGHTS_FILE
 from server.cli import main
 from server.ground.errors import AdapterRejected, BadRequest, GraftError
+from server.ops.site_ops.bottleneck import NAMES
 
 H, R = 16, 3
 PROMPT = Training(Positions(7, 7), None, "linear", "prompt")
@@ -211,7 +214,7 @@ def test_positions_are_written_in_one_way(text: str, written: str) -> None:
         ([0, 0], "Loreft", Training(Positions(7, 0), None, "linear", "prompt"), "two interventions at layer 0"),
         ([0, 0], "Loreft", Training(Positions(7, 7), True, "linear", "prompt"), "two interventions at layer 0"),
         ([0, 1, 2], "Loreft", Training(Positions(7, 7), False, "linear", "prompt"), "an odd number"),
-        ([0], "Loreft", Training(Positions(7, 0), None, "swosh", "prompt"), "pyreft knows .*relu"),
+        ([0], "Loreft", Training(Positions(7, 0), None, "swosh", "prompt"), "cannot be served: .*relu"),
         ([0], "Lobireft", Training(Positions(7, 0), None, "relu", "prompt"), "lobireft has none"),
         ([0], "Loreft", Training(Positions(7, 0), None, "relu", None, "generated"), "applies to each of them"),
         ([0], "Loreft", Training(Positions(7, 0)), "activation: pyreft does not save it"),
@@ -287,6 +290,41 @@ class _Program:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self._path),)
+
+
+def test_what_the_server_would_refuse_at_the_upload_is_not_converted(tmp_path: Path) -> None:
+    folder = PyreftFolder.open(write_pyreft(tmp_path / "pyreft", [0]))
+    unserved = ACT2FN.keys() - NAMES.keys()
+    assert "hardswish" in unserved
+    for name in unserved:
+        with pytest.raises(BadRequest, match="cannot be served"):
+            convert(folder, Training(Positions(7, 0), None, name, "prompt"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("raise ImportError('libtorch.so: cannot open shared object file')", "status 1, .*libtorch.so: cannot open"),
+        ("import sys; sys.exit(3)", "status 3, and last wrote 'it wrote nothing'"),
+        ("import sys; sys.exit('\\x1b[2J' + 'x' * 9999)", r"status 1, and last wrote 'x{200}'"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGXCPU)", "was killed .*too much memory or time"),
+    ],
+)
+def test_a_reader_that_does_not_start_says_why(
+    program: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "reader.py").write_text(program)
+    (tmp_path / "a.bin").write_bytes(b"")
+    monkeypatch.setattr(pickles, "_PROGRAM", tmp_path / "reader.py")
+    with pytest.raises(AdapterRejected, match=words):
+        read_pickles([tmp_path / "a.bin"])
+
+
+def test_a_reader_that_cannot_be_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.bin").write_bytes(b"")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(AdapterRejected, match="did not start: .*No such file"):
+        read_pickles([tmp_path / "a.bin"])
 
 
 def test_a_pickle_that_would_run_a_program_is_refused_by_its_name(tmp_path: Path) -> None:
