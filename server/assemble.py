@@ -89,6 +89,15 @@ class Server:
         await self.engine.drain(timeout_s)
         self.merges.give_up()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests can still be answered; a process whose server is not must end."""
+        return self.engine.is_alive
+
+    def abandon(self) -> None:
+        """Tells those who wait for a server that is not alive."""
+        self.engine.abandon()
+
     def close(self) -> None:
         """Ends every thread of the server; what is in flight fails. Blocks until they are done."""
         for rescan in self.rescans:
@@ -193,7 +202,10 @@ def _engine(
     with _fitting("the KV cache", "--kv-memory"):
         runner = Runner(base, adapters, blocks.num_blocks, blocks.block_size, kernels)
     overlaps = settings.overlap == "on" or (settings.overlap == "auto" and base.device.type == "cuda")
-    return scheduler, runner, Engine(scheduler, blocks, runner, tokenizer, metrics.step, overlaps=overlaps)
+    engine = Engine(
+        scheduler, blocks, runner, tokenizer, metrics.step, overlaps=overlaps, max_step_s=settings.step_timeout
+    )
+    return scheduler, runner, engine
 
 
 def _read_template(path: Path | None) -> str | None:

@@ -28,8 +28,11 @@ async def beats(scope, receive, send):
             await send({"type": "lifespan.startup.complete"})
         return await send({"type": "lifespan.shutdown.complete"})
     await send({"type": "http.response.start", "status": 200, "headers": []})
+    if scope["path"] == "/generation":
+        generating.append(scope)
+    Slow.is_alive = scope["path"] != "/fatal"
     for beat in range(3 if scope["path"] == "/slow" else 10_000):
-        if scope["path"] == "/generation" and aborted.is_set():
+        if scope["path"] in ("/generation", "/fatal") and aborted.is_set():
             await send({"type": "http.response.body", "body": b"last words\\n", "more_body": True})
             break
         await send({"type": "http.response.body", "body": b"beat\\n", "more_body": True})
@@ -37,14 +40,22 @@ async def beats(scope, receive, send):
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 aborted = asyncio.Event()
+generating = []
 
 class Slow:
     app = staticmethod(beats)
+    is_alive = True
+
+    def abandon(self):
+        print("abandoned", flush=True)
+        aborted.set()
 
     async def drain(self, timeout_s):
         print("drains within", timeout_s, flush=True)
         if timeout_s == 0:
             aborted.set()
+        elif generating:
+            await aborted.wait()
 
     def banner(self):
         return f"listening on {settings.url}"
@@ -53,7 +64,7 @@ class Slow:
         print("closed", flush=True)
 
 serve._LAST_WORDS_S = float(sys.argv[2])
-settings = load({"model": "m", "port": "0", "host": sys.argv[1]})
+settings = load({"model": "m", "port": "0", "host": sys.argv[1], "drain_timeout": sys.argv[3]})
 with bind(settings) as listener:
     settings = settings.model_copy(update={"port": listener.getsockname()[1]})
     server = Slow()
@@ -66,9 +77,9 @@ sys.exit(code)
 
 
 @contextmanager
-def running_server(last_words_s: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def running_server(last_words_s: float, drain_s: float = 30) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A running process and its URL; ended by the test, or killed after it."""
-    command = [sys.executable, "-c", SLOW_SERVER, "127.0.0.1", str(last_words_s)]
+    command = [sys.executable, "-c", SLOW_SERVER, "127.0.0.1", str(last_words_s), str(drain_s)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with process:
         assert process.stdout is not None
@@ -87,7 +98,7 @@ def slow_server() -> Iterator[tuple[subprocess.Popen[str], str]]:
 @pytest.fixture
 def patient_server() -> Iterator[tuple[subprocess.Popen[str], str]]:
     """One that gives aborted answers so long to end that a slow machine cannot matter."""
-    with running_server(last_words_s=28) as running:
+    with running_server(last_words_s=28, drain_s=90) as running:
         yield running
 
 
@@ -188,6 +199,31 @@ def test_the_second_signal_aborts_what_is_running(slow_server: tuple[subprocess.
         printed, _ = process.communicate(timeout=120)
     assert printed == "drains within 28.0\ndrains within 0\nclosed\n"
     assert process.returncode == 0
+
+
+def test_a_server_that_is_not_alive_any_more_tells_its_clients_and_ends_with_another_code(
+    slow_server: tuple[subprocess.Popen[str], str],
+) -> None:
+    process, url = slow_server
+    with urllib.request.urlopen(f"{url}/fatal", timeout=120) as answer:
+        assert answer.read().endswith(b"last words\n")
+    printed, said = process.communicate(timeout=120)
+    assert printed == "abandoned\nclosed\n"
+    assert "the engine has stopped" in said
+    assert process.returncode == 1
+
+
+def test_while_it_drains_it_still_answers(patient_server: tuple[subprocess.Popen[str], str]) -> None:
+    process, url = patient_server
+    with urllib.request.urlopen(f"{url}/generation", timeout=120) as answer:
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        assert "finishing" in process.stderr.readline()
+        with urllib.request.urlopen(f"{url}/slow", timeout=120) as other:
+            assert other.status == 200
+        process.send_signal(signal.SIGTERM)
+        assert answer.read().endswith(b"last words\n")
+    process.communicate(timeout=120)
 
 
 def test_a_benchmark_without_its_packages_says_how_to_get_them(

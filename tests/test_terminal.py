@@ -14,12 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from server.adapters.quarantine import MAX_OVERFLOWS
 from server.assemble import Server
+from server.engine import choice, sampler
 from server.engine.chosen import Chosen
 from server.engine.flight import GenerationRequest
 from server.engine.runner import Runner, StepLogits
 from server.engine.sequence import Batch, Delta, FinishReason, SamplingParams
-from server.ground.errors import ContextTooLong, GenerationFailed, GraftError, Overloaded
+from server.ground.errors import (
+    AdapterQuarantined,
+    ContextTooLong,
+    GenerationFailed,
+    GraftError,
+    OutOfMemory,
+    Overloaded,
+)
 from tests.adapters.peft_adapters import make_adapter
 from tests.serving import Ask, answer, answer_all, serving
 from tests.test_isolation import check_nothing_leaks
@@ -31,6 +40,8 @@ class FaultyRunner:
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         self.num_faults = 0
+        self.error: Exception = RuntimeError("the device fell off the bus")
+        self.max_tokens: int | None = None  # in a step that has memory
         self.permits: threading.Semaphore | None = None  # one per step; None: steps need none
 
     def run(self, batch: Batch, before: Chosen | None = None) -> StepLogits:
@@ -38,7 +49,9 @@ class FaultyRunner:
             assert self.permits.acquire(timeout=60)
         if self.num_faults:
             self.num_faults -= 1
-            raise RuntimeError("the device fell off the bus")
+            raise self.error
+        if self.max_tokens is not None and batch.num_tokens > self.max_tokens:
+            raise torch.OutOfMemoryError(f"no memory for {batch.num_tokens} tokens")
         return self.runner.run(batch, before)
 
     def is_device_alive(self) -> bool:
@@ -181,6 +194,47 @@ def test_an_engine_whose_steps_keep_failing_says_that_it_is_dead(server: Server)
     assert not server.engine.is_alive
 
 
+def test_steps_without_memory_shrink_and_every_answer_is_what_it_would_have_been(server: Server) -> None:
+    faulty: Any = server.engine._runner
+    asks = [
+        Ask(None, tuple(range(1, num)), SamplingParams(6, temperature=float(num % 2), seed=num, ignore_eos=True))
+        for num in range(9, 15)
+    ]
+    expected = [answer_all(server, [ask])[0] for ask in asks[:4]]
+    faulty.max_tokens = 3
+    assert [got.token_ids for got in answer_all(server, asks[:4])] == [each.token_ids for each in expected]
+    assert server.engine.stats().num_shed >= 2
+    check_nothing_leaks(server)
+
+
+def test_a_request_that_needs_more_than_there_is_fails_alone_and_the_engine_goes_on(server: Server) -> None:
+    faulty: Any = server.engine._runner
+    faulty.max_tokens = 0
+    failed = answer_all(server, [Ask(None, (5, 6), SamplingParams(3))])[0]
+    assert isinstance(failed.error, OutOfMemory)
+    assert "--kv-memory" in failed.error.message
+    faulty.max_tokens = None
+    assert answer_all(server, [Ask(None, (5, 6), SamplingParams(3))])[0].error is None
+    check_nothing_leaks(server)
+
+
+def test_memory_that_runs_out_while_tokens_are_chosen_changes_no_seed(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = Ask(None, (5, 6), SamplingParams(6, temperature=1.0, seed=3, ignore_eos=True))
+    expected = answer_all(server, [ask])[0]
+    fates = iter([True])  # two tokens, which may become one
+
+    def sample(*arguments: Any) -> torch.Tensor:
+        if next(fates, False):
+            raise MemoryError
+        return sampler.sample(*arguments)
+
+    monkeypatch.setattr(choice, "sample", sample)
+    assert answer_all(server, [ask])[0].token_ids == expected.token_ids
+    assert server.engine.stats().num_shed == 1
+
+
 def test_a_lost_device_ends_the_engine_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     faulty: Any = server.engine._runner
     monkeypatch.setattr(faulty, "is_device_alive", lambda: False)
@@ -227,8 +281,13 @@ def test_an_adapter_that_overflows_fails_and_its_neighbours_do_not(tiny_llama: P
         )
         for failed in (huge, scored):
             assert failed.finish_reason is FinishReason.ERROR
-            assert "overflowed" in str(failed.error)
+            assert "overflowed with the adapter huge@" in str(failed.error)
         assert base.token_ids == alone.token_ids
+        while server.registry.describe("huge").is_quarantined is False:
+            assert answer_all(server, [Ask("huge", (5, 6), SamplingParams(8))])[0].error is not None
+        assert server.registry.stats().overflows_total == MAX_OVERFLOWS
+        with pytest.raises(AdapterQuarantined, match="lift_quarantine"):
+            server.registry.lease("huge")
         check_nothing_leaks(server)
 
 

@@ -40,6 +40,7 @@ class AdapterInfo:
     base_fingerprint: str | None  # of the base that it was made for or, where nobody said, validated against
     warnings: tuple[str, ...]
     is_refused: bool  # whether requests for it are, because it seems to be of another base and the server is strict
+    is_quarantined: bool  # whether requests for it are, because the output has overflowed with it too often
     source: str  # "store", or the folder that it is read from in place
     folder: Path  # that its files are in now
     provenance: Provenance | None  # of one that was fetched
@@ -73,6 +74,7 @@ class RegistryStats:
     num_on_host: int
     num_loading: int
     num_pinned: int
+    num_quarantined: int
     device_used_bytes: int
     device_capacity_bytes: int
     store_bytes: int  # content of the versions in the store that are listed
@@ -81,6 +83,7 @@ class RegistryStats:
     loads_total: int
     load_failures_total: int
     promotions_total: int
+    overflows_total: int  # steps in which the output with an adapter overflowed, each adapter counted
     unloads_total: int
     device_evictions_total: int
     host_evictions_total: int

@@ -95,6 +95,8 @@ class Content:
     refused_at: int | None = None  # the number of easings when it last found no room on the device
     load_s: float | None = None  # the shortest load from the store
     uses: Uses = field(default_factory=Uses)
+    overflows_s: list[float] = field(default_factory=list)  # of late: when the output with it was no numbers
+    is_quarantined: bool = False  # after several of these: served to nobody
 
     @property
     def num_leases(self) -> int:

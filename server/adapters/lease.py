@@ -11,6 +11,7 @@ from typing import Self
 from server.adapters.books import Books
 from server.adapters.catalog import AdapterVersion, Content, Copy, Portion
 from server.adapters.loader import Loader
+from server.adapters.quarantine import Quarantine
 from server.adapters.residency import Residency
 from server.adapters.workers import Workers
 from server.ground.errors import BadRequest
@@ -24,13 +25,19 @@ class Lease:
     """
 
     def __init__(
-        self, content: Content, portions: Sequence[Portion], copies: Sequence[Copy], end: Callable[["Lease"], None]
+        self,
+        content: Content,
+        portions: Sequence[Portion],
+        copies: Sequence[Copy],
+        end: Callable[["Lease"], None],
+        blame: Callable[[Content, AdapterVersion], None],
     ) -> None:
         self.portions = tuple(portions)  # in the order in which they were asked for
         self.version = _version(content, self.portions)
         self.content = content  # the registry's, like `copies`
         self.copies = tuple(copies)  # one for each portion; none once released
         self._end = end
+        self._blame = blame
 
     @property
     def has_doubts(self) -> bool:
@@ -41,6 +48,10 @@ class Lease:
     def copy(self) -> Copy | None:
         """That of the only portion, or the first; None once released."""
         return self.copies[0] if self.copies else None
+
+    def blame(self) -> None:
+        """Says that the model's output overflowed with it in a step. Never blocks, from any thread."""
+        self._blame(self.content, self.version)
 
     def release(self) -> None:
         """Ends the hold; does nothing the second time. Never blocks, from any thread."""
@@ -56,11 +67,14 @@ class Lease:
 class Leases:
     """All leases of a registry."""
 
-    def __init__(self, books: Books, workers: Workers, loader: Loader, residency: Residency) -> None:
+    def __init__(
+        self, books: Books, workers: Workers, loader: Loader, residency: Residency, quarantine: Quarantine
+    ) -> None:
         self._books = books
         self._workers = workers
         self._loader = loader
         self._residency = residency
+        self._quarantine = quarantine
 
     def lease(self, spec: str) -> Lease:
         """`Registry.lease`."""
@@ -118,8 +132,11 @@ class Leases:
             return None
         for copy, _ in used:
             self._books.check_base(copy.doubts)
+        if is_use:
+            self._quarantine.check(copy for copy, _ in used)
         portions = [Portion(copy.version, weight, bool(copy.doubts)) for copy, weight in used]
         content = self._content(used, portions)
+        self._quarantine.check_mix(content, _version(content, portions))
         if starts_load:
             self._loader.start_if_cold(content)
         content.num_mix_leases += bool(content.portions)
@@ -128,7 +145,7 @@ class Leases:
             if is_use:
                 copy.num_requests += 1
                 copy.last_used = int(time.time())
-        return Lease(content, portions, [copy for copy, _ in used], self._end)
+        return Lease(content, portions, [copy for copy, _ in used], self._end, self._quarantine.note)
 
     def _content(self, used: Sequence[tuple[Copy, float]], portions: Sequence[Portion]) -> Content:
         """That of the only copy where it is used as it is, else that of the mix."""

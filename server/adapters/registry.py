@@ -8,6 +8,7 @@ its bytes.
     versions   register, roll back, prune, delete     in_place    folders that are read where they lie
     custody    load, unload, pin and unpin by hand    elsewhere   what other servers change in a shared store
     eviction   who leaves a tier first                workers     the threads
+    quarantine contents that fail again and again
 """
 
 import logging
@@ -27,6 +28,7 @@ from server.adapters.in_place import InPlace
 from server.adapters.lease import Lease, Leases
 from server.adapters.loader import FAILURE_MEMORY_S, Load, Loader
 from server.adapters.positions import Reach
+from server.adapters.quarantine import Quarantine
 from server.adapters.residency import Residency
 from server.adapters.room import Device
 from server.adapters.served_base import ServedBase
@@ -85,7 +87,8 @@ class Registry:
         )
         self._copiers = copiers = Workers(books.lock, NUM_COPIERS)
         self._residency = Residency(books, workers, copiers, loader, host, device)
-        self._leases = Leases(books, workers, loader, self._residency)
+        self._quarantine = Quarantine(books, clock)
+        self._leases = Leases(books, workers, loader, self._residency, self._quarantine)
         self._custody = Custody(books, workers, host, device, loader, self._residency, self._leases)
         self._versions = Versions(books, workers, store, loader, self._leases, max_versions)
         self._elsewhere = Elsewhere(books, store, self._versions, self._leases, clock)
@@ -297,6 +300,15 @@ class Registry:
         with self._books.lock:
             return self._info(copy)
 
+    def lift_quarantine(self, spec: str) -> AdapterInfo:
+        """Serves a version again with which the output has overflowed too often, and the mixes with it.
+
+        Does nothing to one that is not quarantined. Raises AdapterNotFound and BadRequest.
+        """
+        copy = self._quarantine.lift(spec)
+        with self._books.lock:
+            return self._info(copy)
+
     def expect(self, find: Callable[[str], GraftError | None]) -> None:
         """`find` tells what to raise for the name of an adapter that is not there, if it knows more than that."""
         self._books.find_arriving = find
@@ -350,6 +362,7 @@ class Registry:
             num_on_host=self._host.num_adapters,
             num_loading=sum(content.is_loading for content in contents),
             num_pinned=sum(content.is_pinned for content in contents),
+            num_quarantined=sum(content.is_quarantined for content in contents),
             device_used_bytes=self._device.used_bytes,
             device_capacity_bytes=self._device.capacity_bytes,
             store_bytes=sum(copy.content_bytes for copy in copies if copy.found is None),
@@ -358,6 +371,7 @@ class Registry:
             loads_total=self._loader.loads_total,
             load_failures_total=self._loader.load_failures_total,
             promotions_total=self._residency.promotions_total,
+            overflows_total=self._quarantine.overflows_total,
             unloads_total=self._custody.unloads_total,
             device_evictions_total=self._residency.evictions_total,
             host_evictions_total=self._host.num_evictions,
@@ -400,6 +414,7 @@ class Registry:
             base_model=copy.base_model,
             base_fingerprint=copy.base_fingerprint,
             warnings=(facts.warnings if facts else ()) + copy.doubts,
+            is_quarantined=content.is_quarantined,
             is_refused=bool(copy.doubts) and self._books.base.is_strict,
             source="store" if copy.found is None else str(copy.found.folder),
             provenance=copy.provenance,

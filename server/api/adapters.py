@@ -178,6 +178,7 @@ def shown(info: AdapterInfo) -> dict[str, Any]:
         "versions": list(info.versions),  # the current one last
         "base_model": info.base_model,  # that it says it was trained on
         "base_fingerprint": info.base_fingerprint,
+        "quarantined": info.is_quarantined,  # the output has overflowed with it too often
         "refused": info.is_refused,  # as one of another base, by a strict server; `warnings` says why
         "tiers": list(info.tiers),  # where it is now
         "tier_bytes": {"store": info.content_bytes, "host": info.host_bytes, "device": info.device_bytes},

@@ -1,4 +1,4 @@
-"""Adapters moved by hand over HTTP: load, unload, pin, unpin.
+"""Adapters moved by hand over HTTP: load, unload, pin, unpin, and let back out of quarantine.
 
 Owns the answers of these verbs, and that those who wait take no thread from the other routes.
 """
@@ -54,5 +54,10 @@ def router(services: Services) -> APIRouter:
     @routes.post("/v1/adapters/{name}/unpin")
     def unpin(name: str) -> dict[str, Any]:
         return shown(services.registry.unpin(name))
+
+    @routes.post("/v1/adapters/{name}/lift_quarantine")
+    def lift_quarantine(name: str) -> dict[str, Any]:
+        """Serves an adapter again with which the model's output has overflowed too often."""
+        return shown(services.registry.lift_quarantine(name))
 
     return routes

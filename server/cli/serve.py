@@ -8,10 +8,12 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import sys
+import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any, Protocol
 
@@ -24,22 +26,28 @@ from server.ground.config import Settings
 from server.ground.errors import StartupRefused
 from server.ground.heap import keep_one_arena
 
-DRAIN_TIMEOUT_S = 30
 # Longer than clients keep an idle connection (httpx 5 s, proxies 60 s): who closes first must not be the server, or a
 # request that is just being sent meets a reset.
 _KEEP_ALIVE_S = 75
-_LAST_WORDS_S = 2  # of the above: what aborted answers have to tell their clients so
+_LAST_WORDS_S = 2  # of --drain-timeout, at most half: what aborted answers have to tell their clients so
+_HEARTBEAT_S = 0.25  # between two looks at whether the server is alive
+_LOST_S = 15.0  # then a process that is lost ends whatever else hangs
+EXIT_LOST = 1  # the process cannot answer any more, and who watches it should start another
 
 
 class Served(Protocol):
     """What the command needs of an assembled server.
 
     `drain` takes nothing new, waits for what is in flight and aborts what is left after `timeout_s`, so that its
-    clients are told; `close` may block until the engine has stopped.
+    clients are told; `close` may block until the engine has stopped. Once it is not alive it never will be again;
+    `abandon` then ends what is in flight.
     """
 
     @property
     def app(self) -> Any: ...
+    @property
+    def is_alive(self) -> bool: ...
+    def abandon(self) -> None: ...
     def banner(self) -> str: ...
     async def drain(self, timeout_s: float) -> None: ...
     def close(self) -> None: ...
@@ -99,16 +107,20 @@ def _not_bindable(host: str, port: int, error: OSError) -> StartupRefused:
 class _Uvicorn(uvicorn.Server):
     """uvicorn that prints the banner once it listens, drains on the first signal and aborts on the second.
 
-    It also swallows the signal that it has served: uvicorn would raise it again on the way out, and SIGTERM's default
-    action would end the process before the engine has been closed.
+    While it drains it still listens, so that who asks whether it is ready is told no. It ends by itself when the server
+    behind it is not alive any more. It also swallows the signal that it has served: uvicorn would raise it again on the
+    way out, and SIGTERM's default action would end the process before the engine has been closed.
     """
 
-    def __init__(self, configuration: uvicorn.Config, banner: str, drain: Callable[[float], Awaitable[None]]) -> None:
+    def __init__(self, configuration: uvicorn.Config, server: Served, drain_timeout_s: float) -> None:
         super().__init__(configuration)
-        self._banner = banner
-        self._drain = drain
+        self.is_lost = False
+        self._server = server
+        self._drain_timeout_s = drain_timeout_s
+        self._last_words_s = min(_LAST_WORDS_S, drain_timeout_s / 2)
+        self._is_ending = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._endings: list[asyncio.Task[None]] = []  # kept, because the loop alone does not keep tasks alive
+        self._tasks: list[asyncio.Task[None]] = []  # kept, because the loop alone does not keep tasks alive
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -118,34 +130,43 @@ class _Uvicorn(uvicorn.Server):
             host, port = sockets[0].getsockname()[:2] if sockets else ("", 0)
             raise _not_bindable(host, port, error) from None
         if self.started:
-            sys.stdout.write(f"{self._banner}\n")
+            self._tasks.append(asyncio.create_task(self._watch()))
+            sys.stdout.write(f"{self._server.banner()}\n")
             sys.stdout.flush()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
+        if self._is_ending:
             self._end(0)
             say("aborting what is still running")
         else:
-            self.should_exit = True
+            self._is_ending = True
             # Before it is said: a second signal interrupts this one where it stands.
-            self._end(DRAIN_TIMEOUT_S - _LAST_WORDS_S)
-            say(f"finishing what is running, at most {DRAIN_TIMEOUT_S} s; a second signal aborts it")
+            self._end(self._drain_timeout_s - self._last_words_s)
+            say(f"finishing what is running, at most {self._drain_timeout_s:g} s; a second signal aborts it")
 
     def _end(self, timeout_s: float) -> None:
         """Called by the signal, which may interrupt the loop anywhere: the loop is to begin the ending itself."""
-        if self._loop is not None:  # before startup there is nothing to end
+        if self._loop is None:  # before startup there is nothing to end
+            self.should_exit = True
+        else:
             self._loop.call_soon_threadsafe(
-                lambda: self._endings.append(asyncio.create_task(self._end_within(timeout_s)))
+                lambda: self._tasks.append(asyncio.create_task(self._end_within(timeout_s)))
             )
 
     async def _end_within(self, timeout_s: float) -> None:
         """Have answers end, then give them time to be sent; a connection that is open after that is broken off."""
+        deadline = time.monotonic() + timeout_s + self._last_words_s
         with contextlib.suppress(TimeoutError):  # the engine is stuck in a step
-            await asyncio.wait_for(self._drain(timeout_s), timeout_s + _LAST_WORDS_S / 2)
-        if timeout_s > 0:
-            return  # uvicorn waits for the rest
-        state = self.server_state
-        deadline = time.monotonic() + _LAST_WORDS_S / 2
+            await asyncio.wait_for(self._server.drain(timeout_s), timeout_s + self._last_words_s / 2)
+        if timeout_s == 0 or not self.should_exit:
+            # What is no generation, an upload say, may take what is left. uvicorn waits for whole seconds.
+            self.config.timeout_graceful_shutdown = max(1, round(deadline - time.monotonic()))
+            self.should_exit = True
+        if timeout_s == 0:
+            await self._break_off_within(self._last_words_s / 2)
+
+    async def _break_off_within(self, wait_s: float) -> None:
+        state, deadline = self.server_state, time.monotonic() + wait_s
         while state.connections or state.tasks:
             if time.monotonic() > deadline:
                 self.force_exit = True
@@ -154,9 +175,28 @@ class _Uvicorn(uvicorn.Server):
                 return
             await asyncio.sleep(0.02)
 
+    async def _watch(self) -> None:
+        """Ends a process that cannot answer any more: after a while in which who asks for its health is told so."""
+        while self._server.is_alive:
+            await asyncio.sleep(_HEARTBEAT_S)
+        self.is_lost = True
+        say("the engine has stopped; the process ends, to be started again")
+        threading.Thread(target=_end_the_process, daemon=True).start()
+        self._server.abandon()
+        await asyncio.sleep(self._last_words_s)
+        self.config.timeout_graceful_shutdown = 1
+        self.should_exit = True
+        await self._break_off_within(self._last_words_s / 2)
+
+
+def _end_the_process() -> None:
+    """Whatever hangs with the engine, a driver or a lock that its thread holds, must not keep the process."""
+    time.sleep(_LOST_S)
+    os._exit(EXIT_LOST)
+
 
 def listen(server: Served, settings: Settings, listener: socket.socket) -> int:
-    """Answer requests until a signal comes; 0 if it ever started."""
+    """Answer requests until a signal comes: then 0. EXIT_LOST if it never started, or is not alive any more."""
     configuration = uvicorn.Config(
         server.app,
         log_config=None,
@@ -164,11 +204,10 @@ def listen(server: Served, settings: Settings, listener: socket.socket) -> int:
         access_log=settings.log_level == "debug",
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=DRAIN_TIMEOUT_S,
     )
-    serving = _Uvicorn(configuration, server.banner(), server.drain)
+    serving = _Uvicorn(configuration, server, settings.drain_timeout)
     serving.run(sockets=[listener])
-    return 0 if serving.started else 1
+    return 0 if serving.started and not serving.is_lost else EXIT_LOST
 
 
 SERVE = Command("start the server", add_settings, _serve)

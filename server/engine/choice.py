@@ -38,6 +38,6 @@ def _sampling_row(item: ScheduledSequence, flights: Mapping[str, Flight]) -> Sam
     params = item.sequence.params
     flight = flights.get(item.sequence.sequence_id)
     # One random number per sampled token of this request, so that a seed does not depend on the batch.
-    uniform = flight.random.random() if flight is not None and params.temperature > 0 else 0.0
+    uniform = flight.uniform() if flight is not None and params.temperature > 0 else 0.0
     rules = None if flight is None else flight.rules
     return SamplingRow(params.temperature, params.top_p, params.top_k, uniform, params.min_p, rules)

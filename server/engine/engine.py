@@ -7,11 +7,13 @@ Owns the loop, the sequences in flight and the one ending that each of them gets
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -28,8 +30,9 @@ from server.engine.sampler import token_logprobs
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Batch, Delta, FinishReason, ScheduledSequence, Sequence, TokenLogprobs
 from server.engine.token_rules import ending_ids, token_rules
-from server.ground.errors import BadRequest, GenerationFailed, GraftError, Overloaded
+from server.ground.errors import AdapterFailed, BadRequest, GenerationFailed, GraftError, OutOfMemory, Overloaded
 from server.ground.heap import give_back_free_memory
+from server.model.exhaustion import free_device_memory, is_out_of_memory
 from server.model.tokenizer import IncrementalDecoder, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -38,6 +41,7 @@ _T = TypeVar("_T")
 
 _MAX_FAILED_STEPS = 10  # in a row; then the engine is taken to be lost, though its device answers
 _GATHERING_S = 0.002  # an idle engine waits so long after it is woken: requests sent together share their first step
+_FAREWELL_S = 5.0  # for a thread that hangs
 _RESTED_S = 5.0  # without work: the server rests
 _IDLE_POLL_S = 0.005  # while sequences wait for an adapter that is being loaded
 
@@ -62,6 +66,7 @@ class EngineStats:
     block_size: int
     num_preemptions: int
     num_rotations: int  # of adapters off the device, for others
+    num_shed: int  # steps taken back for lack of memory
     num_steps: int
     num_kept_blocks: int  # free, with content that can still be found
     num_queried_tokens: int  # looked up in the cache when their sequences first ran
@@ -78,12 +83,21 @@ class _Step:
     chosen: Chosen | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why a part of a step failed, without the exception: that holds all that the step has allocated."""
+
+    error: GraftError
+    is_out_of_memory: bool
+
+
 class Engine:
     """Runs one base's generations in a thread of its own, from construction to `close`.
 
     `observe` is called after every step, on the engine's thread. `overlaps`: the next step is scheduled, packed and
     launched while the device computes one, and what that one gave is read meanwhile. It pays where launching is not
-    computing, on a GPU; a sequence that ends by a token is computed once more than needed.
+    computing, on a GPU; a sequence that ends by a token is computed once more than needed. A turn of the loop that
+    takes longer than `max_step_s` hangs: the engine is not alive then.
     """
 
     def __init__(
@@ -95,6 +109,7 @@ class Engine:
         observe: Callable[[StepReport], None] = lambda report: None,
         *,
         overlaps: bool = False,
+        max_step_s: float = math.inf,
     ) -> None:
         self._scheduler = scheduler
         self._blocks = blocks
@@ -102,6 +117,8 @@ class Engine:
         self._tokenizer = tokenizer
         self._observe = observe
         self._overlaps = overlaps
+        self._max_step_s = max_step_s
+        self._turn_begun_s: float | None = None  # of the turn of the loop under way
         self._masks = Masks()
         self._under_way: _Step | None = None  # launched and chosen, not read yet; none between turns without overlap
         self._ended_s = 0.0  # when the last step ended
@@ -143,7 +160,7 @@ class Engine:
         flight = Flight(sequence, lease, stream, loop, decoder, _random(request.params.seed), rules, ends)
         with self._lock:
             if self._fault is not None:
-                raise GenerationFailed(f"the engine has stopped: {self._fault}", code="engine_dead")
+                raise _dead(self._fault)
             if self.is_draining:
                 raise Overloaded("the server is shutting down", retry_after_s=5)
             self._scheduler.add(sequence)
@@ -179,15 +196,29 @@ class Engine:
             await asyncio.sleep(0.005)
 
     def close(self) -> None:
-        """Ends the thread; what is in flight fails."""
+        """Ends the thread; what is in flight fails. One that hangs is left to the end of the process."""
         self._is_closing = True
         self._wake.set()
-        self._thread.join()
-        self._masks.close()
+        self._thread.join(_FAREWELL_S if self._is_hung else None)
+        if not self._thread.is_alive():
+            self._masks.close()
+
+    def abandon(self) -> None:
+        """Fails what is in flight on an engine that is not alive, if nobody else has: its step may never end."""
+        with self._lock:
+            self._fault = self._fault or f"a step took longer than --step-timeout, {self._max_step_s:g} s"
+            self._end_with_error(list(self._flights.values()), _dead(self._fault))
+            self._hand_over()
 
     @property
     def is_alive(self) -> bool:
-        return self._fault is None and self._thread.is_alive()
+        """Whether it can still end what it accepts: its thread runs, and no step hangs."""
+        return self._fault is None and self._thread.is_alive() and not self._is_hung
+
+    @property
+    def _is_hung(self) -> bool:
+        begun_s = self._turn_begun_s
+        return begun_s is not None and time.monotonic() - begun_s > self._max_step_s
 
     @property
     def is_draining(self) -> bool:
@@ -204,6 +235,7 @@ class Engine:
             block_size=self._blocks.block_size,
             num_preemptions=self._scheduler.num_preemptions,
             num_rotations=self._scheduler.num_rotations,
+            num_shed=self._scheduler.num_shed,
             num_steps=self._num_steps,
             num_kept_blocks=self._blocks.num_kept,
             num_queried_tokens=self._scheduler.num_queried_tokens,
@@ -217,7 +249,8 @@ class Engine:
             log.exception("the engine's loop has ended")
             self._fault = f"{type(error).__name__}: {error}"
         with self._lock:
-            self._end_with_error(list(self._flights.values()), self._fault or "The server is shutting down.")
+            why = Overloaded("The server is shutting down.") if self._fault is None else _dead(self._fault)
+            self._end_with_error(list(self._flights.values()), why)
         self._hand_over()
 
     def _loop(self) -> None:
@@ -226,7 +259,9 @@ class Engine:
             batch = self._schedule()
             is_idle = not batch.sequences and self._under_way is None
             if not is_idle:
+                self._turn_begun_s = time.monotonic()
                 self._turn(batch)
+                self._turn_begun_s = None
             self._hand_over()
             if is_idle and self._scheduler.num_waiting:
                 self._wake.wait(_IDLE_POLL_S)  # for its adapter; all else sets the event
@@ -260,52 +295,68 @@ class Engine:
         before, self._under_way = self._under_way, None
         # Filled while the device computes, and from where the tokens before have led.
         masks = self._masks.begin(batch) if before is None else None
-        step = self._tried(batch, lambda: self._launch(batch, before)) if batch.sequences else None
+        step = _tried(batch, lambda: self._launch(batch, before)) if batch.sequences else None
         if before is not None:
-            self._tried(before.batch, lambda: self._end_step(before))
+            self._settle(before.batch, _tried(before.batch, lambda: self._end_step(before)), is_booked=True)
             masks = self._masks.begin(batch)
-        if step is None or not self._tried(batch, lambda: self._choose(step, masks)):
+        if not isinstance(step, _Step):
+            self._settle(batch, step)
             return
-        if self._overlaps:
+        failure = _tried(batch, lambda: self._choose(step, masks))
+        if failure is not None:
+            self._settle(batch, failure)
+        elif self._overlaps:
             self._under_way = step
         else:
-            self._tried(batch, lambda: self._end_step(step))
+            self._settle(batch, _tried(batch, lambda: self._end_step(step)), is_booked=True)
 
-    def _tried(self, batch: Batch, part: Callable[[], _T]) -> _T | None:
-        """Does a part of a step; when it fails, so do the step's sequences, and the engine goes on. None: it failed."""
-        try:
-            return part()
-        except Exception as error:
-            log.exception("a step of %d sequences failed", len(batch.sequences))
+    def _settle(self, batch: Batch, failure: _Failure | None, *, is_booked: bool = False) -> None:
+        """After a part of a step has failed: so do its sequences, and the engine goes on.
+
+        One that ran out of memory before it was booked is tried again, smaller, as long as it can be.
+        """
+        if failure is None:
+            return
+        if failure.is_out_of_memory:
+            free_device_memory()
+        if failure.is_out_of_memory and not is_booked:
             with self._lock:
-                known = [self._flights.get(item.sequence.sequence_id) for item in batch.sequences]
-                flights = [flight for flight in known if flight is not None]
-                self._end_with_error(flights, f"The step failed with {type(error).__name__}: {error}")
-                self._scheduler.drop(batch)
-            self._num_failed += 1
-            if self._num_failed == _MAX_FAILED_STEPS or not self._runner.is_device_alive():
-                self._fault = f"{self._num_failed} steps failed in a row; see the log"
-            return None
+                hopeless = self._scheduler.shed(batch)
+            if hopeless is None:
+                return
+            self._fail([hopeless], _needs_too_much(hopeless))
+        else:
+            self._fail([item.sequence for item in batch.sequences], failure.error)
+        with self._lock:
+            self._scheduler.drop(batch)
+        self._num_failed += 1
+        if self._num_failed == _MAX_FAILED_STEPS or not self._runner.is_device_alive():
+            self._fault = f"{self._num_failed} steps failed in a row; see the log"
+
+    def _fail(self, sequences: list[Sequence], error: GraftError) -> None:
+        """Ends those of the sequences that are still in flight."""
+        with self._lock:
+            known = [self._flights.get(sequence.sequence_id) for sequence in sequences]
+            self._end_with_error([flight for flight in known if flight is not None], error)
 
     def _launch(self, batch: Batch, before: _Step | None) -> _Step:
         started_s = time.perf_counter()
         return _Step(batch, started_s, self._runner.run(batch, None if before is None else before.chosen))
 
-    def _choose(self, step: _Step, masks: StepMasks | None) -> bool:
+    def _choose(self, step: _Step, masks: StepMasks | None) -> None:
         """Has the device choose the step's tokens, which its sequences count from here on."""
         step.chosen = choose(step.logits, self._flights, masks)
         with self._lock:
             self._scheduler.advance(step.batch)
-        return True
 
-    def _end_step(self, step: _Step) -> bool:
+    def _end_step(self, step: _Step) -> None:
         """Waits for a step's tokens, books them and makes its deltas."""
         batch, logits = step.batch, step.logits
         assert step.chosen is not None
         tokens = step.chosen.read()
         self._fail_overflown(logits, tokens)
-        self._follow_grammars(logits, tokens)
         scores = self._score(logits, tokens)
+        self._follow_grammars(tokens, logits)
         with self._lock:
             ended = set(self._scheduler.commit(batch, tokens))
             for item in batch.sequences:
@@ -318,19 +369,22 @@ class Engine:
         duration_s = now_s - max(step.started_s, self._ended_s)  # steps that overlap do not count a time twice
         self._ended_s = now_s
         self._observe(StepReport(len(batch.sequences), batch.num_tokens, num_adapters, duration_s))
-        return True
 
     def _fail_overflown(self, logits: StepLogits, tokens: dict[str, int]) -> None:
         """Ends the sequences whose logits are not numbers: an adapter of extreme weights has overflown."""
         overflown = [name for name, token in tokens.items() if token == NOT_FINITE]
         overflown += [name for name, rows in logits.scored.items() if not rows.amax(dim=-1).isfinite().all()]
+        flights = {name: self._flights[name] for name in overflown if name in self._flights}
+        if not flights:
+            return
         with self._lock:
-            flights = {name: self._flights[name] for name in overflown if name in self._flights}
-            self._end_with_error(
-                list(flights.values()), "The model's output overflowed: the adapter's weights or scaling are too large."
-            )
+            leases = {flight.lease.version: flight.lease for flight in flights.values() if flight.lease is not None}
+            for lease in leases.values():  # while they are held; once, however many of an adapter's sequences it were
+                lease.blame()
+            for flight in flights.values():
+                self._end_with_error([flight], _overflown(flight))
 
-    def _follow_grammars(self, logits: StepLogits, tokens: dict[str, int]) -> None:
+    def _follow_grammars(self, tokens: dict[str, int], logits: StepLogits) -> None:
         """Moves each grammar on by its sequence's new token; ends the sequences whose grammar cannot go on."""
         for item in logits.samplers:
             sequence = item.sequence
@@ -389,10 +443,10 @@ class Engine:
         self._close_flight(flight)
         self._post(flight, flight.end(reason, error))
 
-    def _end_with_error(self, flights: list[Flight], error: str) -> None:
+    def _end_with_error(self, flights: list[Flight], error: GraftError) -> None:
         for flight in flights:
             self._scheduler.discard(flight.sequence)
-            self._end(flight, FinishReason.ERROR, GenerationFailed(error))
+            self._end(flight, FinishReason.ERROR, copy(error))  # one that is raised collects a traceback: each its own
 
     def _close_flight(self, flight: Flight) -> None:
         # The lease first, so that nothing is held any more once nothing is in flight.
@@ -411,9 +465,43 @@ class Engine:
         self._outbox = {}
 
 
+def _tried(batch: Batch, part: Callable[[], _T]) -> _T | _Failure:
+    """What a part of a step gives, or why it failed."""
+    try:
+        return part()
+    except Exception as error:
+        size, said = (len(batch.sequences), batch.num_tokens), " ".join(str(error).split())
+        if is_out_of_memory(error):
+            log.warning("no memory for a step of %d sequences and %d tokens: %s", *size, said)
+            return _Failure(OutOfMemory(f"There was no memory to read what the step gave: {said}"), True)
+        log.exception("a step of %d sequences and %d tokens failed", *size)
+        return _Failure(GenerationFailed(f"The step failed with {type(error).__name__}: {error}"), False)
+
+
 def _random(seed: int | None) -> random.Random:
     """A generator per request. Python drops the sign of a seed; 5 and -5 are two seeds here."""
     return random.Random(None if seed is None else seed % 2**64)
+
+
+def _dead(fault: str) -> GenerationFailed:
+    return GenerationFailed(f"The engine has stopped: {fault}", code="engine_dead")
+
+
+def _needs_too_much(sequence: Sequence) -> OutOfMemory:
+    return OutOfMemory(
+        f"There was no memory for one more token after {sequence.num_computed_tokens}, with nothing else running: "
+        "shorten the request, or start the server with a smaller --kv-memory or --adapter-memory."
+    )
+
+
+def _overflown(flight: Flight) -> GraftError:
+    if flight.lease is None:
+        return GenerationFailed("The base model's output overflowed; another --dtype may hold it.")
+    return AdapterFailed(
+        f"The model's output overflowed with the adapter {flight.lease.version}: its weights or its scaling are too "
+        "large.",
+        param="adapter",
+    )
 
 
 def _unfollowable(sequence: Sequence, fault: str) -> BadRequest:

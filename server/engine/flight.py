@@ -71,6 +71,13 @@ class Flight:
     ends: frozenset[int] = frozenset()  # the tokens that end it
     _prompt_scores: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position
     _is_scored: bool = False
+    _uniform: float | None = None  # drawn for the next token
+
+    def uniform(self) -> float:
+        """The random number that chooses the next token, in [0, 1): the same however often a step is tried."""
+        if self._uniform is None:
+            self._uniform = self.random.random()
+        return self._uniform
 
     def add_prompt_scores(self, start: int, scores: Listing[TokenLogprobs]) -> None:
         """The scores of the prompt's tokens from position `start` on; the same ones may come again (preemption)."""
@@ -85,6 +92,8 @@ class Flight:
         when there is nothing to tell yet. A stop string ends the sequence: then the delta's reason is STOP, whatever
         `reason` was.
         """
+        if token_ids:
+            self._uniform = None
         shown = () if self._is_silent_end(token_ids, reason) else token_ids
         text = self.decoder.push(shown) if shown else ""
         if reason is not None:

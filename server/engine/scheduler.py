@@ -34,6 +34,9 @@ But none lacks room for ever. One that has for `max_adapter_wait_s` is overdue, 
   for, and until that sequence has computed a new token. So every turn is of use, and two adapters cannot drive one
   another out step by step.
 
+A step that runs out of memory sheds load (`shed`): it is taken back, the next ones are half as large, and after many
+that went well twice as large again.
+
 With room for `p` of them at once, the adapter that is k-th in line so starts within (1 + ceil(k / p)) times the limit,
 if computing a prompt takes no longer than that.
 """
@@ -66,6 +69,7 @@ from server.ground.errors import (
     StartupRefused,
 )
 
+_CALM_STEPS = 50  # that must go well before steps that had to shrink may grow again
 _RETRY_AFTER_S = 5  # a queue in which requests time out is not empty in a second
 
 
@@ -164,6 +168,19 @@ class _Turn:
         return now_s - self.begun_s >= length_s and not is_computing
 
 
+@dataclass(slots=True)
+class _Ceiling:
+    """How large steps may be since one ran out of memory."""
+
+    max_sequences: int
+    max_tokens: int
+    num_calm: int = 0  # steps that went well under it
+
+    @classmethod
+    def below(cls, batch: Batch) -> "_Ceiling":
+        return cls(max(len(batch.sequences) // 2, 1), max(batch.num_tokens // 2, 1))
+
+
 class Scheduler:
     """Every sequence added ends in exactly one of: `commit` returns it, `Batch.failed` has it, `finish`, `abort`.
 
@@ -198,6 +215,8 @@ class Scheduler:
         self._turns: dict[Hashable, _Turn] = {}  # of the versions that are held
         self._num_rotations = 0
         self._advanced: Batch | None = None  # the step under way, if more has been booked than its end will tell
+        self._ceiling: _Ceiling | None = None
+        self._num_shed = 0
 
     @property
     def num_waiting(self) -> int:
@@ -216,6 +235,11 @@ class Scheduler:
     def num_rotations(self) -> int:
         """Turns of adapters that ended for another's, since the start."""
         return self._num_rotations
+
+    @property
+    def num_shed(self) -> int:
+        """Steps that were taken back for lack of memory, since the start."""
+        return self._num_shed
 
     @property
     def num_queried_tokens(self) -> int:
@@ -288,7 +312,7 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """The next step's work, with its blocks allocated and its residencies held."""
-        step = _Step(self._limits.max_batch_tokens, self._clock())
+        step = _Step(self._max_batch_tokens, self._clock())
         self._fail_timed_out(step)
         self._continue_running(step)
         # Else the blocks just taken from a sequence would go to one that has to give them back soon.
@@ -322,6 +346,7 @@ class Scheduler:
         if self._advanced is not batch:
             self.advance(batch)
         self._advanced = None
+        self._note_calm()
         ended: list[Sequence] = []
         for item in batch.sequences:
             sequence = item.sequence
@@ -342,6 +367,47 @@ class Scheduler:
         """Forgets a step that has failed. Its sequences have been ended before."""
         if self._advanced is batch:
             self._advanced = None
+
+    def shed(self, batch: Batch) -> Sequence | None:
+        """Takes back a step that ran out of memory before it changed anything; the next are at most half as large.
+
+        The sequences of the lowest standing go back to the queue. Returns the one that needs more than there is even
+        alone, token by token, if that was the step: it is the caller's to end.
+        """
+        self._num_shed += 1
+        if len(batch.sequences) == batch.num_tokens == 1:
+            return batch.sequences[0].sequence
+        self._ceiling = _Ceiling.below(batch)
+        for item in batch.sequences:  # what was to be copied for it will not be asked for again
+            if item.copied_block is not None and item.sequence.status is SequenceStatus.RUNNING:
+                self._set_back(item.sequence)
+        while len(self._running) > self._ceiling.max_sequences:
+            self._set_back(max(self._running, key=_standing))
+        return None
+
+    def _note_calm(self) -> None:
+        """Raises the ceiling after many steps without trouble, until it is none any more."""
+        ceiling = self._ceiling
+        if ceiling is None:
+            return
+        ceiling.num_calm += 1
+        if ceiling.num_calm < _CALM_STEPS:
+            return
+        higher = _Ceiling(2 * ceiling.max_sequences, 2 * ceiling.max_tokens)
+        is_gone = (
+            higher.max_sequences >= self._limits.max_sequences and higher.max_tokens >= self._limits.max_batch_tokens
+        )
+        self._ceiling = None if is_gone else higher
+
+    @property
+    def _max_batch_tokens(self) -> int:
+        limit = self._limits.max_batch_tokens
+        return limit if self._ceiling is None else min(limit, self._ceiling.max_tokens)
+
+    @property
+    def _max_sequences(self) -> int:
+        limit = self._limits.max_sequences
+        return limit if self._ceiling is None else min(limit, self._ceiling.max_sequences)
 
     def check_integrity(self) -> None:
         """Asserts what holds between any two calls; for tests and for storms."""
@@ -504,7 +570,7 @@ class Scheduler:
         self._note_short(short | set(filter(self._residency.lacks_room, absent)), step)
 
     def _has_place(self, step: _Step) -> bool:
-        return step.num_tokens_left > 0 and len(self._running) < self._limits.max_sequences
+        return step.num_tokens_left > 0 and len(self._running) < self._max_sequences
 
     def _is_held_back(self, sequence: Sequence, step: _Step) -> bool:
         """Whether it could take the room that becomes free for one that is overdue."""
@@ -621,6 +687,9 @@ class Scheduler:
     def _preempt(self, sequence: Sequence, step: _Step) -> None:
         step.drop(sequence)
         step.has_preempted = True
+        self._set_back(sequence)
+
+    def _set_back(self, sequence: Sequence) -> None:
         self._num_preemptions += 1
         self._stop(sequence)
         sequence.status = SequenceStatus.WAITING

@@ -285,6 +285,10 @@ class Settings(BaseSettings):
     request_timeout: Annotated[
         Seconds | None, Flag("limits", "SECONDS", "longest life of a request, its wait included; then it is failed")
     ] = None
+    step_timeout: Annotated[
+        Seconds,
+        Flag("limits", "SECONDS", "longest step; one that takes longer hangs, and the process ends"),
+    ] = 600.0
     max_adapter_wait: Annotated[
         Seconds,
         Flag("limits", "SECONDS", "longest wait for device room that other adapters hold; then they take turns"),
@@ -319,6 +323,10 @@ class Settings(BaseSettings):
         Literal["reference", "triton"],
         Flag("process", "{reference,triton}", "what computes adapters and attention; triton needs a GPU"),
     ] = "reference"
+    drain_timeout: Annotated[
+        Seconds,
+        Flag("process", "SECONDS", "what runs when SIGTERM comes may take so long; then it is aborted"),
+    ] = 30.0
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Flag("process", "{debug,info,warning,error}", "how much is written to stderr"),

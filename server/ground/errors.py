@@ -15,7 +15,10 @@ Owns the tree below and the wording rules (name the field, the limit, the remedy
     ├── TooLarge             413  a body or a file over its limit
     ├── UnsupportedMediaType 415  a body that is not declared as what the route reads
     ├── StorageFull          507  the store's quota or its disk has no room for an upload
+    ├── AdapterFailed        424  the output with the adapter overflowed: no number could be told
+    │   └── AdapterQuarantined 424 it has done so too often, and is served to nobody
     ├── GenerationFailed     500  the engine failed while the request ran
+    │   ├── OutOfMemory      500  the request needs more memory than there is, even alone
     │   └── RequestTimedOut  504  the request took longer than --request-timeout
     ├── Overloaded           503  the queue is full or too slow; carries Retry-After
     │   └── StoreUnreachable 503  the object store that adapters are kept in does not answer, or denies access
@@ -112,6 +115,22 @@ class StorageFull(GraftError):
 class GenerationFailed(GraftError):
     status = 500
     code = "generation_failed"
+
+
+class AdapterFailed(GraftError):
+    """The weights of an adapter are too large for the base's arithmetic; sent again, the request would fail again."""
+
+    status = 424
+    type = "adapter_error"
+    code = "adapter_overflow"
+
+
+class AdapterQuarantined(AdapterFailed):
+    code = "adapter_quarantined"
+
+
+class OutOfMemory(GenerationFailed):
+    code = "out_of_memory"
 
 
 class RequestTimedOut(GenerationFailed):

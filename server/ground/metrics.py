@@ -28,6 +28,7 @@ GAUGES: Mapping[str, str] = {
     "graft_adapters_resident": "Adapter versions on the device.",
     "graft_adapters_loading": "Adapter versions on their way from the store to host memory.",
     "graft_adapters_pinned": "Adapter versions that may leave neither host memory nor the device.",
+    "graft_adapters_quarantined": "Adapter versions and mixes not served, as the output overflowed too often.",
     "graft_store_bytes": "What the adapters in the store take, all versions.",
     "graft_store_quota_bytes": "What they may take (--store-quota); 0 for no limit.",
     "graft_adapter_host_bytes": "Host memory that adapters take.",
@@ -39,12 +40,14 @@ GAUGES: Mapping[str, str] = {
 }
 TOTALS: Mapping[str, str] = {
     "graft_preemptions_total": "Sequences set back to waiting because blocks ran out or another adapter had its turn.",
+    "graft_steps_shed_total": "Steps that ran out of memory and were taken back, to be tried again smaller.",
     "graft_prefix_cache_queries_total": "Tokens of sequences that were looked up in the KV cache when they first ran.",
     "graft_prefix_cache_hits_total": "Tokens of sequences that were found there, and not computed.",
     "graft_steps_total": "Steps that the engine has run.",
     "graft_adapter_loads_total": "Adapters brought from the store to host memory.",
     "graft_adapter_load_failures_total": "Adapters that could not be brought to host memory.",
     "graft_adapter_promotions_total": "Adapters brought from host memory to the device.",
+    "graft_adapter_overflows_total": "Steps in which the output with an adapter overflowed, each adapter counted.",
     "graft_adapter_unloads_total": "Adapters taken off the device and out of host memory by request.",
     "graft_adapter_device_evictions_total": "Adapters dropped from the device to make room.",
     "graft_adapter_host_evictions_total": "Adapters dropped from host memory to make room.",

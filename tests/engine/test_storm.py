@@ -199,24 +199,22 @@ class World:
             self.needed[sequence.sequence_id] = states(sequence, prompt + output)
 
     def step(self, fate: str = "fine", pick: int = 0) -> None:
-        """A step: fine, failed on the device, or fine but for one sequence that overflows or is aborted meanwhile."""
+        """A step: fine, failed on the device, without memory, or fine but for one sequence that overflows or leaves."""
         batch = self.scheduler.schedule()
         for failed in batch.failed:
             self._note_failure(failed.error)
             self._end(failed.sequence)
         self.num_steps += 1
         self.num_computed += batch.num_tokens
-        if fate == "failed":
+        is_broken = fate in ("failed", "exhausted")
+        if is_broken:
             self._write_garbage(batch)
-            for item in batch.sequences:
-                self._discard(item.sequence)
-            sampled = {}
-        else:
-            sampled = {item.sequence.sequence_id: self._compute(item) for item in batch.sequences}
+        sampled = {} if is_broken else {item.sequence.sequence_id: self._compute(item) for item in batch.sequences}
         self._commit_what_is_under_way()
-        if fate == "failed":
+        if is_broken:
+            self._give_up(batch, fate)
             return
-        going = [item.sequence for item in batch.sequences if item.sequence.status is not SequenceStatus.FINISHED]
+        going = self._going(batch)
         if going and fate in ("overflown", "aborted"):
             sequence = going[pick % len(going)]
             if fate == "overflown":
@@ -228,6 +226,18 @@ class World:
         self.under_way = batch, sampled
         if not self.overlaps:
             self._commit_what_is_under_way()
+
+    def _give_up(self, batch: Batch, fate: str) -> None:
+        hopeless = self._going(batch)
+        if fate == "exhausted":
+            found = self.scheduler.shed(batch) if batch.sequences else None
+            hopeless = [sequence for sequence in hopeless if sequence is found]
+        for sequence in hopeless:
+            self._discard(sequence)
+
+    def _going(self, batch: Batch) -> list[Sequence]:
+        """Those of its sequences that the end of the step before has not ended."""
+        return [item.sequence for item in batch.sequences if item.sequence.status is not SequenceStatus.FINISHED]
 
     def _commit_what_is_under_way(self) -> None:
         if self.under_way is not None:
@@ -364,7 +374,7 @@ class World:
 # Drawn by hypothesis, which finds the shortest way to a failure
 
 names = st.sampled_from(NAMES)
-FATES = ("fine", "fine", "fine", "failed", "overflown", "aborted")
+FATES = ("fine", "fine", "fine", "failed", "overflown", "aborted", "exhausted")
 WORLDS = {
     "num_blocks": st.integers(8, 16),
     "block_size": st.integers(2, 5),
@@ -508,6 +518,7 @@ def test_two_thousand_steps_of_a_storm(seed: int, overlaps: bool) -> None:
             scheduler.num_rotations,
             world.shelf.num_evictions,
             scheduler.num_hit_tokens,
+            scheduler.num_shed,
             world.num_timed_out,
             world.num_waited_too_long,
             world.num_added - 400,
