@@ -303,6 +303,7 @@ class Adapter(TypedDict):
     versions: list[str]
     base_model: str | None
     base_fingerprint: str | None
+    quarantined: bool
     refused: bool
     tiers: Tiers
     tier_bytes: TierBytes

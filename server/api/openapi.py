@@ -31,6 +31,7 @@ _STATUS_WORDS = {
     412: "The name exists, and the request is for a new one only.",
     413: "The body is larger than this server takes.",
     415: "The body is not of a type that the route reads.",
+    424: "The adapter's weights make the output overflow, or have done so too often.",
     500: "The server failed.",
     502: "The place that an adapter is fetched from failed.",
     503: "The server is full, still fetching, or ending; Retry-After says when to come again.",
@@ -56,7 +57,7 @@ class _Route:
 
 _LORA_ERROR = shapes.LoraVerbError | shapes.ErrorAnswer
 _NAMED = (400, 404, 503)  # of routes with an adapter in their path
-_GENERATION = (400, 404, 409, 503, 504)
+_GENERATION = (400, 404, 409, 424, 503, 504)
 _UPLOAD = (400, 409, 503, 507)
 _ROUTES: Mapping[tuple[str, str], _Route] = {
     ("post", "/v1/completions"): _Route(
@@ -89,6 +90,9 @@ _ROUTES: Mapping[tuple[str, str], _Route] = {
     ("post", "/v1/adapters/{name}/unload"): _Route("Unload an adapter", {200: shapes.UnloadedAdapter}, (*_NAMED, 409)),
     ("post", "/v1/adapters/{name}/pin"): _Route("Pin an adapter", {200: shapes.Adapter}, (*_NAMED, 409)),
     ("post", "/v1/adapters/{name}/unpin"): _Route("Unpin an adapter", {200: shapes.Adapter}, _NAMED),
+    ("post", "/v1/adapters/{name}/lift_quarantine"): _Route(
+        "Serve an adapter again that is quarantined", {200: shapes.Adapter}, _NAMED
+    ),
     ("get", "/v1/adapters/{name}/versions"): _Route("List versions", {200: shapes.AdapterVersions}, _NAMED),
     ("post", "/v1/adapters/{name}/rollback"): _Route(
         "Make an earlier version current", {200: shapes.RolledBackAdapter}, (*_NAMED, 409, 507)
