@@ -77,6 +77,7 @@ class RegistryStats:
     num_quarantined: int
     device_used_bytes: int
     device_capacity_bytes: int
+    device_copied_bytes: int  # beside them
     store_bytes: int  # content of the versions in the store that are listed
     host_used_bytes: int
     host_max_bytes: int

@@ -365,6 +365,7 @@ class Registry:
             num_quarantined=sum(content.is_quarantined for content in contents),
             device_used_bytes=self._device.used_bytes,
             device_capacity_bytes=self._device.capacity_bytes,
+            device_copied_bytes=self._device.copied_bytes,
             store_bytes=sum(copy.content_bytes for copy in copies if copy.found is None),
             host_used_bytes=self._host.used_bytes,
             host_max_bytes=self._host.max_bytes,

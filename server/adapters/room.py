@@ -26,6 +26,10 @@ class Device(Protocol):
     def used_bytes(self) -> int:
         """Bytes that adapters use now."""
 
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes that copies for steps take beside them now."""
+
     def reserve(self, digest: str, adapter: HostAdapter) -> None:
         """Takes the room for an adapter. Raises NoRoom, and then nothing has changed."""
 

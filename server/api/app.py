@@ -119,6 +119,7 @@ def _state(services: Services) -> Mapping[str, float]:
         "graft_adapter_host_bytes": adapters.host_used_bytes,
         "graft_adapter_device_bytes": adapters.device_used_bytes,
         "graft_adapter_device_capacity_bytes": adapters.device_capacity_bytes,
+        "graft_adapter_copied_bytes": adapters.device_copied_bytes,
         "graft_adapter_leases": adapters.num_leases,
         "graft_adapter_fetches_running": services.fetches.num_running,
         "graft_adapter_fetches_waiting": services.fetches.num_waiting,

@@ -271,6 +271,7 @@ class Engine:
     def _rest(self) -> None:
         """Waits for work. Some time without any is the time to tidy up, for which everybody would have to wait."""
         if not self._wake.wait(_RESTED_S):
+            self._runner.rest()
             give_back_free_memory()
             self._wake.wait()
         time.sleep(_GATHERING_S)

@@ -54,6 +54,10 @@ class Runner:
         except RuntimeError:
             return False
 
+    def rest(self) -> None:
+        """Lets go of what is kept from step to step and soon made anew: no step is to come for a while."""
+        self._adapters.rest()
+
     def run(self, batch: Batch, before: Chosen | None = None) -> StepLogits:
         """One forward pass over the batch (not empty). `before`: what the step before it has chosen, if a sequence's
         newest token is not known here yet. A GPU only gets the work here, and does it when its line has come to it."""

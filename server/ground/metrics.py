@@ -34,6 +34,7 @@ GAUGES: Mapping[str, str] = {
     "graft_adapter_host_bytes": "Host memory that adapters take.",
     "graft_adapter_device_bytes": "Device memory that adapters take.",
     "graft_adapter_device_capacity_bytes": "Device memory that adapters may take.",
+    "graft_adapter_copied_bytes": "Device memory beside that for copies kept from step to step.",
     "graft_adapter_leases": "Holds of requests on adapter versions.",
     "graft_adapter_fetches_running": "Adapters being fetched from a source.",
     "graft_adapter_fetches_waiting": "Adapters that wait to be fetched.",

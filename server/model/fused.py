@@ -71,6 +71,14 @@ class FusedLinear:
         assert self._weight is not None
         return F.linear(x, self._weight, self.bias)
 
+    def product_of(self, member: int, x: torch.Tensor) -> torch.Tensor:
+        """What a call gives for one member, (..., d_out): only its rows are computed, unless they are packed, for a
+        packed weight cannot be cut."""
+        if self._weight is None:
+            return self.output_of(member, self(x))
+        rows = slice(self.offsets[member], self.offsets[member] + self.widths[member])
+        return F.linear(x, self._weight[rows], None if self.bias is None else self.bias[rows])
+
     def output_of(self, member: int, outputs: torch.Tensor) -> torch.Tensor:
         """The part (..., d_out) of one member, a view of what a call returned."""
         return outputs[..., self.offsets[member] : self.offsets[member] + self.widths[member]]

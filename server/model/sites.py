@@ -125,31 +125,35 @@ class BaseSite:
         flat = x.view(-1) if is_embedding else x.view(-1, self.d_in)
 
         def normal(read: torch.Tensor) -> torch.Tensor:
-            return self._normal(x if read is flat else read.view(x.shape), context).view(-1, self.d_out)
+            is_own = read is not flat
+            return self._normal(read.view(x.shape) if is_own else x, context, is_own=is_own).view(-1, self.d_out)
 
         return around(ops, flat, normal, self).view(*(x.shape if is_embedding else x.shape[:-1]), self.d_out)
 
-    def _normal(self, x: torch.Tensor, context: StepContext) -> torch.Tensor:
+    def _normal(self, x: torch.Tensor, context: StepContext, *, is_own: bool = False) -> torch.Tensor:
+        """The normal form of x, (..., d_in) or ids; `is_own` where the other members of the group read another one."""
         if context.kernels is not None:
-            return self._by_kernels(x, context, context.kernels)
+            return self._by_kernels(x, context, context.kernels, is_own=is_own)
         # A site outside of the groups has the number -1.
         group = None if context.edits is None or self.group < 0 else context.edits.group(self.group)
         layout = context.logits_layout if self.is_head else context.layout
         if group is None:
-            return self._product(x, context, None, layout)[0]
+            return self._product(x, context, None, layout, is_own=is_own)[0]
         if self.kind is SiteKind.EMBEDDING:
             return self._embed(x, group, layout, context)
-        return self._edited(x, group, layout, context)
+        return self._edited(x, group, layout, context, is_own=is_own)
 
-    def _edited(self, x: torch.Tensor, group: GroupEdits, layout: TokenLayout, context: StepContext) -> torch.Tensor:
+    def _edited(
+        self, x: torch.Tensor, group: GroupEdits, layout: TokenLayout, context: StepContext, *, is_own: bool
+    ) -> torch.Tensor:
         edits = group.members[self.member]
         if edits is None:
-            return self._product(x, context, None, layout)[0]
+            return self._product(x, context, None, layout, is_own=is_own)[0]
         flat = x.view(-1, self.d_in)
         if edits.in_scale is not None:
             product, is_done = self._plain(scale(flat, edits.in_scale, layout)), False
         else:
-            product, is_done = self._product(x, context, group, layout)
+            product, is_done = self._product(x, context, group, layout, is_own=is_own)
         y = product.view(-1, self.d_out)
         if edits.has_rows and not is_done:
             self._add_low_rank(y, x, group, layout, context)
@@ -180,15 +184,15 @@ class BaseSite:
         return known[1]
 
     def _product(
-        self, x: torch.Tensor, context: StepContext, group: GroupEdits | None, layout: TokenLayout
+        self, x: torch.Tensor, context: StepContext, group: GroupEdits | None, layout: TokenLayout, *, is_own: bool
     ) -> tuple[torch.Tensor, bool]:
         """The base's own product, and whether the low-rank part is in it already.
 
-        Where the group's weights are fused, the first member that is called computes for all, and adds the low-rank
-        parts of all at once where that can be.
+        Where the group's weights are fused, the first member that is called computes for all who read the same, and
+        adds the low-rank parts of all at once where that can be.
         """
-        if self.fused is None:
-            return self._base(x), False
+        if self.fused is None or is_own:
+            return self._plain(x), False
         known = context.fused.get(self.group)
         if known is None or known.input is not x:
             output = self.fused(x)
@@ -203,25 +207,25 @@ class BaseSite:
             context.fused[self.group] = known
         return self.fused.output_of(self.member, known.output), known.has_low_rank
 
-    def _by_kernels(self, x: torch.Tensor, context: StepContext, kernels: SiteKernels) -> torch.Tensor:
+    def _by_kernels(self, x: torch.Tensor, context: StepContext, kernels: SiteKernels, *, is_own: bool) -> torch.Tensor:
         """The same where kernels read rank rows in their places: all that follows the base's product is one launch."""
         is_edited = self.group >= 0 and kernels.edits(self.index)
         if is_edited and kernels.scales_input(self.index):
             scaled = kernels.scale(x.view(-1, self.d_in), self.group, self.member, is_head=self.is_head)
             y, is_done = self._plain(scaled.view(x.shape)), False
         else:
-            y, is_done = self._product_by_kernels(x, context, kernels)
+            y, is_done = self._product_by_kernels(x, context, kernels, is_own=is_own)
         if is_edited and not is_done:
             flat = y.view(-1, self.d_out)
             kernels.finish(flat, x, self.group, self.member, is_head=self.is_head, gain=self.gain)
         return y
 
     def _product_by_kernels(
-        self, x: torch.Tensor, context: StepContext, kernels: SiteKernels
+        self, x: torch.Tensor, context: StepContext, kernels: SiteKernels, *, is_own: bool
     ) -> tuple[torch.Tensor, bool]:
         """As `_product`, the edits of all members included where they can be made at once."""
-        if self.fused is None:
-            return self._base(x), False
+        if self.fused is None or is_own:
+            return self._plain(x), False
         known = context.fused.get(self.group)
         if known is None or known.input is not x:
             output = self.fused(x)
@@ -235,7 +239,7 @@ class BaseSite:
         """The bare base's output for any input."""
         if self.fused is None:
             return self._base(x)
-        return self.fused.output_of(self.member, self.fused(x))
+        return self.fused.product_of(self.member, x)
 
     def _embed(self, ids: torch.Tensor, group: GroupEdits, layout: TokenLayout, context: StepContext) -> torch.Tensor:
         edits = group.members[0]

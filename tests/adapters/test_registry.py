@@ -54,6 +54,10 @@ class Table:
     def used_bytes(self) -> int:
         return sum(map(self.resident_bytes, (*self.adapters.values(), *self.coming.values())))
 
+    @property
+    def copied_bytes(self) -> int:
+        return 0
+
     def resident_bytes(self, adapter: HostAdapter) -> int:
         return adapter.tensor_bytes
 

@@ -36,6 +36,17 @@ def test_the_product_holds_the_members_outputs_side_by_side(bias: bool, is_packe
     torch.testing.assert_close(fused(x), expected, rtol=2e-2, atol=2e-2)  # two units of bfloat16 in the last place
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("is_packed", [False, pytest.param(True, marks=packed_only)], ids=["plain", "packed"])
+def test_a_member_is_computed_by_itself_for_an_input_of_its_own(bias: bool, is_packed: bool) -> None:
+    members = linears(bias=bias, dtype=torch.bfloat16)
+    x = torch.randn(2, 3, 64, dtype=torch.bfloat16)
+    expected = [member(x) for member in members]
+    fused = FusedLinear(members, is_packed=is_packed)
+    for number, wanted in enumerate(expected):
+        torch.testing.assert_close(fused.product_of(number, x), wanted, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("is_packed", [False, pytest.param(True, marks=packed_only)], ids=["plain", "packed"])
 def test_a_members_weight_can_be_read_exactly(is_packed: bool) -> None:
     members = linears(bias=False, dtype=torch.bfloat16)

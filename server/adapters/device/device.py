@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from itertools import count, islice
 
 import torch
+import torch.nn.functional as F
 
 from server.adapters.device.op_edits import OpEdits, StepOps
-from server.adapters.device.rows import NoRoom, RowAllocator, stride
+from server.adapters.device.rows import NoRoom, RowAllocator, laid_out, stride
 from server.adapters.device.slot_tables import SlotTables
 from server.adapters.device.step_edits import VECTORS, Rows, Slot, SlotEdit, StepEdits, StoredTensor
 from server.adapters.host_adapter import HostAdapter, HostEdit, HostTensor
@@ -22,7 +23,24 @@ from server.model.site import SiteKind
 from server.model.site_table import SiteGroup, SiteTable
 from server.ops.sheets import StepTables
 
-_MIN_BUFFERED = 1024  # numbers of an op's tensor; smaller ones lie beside the buffer
+_COPIED_SHARE = 8  # copies of ops' tensors that are kept from step to step: at most one part in so many of the buffer
+
+
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """A tensor of the host, and how it lies in the buffer."""
+
+    key: bytes  # equal for what is equal and lies alike
+    tensor: torch.Tensor
+    num_rows: int
+    width: int  # elements of the buffer's dtype
+
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        """(rows, width) of the buffer's dtype: the tensor's numbers, or the bits of what is kept in another dtype."""
+        flat = self.tensor.view(-1)
+        bits = flat if flat.dtype == dtype else flat.view(dtype)
+        num_missing = self.num_rows * self.width - bits.numel()
+        return (F.pad(bits, (0, num_missing)) if num_missing else bits).view(self.num_rows, self.width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +50,7 @@ class _Placement:
     adapter: HostAdapter
     hashes: tuple[bytes, ...]  # one per use
     own: Mapping[bytes, Rows]  # allocated for it; the rest of its rows others had brought
-    matrices: Mapping[bytes, torch.Tensor]  # what is to lie in them
+    laid: Mapping[bytes, _Laid]  # what is to lie in them
 
 
 class DeviceTier:
@@ -51,12 +69,14 @@ class DeviceTier:
         self._sites = sites
         num_elements = max_bytes // dtype.itemsize
         self._buffer = torch.zeros(num_elements, dtype=dtype, device=device)
-        self._allocator = RowAllocator(num_elements, _slab_elements(num_elements, sites))
+        self._slab_elements = _slab_elements(num_elements, sites)
+        self._allocator = RowAllocator(num_elements, self._slab_elements)
         self._shared: dict[bytes, Rows] = {}
         self._slots: dict[int, Slot] = {}
         self._slot_of: dict[str, int] = {}
         self._placements: dict[str, _Placement] = {}
         self._step_edits: StepEdits | None = None
+        self.max_copied_bytes = max_bytes // _COPIED_SHARE
         self._op_edits: OpEdits | None = None
         self._reaches: dict[int, Reach] = {}  # of the slots of first parts; of those that have more than that part
         self._tables = SlotTables(sites, self._buffer) if has_tables else None
@@ -79,6 +99,17 @@ class DeviceTier:
         return self._allocator.waste_elements * self.dtype.itemsize
 
     @property
+    def copied_bytes(self) -> int:
+        """Bytes of copies of ops' tensors, beside the buffer, that are kept for the next step."""
+        edits = self._op_edits
+        return 0 if edits is None else edits.copied_bytes
+
+    @property
+    def num_used_rows(self) -> int:
+        """Rows in use, of any width: each is a number that is kept on the host."""
+        return self._allocator.num_used_rows
+
+    @property
     def num_slots(self) -> int:
         return len(self._slots)
 
@@ -96,7 +127,7 @@ class DeviceTier:
 
     def _requests(self, adapter: HostAdapter) -> list[tuple[int, int]]:
         """(width, rows) of the adapter's distinct tensors, as they are allocated."""
-        distinct = {t.content_hash: self._as_rows(t.tensor) for t in _buffered(adapter)}
+        distinct = {laid.key: laid for laid in self._laid(adapter)}
         return list(_num_rows(distinct.values()).items())
 
     def admit(self, digest: str, adapter: HostAdapter) -> int:
@@ -116,10 +147,10 @@ class DeviceTier:
 
         Raises NoRoom, with nothing changed. What was reserved is copied and placed, or abandoned.
         """
-        buffered = _buffered(adapter)
-        missing = {t.content_hash: self._as_rows(t.tensor) for t in buffered if t.content_hash not in self._shared}
+        uses = list(self._laid(adapter))
+        missing = {laid.key: laid for laid in uses if laid.key not in self._shared}
         own = self._allocate(missing)
-        hashes = tuple(t.content_hash for t in buffered)
+        hashes = tuple(laid.key for laid in uses)
         for content_hash in hashes:
             rows = own[content_hash] if content_hash in own else self._shared[content_hash]
             rows.num_users += 1
@@ -135,7 +166,8 @@ class DeviceTier:
                 at = rows.numbers
                 is_run = bool(at) and at[-1] - at[0] == len(at) - 1
                 target = slice(at[0], at[-1] + 1) if is_run else torch.tensor(at, dtype=torch.int64).to(self.device)
-                views[rows.width][target] = placement.matrices[content_hash].to(self.device, non_blocking=True)
+                matrix = placement.laid[content_hash].matrix(self.dtype)
+                views[rows.width][target] = matrix.to(self.device, non_blocking=True)
 
     def place(self, digest: str) -> int:
         """Gives a slot to what was copied, and returns its number. If that fails, it is still to be abandoned."""
@@ -201,11 +233,18 @@ class DeviceTier:
         with self._lock:
             numbers = tuple(number for number in sorted({*slots} - {0}) if self._slots[number].has_ops)
             if not numbers:
+                self._op_edits = None
                 return None
             if self._op_edits is None or not self._op_edits.serves(numbers):
                 self._op_edits = None  # first, so that there are never two
-                self._op_edits = OpEdits(self, self._sites.by_index, [self._slots[number] for number in numbers])
+                having = [self._slots[number] for number in numbers]
+                self._op_edits = OpEdits(self, self._sites.by_index, having, self.max_copied_bytes)
             return StepOps(self._op_edits, slots, kept, num_mixed, ids, keep)
+
+    def rest(self) -> None:
+        """Lets go of the copies of ops' tensors, which are made anew when a step needs them."""
+        with self._lock:
+            self._op_edits = None
 
     def tables(self, slots: Sequence[int], kept: Sequence[int]) -> StepTables | None:
         """What kernels need for a step: the slot of each token, and of each row that the head computes, 0 for the base.
@@ -225,27 +264,44 @@ class DeviceTier:
         num = self._buffer.numel() // step
         return self._buffer[: num * step].view(num, step)[:, :width]
 
-    def _as_rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(rows, width) of the buffer's dtype. What is no rank rows lies there in its float32 bits, whatever that is;
-        a vector is one row."""
-        rows = tensor[None] if tensor.dim() == 1 else tensor.view(-1, tensor.shape[-1])
-        return rows if rows.dtype == self.dtype else rows.view(self.dtype)
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a view of the buffer, and no copy."""
+        return tensor.untyped_storage().data_ptr() == self._buffer.untyped_storage().data_ptr()
 
-    def _allocate(self, matrices: Mapping[bytes, torch.Tensor]) -> dict[bytes, Rows]:
+    def _laid(self, adapter: HostAdapter) -> Iterator[_Laid]:
+        """The adapter's tensors that live in the buffer: rank rows, vectors as wide as a site, all of ops."""
+        for edit in adapter.all_edits():
+            for name, tensors in edit.tensors().items():
+                if name not in ("mid_scale", "mid_shift"):
+                    yield from map(self._as_rows, tensors)
+            for op in edit.ops.values():
+                yield from map(self._as_wide_rows, op.values())
+
+    def _as_rows(self, stored: HostTensor) -> _Laid:
+        """Rank rows as they are, and a vector as one row of its float32 bits."""
+        width = self._num_elements(stored.tensor) if stored.tensor.dim() == 1 else stored.tensor.shape[-1]
+        return _Laid(stored.content_hash, stored.tensor, self._num_elements(stored.tensor) // width, width)
+
+    def _as_wide_rows(self, stored: HostTensor) -> _Laid:
+        """An op's tensor, in its float32 bits."""
+        num_rows, width = laid_out(self._num_elements(stored.tensor), self._slab_elements)
+        return _Laid(_op_key(stored), stored.tensor, num_rows, width)
+
+    def _num_elements(self, tensor: torch.Tensor) -> int:
+        return tensor.nbytes // self.dtype.itemsize
+
+    def _allocate(self, laid: Mapping[bytes, _Laid]) -> dict[bytes, Rows]:
         """Rows for all of these or, raising NoRoom, for none."""
         allocated: dict[int, list[int]] = {}
         try:
-            for width, num_rows in _num_rows(matrices.values()).items():
+            for width, num_rows in _num_rows(laid.values()).items():
                 allocated[width] = self._allocator.allocate(width, num_rows)
         except NoRoom:
             for width, numbers in allocated.items():
                 self._allocator.free(width, numbers)
             raise
         left = {width: iter(numbers) for width, numbers in allocated.items()}
-        return {
-            content_hash: Rows(matrix.shape[1], tuple(islice(left[matrix.shape[1]], matrix.shape[0])))
-            for content_hash, matrix in matrices.items()
-        }
+        return {key: Rows(one.width, tuple(islice(left[one.width], one.num_rows))) for key, one in laid.items()}
 
     def _let_go(self, hashes: Iterable[bytes]) -> None:
         """Ends one use of each of these; rows without users are free."""
@@ -297,6 +353,7 @@ class DeviceTier:
         if self._step_edits is not None:
             self._step_edits.vacate(slot.number)
         if self._op_edits is not None and slot.number in self._op_edits.numbers:
+            self._op_edits.forget(slot.number)  # for the step that is under way
             self._op_edits = None
         if self._tables is not None:
             self._tables.drop(slot.number)
@@ -310,32 +367,23 @@ class DeviceTier:
             vectors={name: vector.content_hash for name, vector in vectors.items() if vector is not None},
             mid_scale=edit.mid_scale.tensor.to(self.device) if edit.mid_scale else None,
             mid_shift=edit.mid_shift.tensor.to(self.device) if edit.mid_shift else None,
-            ops={op: {name: self._stored(t) for name, t in own.items()} for op, own in edit.ops.items()},
+            ops={
+                op: {name: StoredTensor(_op_key(t), tuple(t.tensor.shape)) for name, t in own.items()}
+                for op, own in edit.ops.items()
+            },
         )
 
-    def _stored(self, tensor: HostTensor) -> StoredTensor:
-        beside = None if _is_buffered(tensor) else tensor.tensor.to(self.device)
-        return StoredTensor(tensor.content_hash, tuple(tensor.tensor.shape), beside)
+
+def _op_key(stored: HostTensor) -> bytes:
+    """Of a tensor in wide rows, which one that is a vector or rank rows elsewhere has not."""
+    return b"op" + stored.content_hash
 
 
-def _buffered(adapter: HostAdapter) -> list[HostTensor]:
-    """The adapter's tensors that live in the buffer: rank rows, vectors as wide as a site, large ones of ops."""
-    edits = list(adapter.all_edits())
-    named = [pair for edit in edits for pair in edit.tensors().items()]
-    own = [t for name, tensors in named if name not in ("mid_scale", "mid_shift") for t in tensors]
-    return own + [t for edit in edits for op in edit.ops.values() for t in op.values() if _is_buffered(t)]
-
-
-def _is_buffered(tensor: HostTensor) -> bool:
-    """Whether an op's tensor is worth rows: a width of its own takes a slab."""
-    return tensor.tensor.numel() >= _MIN_BUFFERED
-
-
-def _num_rows(matrices: Iterable[torch.Tensor]) -> dict[int, int]:
+def _num_rows(laid: Iterable[_Laid]) -> dict[int, int]:
     """Rows by width: those of one width are allocated together, which takes a tenth of the time."""
     num_rows: dict[int, int] = {}
-    for matrix in matrices:
-        num_rows[matrix.shape[1]] = num_rows.get(matrix.shape[1], 0) + matrix.shape[0]
+    for one in laid:
+        num_rows[one.width] = num_rows.get(one.width, 0) + one.num_rows
     return num_rows
 
 

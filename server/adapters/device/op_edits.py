@@ -3,6 +3,7 @@
 Owns the lanes of every op's stack. Knows nothing about what an op means, what is resident or why.
 """
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,20 +11,31 @@ import torch
 
 from server.adapters.device.step_edits import RowStore, Slot, StoredTensor
 from server.ops import runs_of
-from server.ops.site_ops import SITE_OPS, OpSite, OpTokens, PlacedOp
+from server.ops.site_ops import SITE_OPS, OpSite, OpTokens, PlacedOp, tensors_in
 
 _MAX_SLOTS_PER_USED, _NUM_SLOTS_FREE = 2, 4
+# (op, the slots that have it at a site in the order of its lanes, its stack), in the order of the closed list.
+_Stacks = tuple[tuple[str, tuple[int, ...], Any], ...]
 
 
 class OpEdits:
-    """The ops of some slots; the stacks of a site are made when it is first asked for, and kept."""
+    """The ops of some slots; the stacks of a site are made when it is first asked for, and kept.
 
-    def __init__(self, store: RowStore, sites: Mapping[int, OpSite], slots: Sequence[Slot]) -> None:
+    What lies in consecutive rows is read where it is. What had to be copied is kept up to a limit; the stacks of a site
+    that are beyond it are made for one step, and again for the next.
+    """
+
+    def __init__(
+        self, store: RowStore, sites: Mapping[int, OpSite], slots: Sequence[Slot], max_copied_bytes: int
+    ) -> None:
         """`sites` by index; `slots` are those that have ops, one or more."""
         self._store = store
         self._sites = sites
         self._slots = tuple(slots)
-        self._at: dict[int, tuple[tuple[str, tuple[int, ...], Any], ...]] = {}
+        self._max_copied_bytes = max_copied_bytes
+        self._gone: set[int] = set()
+        self._at: dict[int, _Stacks] = {}
+        self.copied_bytes = 0  # of what is kept
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -34,15 +46,24 @@ class OpEdits:
         has_all = {*numbers} <= {*self.numbers}
         return has_all and len(self._slots) <= _MAX_SLOTS_PER_USED * len(numbers) + _NUM_SLOTS_FREE
 
-    def at(self, site: int) -> tuple[tuple[str, tuple[int, ...], Any], ...]:
-        """(op, the slots that have it here in the order of its lanes, its stack), in the order of the closed list."""
-        if site not in self._at:
-            self._at[site] = tuple(self._made(site))
-        return self._at[site]
+    def forget(self, number: int) -> None:
+        """Leaves a slot, which no token uses any more, out of what is still to be made: others may write its rows."""
+        self._gone.add(number)
+
+    def at(self, site: int) -> _Stacks:
+        known = self._at.get(site)
+        if known is None:
+            known = tuple(self._made(site))
+            num_bytes = self._num_copied(known)
+            if self.copied_bytes + num_bytes <= self._max_copied_bytes:
+                self._at[site] = known
+                self.copied_bytes += num_bytes
+        return known
 
     @torch.inference_mode()
     def _made(self, site: int) -> Iterable[tuple[str, tuple[int, ...], Any]]:
-        edits = [(slot, slot.edits[site].ops) for slot in self._slots if site in slot.edits]
+        slots = [slot for slot in self._slots if slot.number not in self._gone]
+        edits = [(slot, slot.edits[site].ops) for slot in slots if site in slot.edits]
         for name, op in SITE_OPS.items():
             having = [(slot, ops[name]) for slot, ops in edits if name in ops]
             if having:
@@ -50,12 +71,20 @@ class OpEdits:
                 yield name, tuple(slot.number for slot, _ in having), op.stack(tensors, self._sites[site])
 
     def _read(self, slot: Slot, stored: StoredTensor) -> torch.Tensor:
-        if stored.tensor is not None:
-            return stored.tensor
-        rows = slot.rows[stored.content_hash]
-        numbers = torch.tensor(rows.numbers, dtype=torch.int64).to(self._store.device)
-        found = self._store.row_view(rows.width).index_select(0, numbers)
-        return found.view(torch.float32).view(stored.shape)
+        """A view of the store where the rows follow one another, as they mostly do; else a copy."""
+        rows = slot.rows[stored.key]
+        view, at = self._store.row_view(rows.width), rows.numbers
+        if at and at[-1] - at[0] == len(at) - 1:
+            found = view[at[0] : at[-1] + 1]
+        else:
+            found = view.index_select(0, torch.tensor(at, dtype=torch.int64).to(self._store.device))
+        num_elements = math.prod(stored.shape) * torch.float32.itemsize // self._store.dtype.itemsize
+        return found.view(-1)[:num_elements].view(torch.float32).view(stored.shape)
+
+    def _num_copied(self, stacks: _Stacks) -> int:
+        """Bytes of all that is no view of the store, in whole allocations."""
+        copies = [t for *_, stacked in stacks for t in tensors_in(stacked) if not self._store.holds(t)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in copies}.values())
 
 
 class StepOps:

@@ -14,6 +14,8 @@ from itertools import islice
 
 ROW_ALIGNMENT = 8  # elements: 16 bytes in a 16-bit type, the widest load of a GPU thread
 _UNBOUNDED_SLABS = 1 << 48  # more than any memory has
+_LAID_WIDTHS = (64, 256, 1024, 4096, 16384)  # few, for each of them in use takes a slab
+_MIN_LAID_ROWS = 8  # of a width beyond the least: the last row then leaves at most an eighth unused
 MAX_PROBES = 128  # free runs searched for one that fits: a badly fragmented slab must not slow an allocation down
 
 Span = tuple[int, int]  # half-open: [first, stop)
@@ -24,6 +26,18 @@ def stride(width: int) -> int:
     if width < 1:
         raise ValueError(f"width is {width}; a row has at least 1 element")
     return -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def laid_out(num_elements: int, slab_elements: int) -> tuple[int, int]:
+    """(rows, width) in which to lay out something that has no rows of its own, one row after the other.
+
+    The rows are few, for each is a number in Python, however narrow its last dimension is: at most 32, or one for each
+    16,384 elements (each half a slab, if that is less). The width is a stride as well, so that consecutive rows have no
+    gaps between them.
+    """
+    fitting = [w for w in _LAID_WIDTHS if _MIN_LAID_ROWS * w <= num_elements and 2 * w <= slab_elements]
+    width = max(fitting, default=_LAID_WIDTHS[0])
+    return -(-num_elements // width), width
 
 
 class NoRoom(Exception):

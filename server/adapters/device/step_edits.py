@@ -34,11 +34,10 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of an op: by the hash of its rows in the buffer, which hold its float32 bits, or beside the buffer."""
+    """A tensor of an op: its float32 bits fill the rows of this key one after the other, but for the last one's end."""
 
-    content_hash: bytes
+    key: bytes
     shape: tuple[int, ...]
-    tensor: torch.Tensor | None = None  # where it is too small for rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +77,9 @@ class RowStore(Protocol):
     def dtype(self) -> torch.dtype: ...
     def row_view(self, width: int) -> torch.Tensor:
         """The whole store as rows of `width` elements: (all rows, width)."""
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a view of the store, and no copy."""
 
     def group(self, index: int) -> SiteGroup: ...
 

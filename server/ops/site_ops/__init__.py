@@ -15,10 +15,19 @@ from server.ops.site_ops.kv_rows import KvRows
 from server.ops.site_ops.norm_weight import NormWeight
 from server.ops.site_ops.own_weight import OwnWeight
 from server.ops.site_ops.pair_rotation import PairRotation
-from server.ops.site_ops.site_op import OpSite, OpTokens, PlacedOp, SiteOp, SiteShape, Tensors, around
+from server.ops.site_ops.site_op import (
+    OpSite,
+    OpTokens,
+    PlacedOp,
+    SiteOp,
+    SiteShape,
+    Tensors,
+    around,
+    tensors_in,
+)
 from server.ops.site_ops.token_rows import TokenRows
 
-__all__ = ["SITE_OPS", "OpSite", "OpTokens", "PlacedOp", "SiteOp", "SiteShape", "Tensors", "around"]
+__all__ = ["SITE_OPS", "OpSite", "OpTokens", "PlacedOp", "SiteOp", "SiteShape", "Tensors", "around", "tensors_in"]
 
 _OPS: tuple[SiteOp, ...] = (
     OwnWeight(), TokenRows(), KvRows(), NormWeight(), BlockRotation(), Kronecker(), Circulant(), PairRotation(),

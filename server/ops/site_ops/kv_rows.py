@@ -8,10 +8,11 @@ Semantics, for a virtual token t (its id is -1 - i) of a lane with `rows` (n, wi
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
-from server.ops.site_ops.site_op import OpSite, OpTokens, SiteOp, SiteShape, Tensors
+from server.ops.site_ops.site_op import OpSite, OpTokens, SiteOp, SiteShape, Tensors, joined
 
 
 class KvRows(SiteOp):
@@ -25,14 +26,13 @@ class KvRows(SiteOp):
             )
 
     def stack(self, of_lane: Sequence[Tensors], site: OpSite) -> Tensors:
-        like = of_lane[0]["rows"]
-        num = max(len(own["rows"]) for own in of_lane)
-        rows = like.new_zeros(len(of_lane) + 1, num, like.shape[1])
-        for lane, own in enumerate(of_lane, start=1):
-            rows[lane, : len(own["rows"])] = own["rows"]
-        return {"rows": rows}
+        """Rows of all lanes under one another, and the first of each lane, lane 0 included."""
+        rows = joined(of_lane, "rows")
+        starts = torch.tensor([0, *accumulate((len(own["rows"]) for own in of_lane[:-1]), initial=0)])
+        return {"rows": rows, "starts": starts.to(rows.device)}
 
     def before(self, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
         is_own = (tokens.ids < 0) & (tokens.lanes > 0)
-        rows = stacked["rows"][tokens.lanes, (-1 - tokens.ids).clamp_min(0).clamp_max(stacked["rows"].shape[1] - 1)]
+        places = stacked["starts"][tokens.lanes] + (-1 - tokens.ids).clamp_min(0)
+        rows = stacked["rows"][places.clamp_max(len(stacked["rows"]) - 1)]
         return torch.where(is_own[:, None], rows.to(x.dtype), x)

@@ -4,8 +4,8 @@ Owns that contract and the tokens of a step as an op sees them. Knows nothing ab
 stored.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -58,7 +58,7 @@ class OpTokens:
     ids: torch.Tensor  # (tokens,) int64; virtual tokens have -1, -2, ...
     # The lanes of the mixed tokens once more, where they can be read without waiting for a device.
     mixed_lanes: tuple[int, ...] | None = None
-    _found: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _found: dict[tuple[int, ...], "MixedTokens"] = field(default_factory=dict)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)  # by ops, for those at later sites of the same step
 
     @property
@@ -66,25 +66,38 @@ class OpTokens:
         """(num_mixed,) the lanes of the mixed tokens."""
         return self.lanes[: self.num_mixed]
 
-    def mixed_of(self, lanes: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mixed tokens of some lanes, and for each the place of its lane among them, both (found,) int64.
-
-        Kept: many sites ask for the same.
-        """
+    def mixed_of(self, lanes: tuple[int, ...]) -> "MixedTokens":
+        """The mixed tokens of some lanes. Kept: many sites ask for the same."""
         if lanes not in self._found:
             of_token = self.mixed.tolist() if self.mixed_lanes is None else self.mixed_lanes
             place_of = {lane: place for place, lane in enumerate(lanes)}
             found = [(token, place_of[lane]) for token, lane in enumerate(of_token) if lane in place_of]
             both = torch.tensor(found, dtype=torch.int64).view(-1, 2).t().contiguous().to(self.lanes.device)
-            self._found[lanes] = both[0], both[1]
+            self._found[lanes] = MixedTokens(both[0], both[1], tuple(place for _, place in found))
         return self._found[lanes]
+
+
+@dataclass(frozen=True, slots=True)
+class MixedTokens:
+    """The mixed tokens of some lanes, and for each the place of its lane among them."""
+
+    tokens: torch.Tensor  # (found,) int64, on the device
+    places: torch.Tensor  # (found,) int64, on the device
+    place_numbers: tuple[int, ...]  # the same, where they can be read without waiting for it
+
+    def parts(self, num_at_once: int) -> Iterator["MixedTokens"]:
+        """The same in parts of at most so many tokens."""
+        for start in range(0, len(self.place_numbers), num_at_once):
+            at = slice(start, start + num_at_once)
+            yield MixedTokens(self.tokens[at], self.places[at], self.place_numbers[at])
 
 
 class SiteOp(Protocol):
     """One op; it leaves alone what it does not override.
 
-    `stacked` is what its own `stack` made, and nobody else looks into it: mostly its tensors by name, with a lane's
-    number as the first index.
+    `stacked` is what its own `stack` made, and nobody else looks into it but to count bytes (`tensors_in`). It may hold
+    the tensors that it was made of: they lie where they are for as long as a token can have their lane. What it copies
+    is no more than they are together.
     """
 
     name: str
@@ -102,6 +115,24 @@ class SiteOp(Protocol):
     def after(self, y: torch.Tensor, x: torch.Tensor, stacked: Any, tokens: OpTokens, site: OpSite) -> torch.Tensor:
         """What the site gives in place of y (tokens, d_out), which may be written to; x as the site was given it."""
         return y
+
+
+def joined(of_lane: Sequence[Tensors], field: str) -> torch.Tensor:
+    """A field of all lanes, under one another; of one lane the tensor itself."""
+    return of_lane[0][field] if len(of_lane) == 1 else torch.cat([own[field] for own in of_lane])
+
+
+def tensors_in(stacked: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in what `stack` made: of mappings, tuples and dataclasses."""
+    if isinstance(stacked, torch.Tensor):
+        yield stacked
+    elif isinstance(stacked, Mapping):
+        yield from tensors_in(tuple(stacked.values()))
+    elif isinstance(stacked, tuple):
+        for one in stacked:
+            yield from tensors_in(one)
+    elif is_dataclass(stacked):
+        yield from tensors_in(tuple(getattr(stacked, field.name) for field in fields(stacked)))
 
 
 @dataclass(frozen=True, slots=True)

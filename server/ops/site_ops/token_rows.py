@@ -9,12 +9,13 @@ Semantics, for a token t of a lane with `ids` (n,) and `rows` (n, width):
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
-from server.ops.site_ops.site_op import OpSite, OpTokens, SiteOp, SiteShape, Tensors
+from server.ops.site_ops.site_op import OpSite, OpTokens, SiteOp, SiteShape, Tensors, joined
 
-_NO_ID = -(1 << 40)
+_LANE = 1 << 40  # from one lane's keys to the next one's, beyond any id
 
 
 class TokenRows(SiteOp):
@@ -32,30 +33,35 @@ class TokenRows(SiteOp):
             raise ValueError("it has two rows for one token")
 
     def stack(self, of_lane: Sequence[Tensors], site: OpSite) -> Tensors:
-        num, width = max(len(own["ids"]) for own in of_lane), of_lane[0]["rows"].shape[1]
-        like = of_lane[0]["rows"]
-        ids = torch.full((len(of_lane) + 1, num), _NO_ID, dtype=torch.int64, device=like.device)
-        rows = like.new_zeros(len(of_lane) + 1, num, width)
-        for lane, own in enumerate(of_lane, start=1):
-            ids[lane, : len(own["ids"])] = own["ids"].long()
-            gain = torch.where(own["ids"] < 0, 1.0, site.gain if site.kind == "embedding" else 1.0)
-            rows[lane, : len(own["ids"])] = own["rows"] * gain[:, None]
-        return {"ids": ids, "rows": rows}
+        """Rows of all lanes under one another, with their ids, and where a lane begins (`starts`, on the CPU, lane 0
+        and the end included); keys of (lane, id) in ascending order, and the row of each (`order`)."""
+        ids = torch.cat([own["ids"].long() for own in of_lane])
+        nums = [len(own["ids"]) for own in of_lane]
+        lanes = torch.arange(1, len(nums) + 1).repeat_interleave(torch.tensor(nums)).to(ids.device)
+        keys, order = (lanes * _LANE + ids).sort()
+        starts = torch.tensor([0, *accumulate(nums, initial=0)])
+        return {"ids": ids, "rows": joined(of_lane, "rows"), "starts": starts, "keys": keys, "order": order}
 
     def after(self, y: torch.Tensor, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
+        if not len(stacked["keys"]):
+            return y
         if site.kind == "embedding":
-            return self._embed(y, stacked, tokens)
+            return self._embed(y, stacked, tokens, site.gain)
         return self._score(y, x, stacked, tokens)
 
-    def _embed(self, y: torch.Tensor, stacked: Tensors, tokens: OpTokens) -> torch.Tensor:
-        is_own = stacked["ids"].index_select(0, tokens.lanes) == tokens.ids[:, None]  # (tokens, n)
-        own = stacked["rows"][tokens.lanes, is_own.int().argmax(1)]
-        return torch.where(is_own.any(1)[:, None], own.to(y.dtype), y)
+    def _embed(self, y: torch.Tensor, stacked: Tensors, tokens: OpTokens, gain: float) -> torch.Tensor:
+        keys, wanted = stacked["keys"], tokens.lanes * _LANE + tokens.ids
+        place = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
+        own = stacked["rows"][stacked["order"][place]]
+        if gain != 1:
+            own = own * torch.where(tokens.ids < 0, 1.0, gain)[:, None]
+        return torch.where((keys[place] == wanted)[:, None], own.to(y.dtype), y)
 
     def _score(self, y: torch.Tensor, x: torch.Tensor, stacked: Tensors, tokens: OpTokens) -> torch.Tensor:
-        for lane in range(1, stacked["ids"].shape[0]):
-            own = (tokens.lanes == lane).nonzero()
-            numbers = (stacked["ids"][lane] >= 0).nonzero().flatten()  # virtual tokens are never scored
-            ids, rows = stacked["ids"][lane, numbers], stacked["rows"][lane, numbers]
+        starts = stacked["starts"].tolist()
+        for lane in range(1, len(starts) - 1):
+            own, at = (tokens.lanes == lane).nonzero(), slice(starts[lane], starts[lane + 1])
+            numbers = (stacked["ids"][at] >= 0).nonzero().flatten()  # virtual tokens are never scored
+            ids, rows = stacked["ids"][at][numbers], stacked["rows"][at][numbers]
             y[own, ids] = (x[own.flatten()].float() @ rows.T).to(y.dtype)
         return y

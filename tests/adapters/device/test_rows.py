@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from server.adapters.device.rows import ROW_ALIGNMENT, NoRoom, RowAllocator, stride
+from server.adapters.device.rows import ROW_ALIGNMENT, NoRoom, RowAllocator, laid_out, stride
 
 
 def accounted(allocator: RowAllocator) -> int:
@@ -296,6 +296,16 @@ class Allocation(RuleBasedStateMachine):
             for count in (2, 1):
                 if pristine.can_allocate([(width, count)]):
                     assert self.allocator.allocate(width, count) == pristine.allocate(width, count)
+
+
+@given(st.integers(0, 1 << 40), st.integers(1, 1 << 24))
+def test_what_is_laid_out_has_few_rows_and_little_beside_it(num_elements: int, slab_elements: int) -> None:
+    num_rows, width = laid_out(num_elements, slab_elements)
+    assert stride(width) == width, "consecutive rows have no gaps"
+    assert 0 <= num_rows * width - num_elements < max(width, 1)
+    assert num_rows * width - num_elements < max(64, num_elements / 8)
+    if slab_elements >= 2 * 16384:
+        assert num_rows <= max(32, -(-num_elements // 16384))
 
 
 TestAllocation = Allocation.TestCase

@@ -79,10 +79,10 @@ def tokens_of(lanes: list[int], num_mixed: int) -> OpTokens:
     return OpTokens(torch.tensor(lanes), num_mixed, tuple(runs), torch.zeros(len(lanes), dtype=torch.int64))
 
 
-@pytest.fixture(params=["_lane_by_lane", "_all_rows"])
+@pytest.fixture(params=["lane by lane", "all rows"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways for mixed tokens, that of a GPU too."""
-    monkeypatch.setattr(ops_bottleneck, "_lane_by_lane", getattr(ops_bottleneck, request.param))
+    monkeypatch.setattr(ops_bottleneck, "_reads_all_rows", lambda device: request.param == "all rows")
 
 
 @pytest.mark.usefixtures("way")
