@@ -9,7 +9,7 @@ import difflib
 import ipaddress
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -423,30 +423,10 @@ class Settings(BaseSettings):
         return value
 
     @model_validator(mode="after")
-    def _decodes_fit_in_a_step(self) -> Self:
-        if self.max_batch_tokens < self.max_sequences:
-            raise ValueError(
-                f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_sequences ({self.max_sequences}): "
-                "every running sequence takes one token of each step. Raise the first or lower the second."
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _exposed_needs_a_key(self) -> Self:
-        if not self.is_loopback and self.api_key is None:
-            raise ValueError(
-                f"host {self.host!r} can be reached from other machines, so an API key is required: "
-                "set GRAFT_API_KEY (or --api-key), or keep the default --host 127.0.0.1."
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _any_page_needs_a_key(self) -> Self:
-        if "*" in self.allowed_origins and self.api_key is None:
-            raise ValueError(
-                "allowed_origins * lets every web page that a browser on this machine opens use the server: name the "
-                "origins, or set GRAFT_API_KEY (or --api-key)."
-            )
+    def _fit_one_another(self) -> Self:
+        clashes = tuple(_clashes(self))
+        if clashes:
+            raise _Clashing(clashes)
         return self
 
     @property
@@ -467,6 +447,42 @@ class Settings(BaseSettings):
         """Where a client on this machine finds the server, once `port` is a real one."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Clash:
+    """Settings that are good each, but not together."""
+
+    fields: frozenset[str]
+    sentence: str
+
+
+class _Clashing(ValueError):
+    def __init__(self, clashes: Sequence[_Clash]) -> None:
+        super().__init__("\n".join(clash.sentence for clash in clashes))
+        self.clashes = clashes
+
+
+def _clashes(settings: Settings) -> Iterator[_Clash]:
+    if settings.max_batch_tokens < settings.max_sequences:
+        yield _Clash(
+            frozenset({"max_batch_tokens", "max_sequences"}),
+            f"max_batch_tokens ({settings.max_batch_tokens}) must be at least max_sequences "
+            f"({settings.max_sequences}): every running sequence takes one token of each step. Raise the first or "
+            "lower the second.",
+        )
+    if not settings.is_loopback and settings.api_key is None:
+        yield _Clash(
+            frozenset({"host", "api_key"}),
+            f"host {settings.host!r} can be reached from other machines, so an API key is required: "
+            "set GRAFT_API_KEY (or --api-key), or keep the default --host 127.0.0.1.",
+        )
+    if "*" in settings.allowed_origins and settings.api_key is None:
+        yield _Clash(
+            frozenset({"allowed_origins", "api_key"}),
+            "allowed_origins * lets every web page that a browser on this machine opens use the server: name the "
+            "origins, or set GRAFT_API_KEY (or --api-key).",
+        )
 
 
 def load(flags: Mapping[str, Any]) -> Settings:
@@ -490,19 +506,39 @@ def load_some(names: Collection[str], flags: Mapping[str, Any]) -> Settings:
 
 
 def _settled(flags: Mapping[str, Any], unused: Mapping[str, Any]) -> Settings:
+    problems = _file_problems(flags)
     try:
-        return Settings(**{**unused, **flags})
+        settings = Settings(**{**unused, **flags})
     except ValidationError as error:
         whence = origins(flags)
-        problems = [_sentence(detail, whence) for detail in error.errors()]
+        found = error.errors()
+        problems += [_sentence(detail, whence) for detail in found]
+        problems += _hidden_clashes(found, {**unused, **flags})
+    if problems:
         raise StartupRefused("\n".join(problems)) from None
+    return settings
+
+
+def _hidden_clashes(found: Sequence[ErrorDetails], values: Mapping[str, Any]) -> list[str]:
+    """How settings that are good each do not fit one another, which nobody looks at where another is bad by itself."""
+    bad = {str(detail["loc"][0]) for detail in found if detail["loc"]}
+    defaults = {name: Settings.model_fields[name].get_default(call_default_factory=True) for name in bad}
+    if not bad:
+        return []
+    try:
+        Settings(**{**values, **defaults, "model": values.get("model") or "none"})
+    except ValidationError as error:
+        raised = [detail.get("ctx", {}).get("error") for detail in error.errors()]
+        clashes = [clash for one in raised if isinstance(one, _Clashing) for clash in one.clashes]
+        return [clash.sentence for clash in clashes if not clash.fields & bad]
+    return []
 
 
 def origins(flags: Mapping[str, Any]) -> dict[str, str]:
     """Where each setting's value comes from: "--port", "GRAFT_PORT", "port in graft.yaml" or "default"."""
     given = {name.upper() for name, value in os.environ.items() if value}
-    path = flags.get("config") or os.environ.get(f"{ENV_PREFIX}CONFIG")
-    in_file = _read_file(Path(path)) if path else {}
+    path = _file_of(flags)
+    in_file = _read_file(path) if path else {}
 
     def origin(name: str) -> str:
         if name in flags:
@@ -532,8 +568,21 @@ def variable_name(name: str) -> str:
     return f"{ENV_PREFIX}{name.upper()}"
 
 
+def _file_of(flags: Mapping[str, Any]) -> Path | None:
+    path = flags.get("config") or os.environ.get(f"{ENV_PREFIX}CONFIG")
+    return Path(path) if path else None
+
+
 def _read_file(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, by field name; "max-context" and "max_context" are one key."""
+    """The settings in a YAML file, by field name; nothing of what `_file_problems` tells of."""
+    try:
+        return {key: value for key, value in _file_content(path).items() if key in _keys()}
+    except StartupRefused:
+        return {}
+
+
+def _file_content(path: Path) -> dict[str, Any]:
+    """By key; "max-context" and "max_context" are one. Raises StartupRefused for what holds no settings."""
     try:
         content = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -542,19 +591,27 @@ def _read_file(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise StartupRefused(f"--config {path} must hold settings as 'key: value' lines, such as 'port: 8001'.")
-    named = {str(key).replace("-", "_"): value for key, value in content.items()}
-    for key in named:
-        _check_key(key, path)
-    return named
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
-def _check_key(key: str, path: Path) -> None:
-    known = [name for name in Settings.model_fields if name != "config"]
-    if key in known:
-        return
-    near = difflib.get_close_matches(key, known, n=1)
+def _file_problems(flags: Mapping[str, Any]) -> list[str]:
+    path = _file_of(flags)
+    if path is None:
+        return []
+    try:
+        return [_unknown_key(key, path) for key in _file_content(path) if key not in _keys()]
+    except StartupRefused as error:
+        return [error.message]
+
+
+def _keys() -> list[str]:
+    return [name for name in Settings.model_fields if name != "config"]
+
+
+def _unknown_key(key: str, path: Path) -> str:
+    near = difflib.get_close_matches(key, _keys(), n=1)
     remedy = f"did you mean {near[0]}?" if near else "graft serve --help lists the settings."
-    raise StartupRefused(f"{key} in {path} is not a setting; {remedy}")
+    return f"{key} in {path} is not a setting; {remedy}"
 
 
 def _sentence(detail: ErrorDetails, whence: Mapping[str, str]) -> str:

@@ -184,6 +184,36 @@ def test_every_problem_is_told_at_once() -> None:
     assert len(refusal(port="x", max_queued="-1", device="tpu").splitlines()) == 3
 
 
+def test_every_problem_is_told_at_once_wherever_it_is(monkeypatch: pytest.MonkeyPatch, yaml_file: Path) -> None:
+    """From a flag, a variable and the file: bad values, keys that are none, and settings that clash with others."""
+    yaml_file.write_text("max_queue: 7\nblock_size: 12\nmax_sequences: 64\nprot: 1\n")
+    monkeypatch.setenv("GRAFT_QUEUE_TIMEOUT", "soon")
+    message = refusal(config=yaml_file, port="x", max_batch_tokens="8", host="0.0.0.0")
+    expected = [
+        f"max_queue in {yaml_file} is not a setting; did you mean max_queued?",
+        f"prot in {yaml_file} is not a setting; did you mean port?",
+        "--port is 'x'",
+        f"block_size in {yaml_file} is 12",
+        "GRAFT_QUEUE_TIMEOUT is 'soon'",
+        "max_batch_tokens (8) must be at least max_sequences (64)",
+        "host '0.0.0.0' can be reached from other machines",
+    ]
+    assert [words for words in expected if words not in message] == []
+    assert len(message.splitlines()) == len(expected)
+
+
+def test_of_a_bad_value_nobody_says_that_it_clashes_with_another() -> None:
+    message = refusal(max_sequences="many", max_batch_tokens="8")
+    assert message.startswith("--max-sequences is 'many'")
+    assert len(message.splitlines()) == 1
+
+
+def test_a_file_that_cannot_be_read_hides_no_bad_flag(tmp_path: Path) -> None:
+    message = refusal(config=tmp_path / "none.yaml", port="x")
+    assert "none.yaml cannot be read as YAML" in message
+    assert "--port is 'x'" in message
+
+
 def test_a_refusal_names_the_source(monkeypatch: pytest.MonkeyPatch, yaml_file: Path) -> None:
     yaml_file.write_text("max_queued: many")
     assert refusal(config=yaml_file).startswith(f"max_queued in {yaml_file} is 'many'")
