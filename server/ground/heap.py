@@ -1,6 +1,6 @@
 """What glibc's malloc keeps for itself: how many heaps there are, and memory that is free but not given back.
 
-Owns those two settings of the process. Knows nothing about what is allocated.
+Owns those settings of the process. Knows nothing about what is allocated.
 
 glibc gives each busy thread a heap ("arena") of its own. Adapters come and go on loader threads, request threads and
 the engine's; what one heap has free is of no use to another, so a server that does the same all day grows for hours.
@@ -12,9 +12,14 @@ back all of them do.
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-_ARENA_MAX = -8  # mallopt(3): M_ARENA_MAX
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # mallopt(3)
+_LARGE_BYTES = 1 << 20
+_LARGEST_THRESHOLD_BYTES = 32 << 20  # to which glibc raises M_MMAP_THRESHOLD by itself, and no further
 _VARIABLES = ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")  # with which operators decide for themselves
+_BLOCK_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 def keep_one_arena() -> bool:
@@ -37,3 +42,25 @@ def give_back_free_memory() -> bool:
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     return trim is not None and trim(0) == 1
+
+
+@contextmanager
+def large_blocks_given_back() -> Iterator[bool]:
+    """Meanwhile, each block from 1 MiB goes back to the operating system when it is freed.
+
+    By itself glibc learns from the first large blocks that are freed to keep blocks of up to 32 MiB, and what is
+    allocated for good in between keeps their room from being used again. Afterwards it does what it would have
+    learned: that is faster for what comes and goes in every step.
+
+    Yields whether that is so: not where the environment decides, and not with a C library other than glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or any(name in os.environ for name in _BLOCK_VARIABLES):
+        yield False
+        return
+    is_set = mallopt(_MMAP_THRESHOLD, _LARGE_BYTES) == 1
+    try:
+        yield is_set
+    finally:
+        mallopt(_MMAP_THRESHOLD, _LARGEST_THRESHOLD_BYTES)
+        mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_THRESHOLD_BYTES)  # as glibc has the one follow the other

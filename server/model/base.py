@@ -19,6 +19,7 @@ from server.model.architectures import SERVED
 from server.model.attention import IMPLEMENTATION, KVCache, PagedAttention, attach
 from server.model.context import AttentionBatch, Scope, StepContext
 from server.model.fingerprint import fingerprint
+from server.model.lean_loading import lean_loading
 from server.model.pretrained import (
     BaseOptions,
     default_dtype,
@@ -76,14 +77,15 @@ class Base:
         quantization = None if stored is not None else quantization_config(options.quantize, dtype)
         extra: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                options.model,
-                dtype=dtype,
-                attn_implementation=IMPLEMENTATION,
-                device_map={"": str(options.device)},
-                output_loading_info=True,
-                **extra,
-            )
+            with lean_loading(options.model):
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    options.model,
+                    dtype=dtype,
+                    attn_implementation=IMPLEMENTATION,
+                    device_map={"": str(options.device)},
+                    output_loading_info=True,
+                    **extra,
+                )
         except KeyError as error:  # models that keep a table of their own attention classes
             raise StartupRefused(
                 f"cannot load {options.model!r}: models of type {config.model_type!r} do not use transformers' "

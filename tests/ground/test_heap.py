@@ -96,3 +96,42 @@ def test_what_is_free_inside_the_heap_goes_back() -> None:
     assert int(full) - int(free) < 10_000_000, "else there is nothing to show"
     assert int(full) - int(given_back) > 40_000_000
     assert was_given == "True"
+
+
+# Blocks below 32 MiB that come and go beside one that stays: what glibc has learned from the first free keeps them.
+_COME_AND_GO = """
+import ctypes, os, sys
+from contextlib import nullcontext
+from server.ground.heap import large_blocks_given_back
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def block(size):
+    address = libc.malloc(ctypes.c_size_t(size))
+    libc.memset(address, 1, size)
+    return address
+
+libc.free(block(30_000_000))
+before = resident()
+with large_blocks_given_back() if "given back" in sys.argv else nullcontext():
+    for size in range(20_000_000, 4_000_000, -4_000_000):
+        passing = block(size)
+        stays = block(100_000)
+        libc.free(passing)
+print(resident() - before)
+"""
+
+
+def test_large_blocks_go_back_while_that_is_asked_for() -> None:
+    def kept_bytes(*arguments: str) -> int:
+        run = [sys.executable, "-c", _COME_AND_GO, *arguments]
+        return int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+
+    assert kept_bytes() > 15_000_000, "else there is nothing to show"
+    assert kept_bytes("given back") < 2_000_000
