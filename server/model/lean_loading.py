@@ -41,12 +41,12 @@ def lean_loading(name: str) -> Iterator[None]:
 @contextmanager
 def _files_read() -> Iterator[None]:
     """safetensors reads each tensor into memory of its own, as transformers has it do on Windows."""
-    given = modeling_utils.safe_open
-    modeling_utils.safe_open = _open  # type: ignore[assignment,misc]
+    given = modeling_utils.safe_open  # type: ignore[assignment,attr-defined]
+    modeling_utils.safe_open = _open  # type: ignore[assignment,attr-defined]
     try:
         yield
     finally:
-        modeling_utils.safe_open = given  # type: ignore[misc]
+        modeling_utils.safe_open = given  # type: ignore[attr-defined]
 
 
 def _open(file: str, **options: Any) -> Any:
