@@ -41,12 +41,13 @@ def lean_loading(name: str) -> Iterator[None]:
 @contextmanager
 def _files_read() -> Iterator[None]:
     """safetensors reads each tensor into memory of its own, as transformers has it do on Windows."""
-    given = modeling_utils.safe_open  # type: ignore[assignment,attr-defined]
-    modeling_utils.safe_open = _open  # type: ignore[assignment,attr-defined]
+    loading: Any = modeling_utils  # the name that its functions find when they are called
+    given = loading.safe_open
+    loading.safe_open = _open
     try:
         yield
     finally:
-        modeling_utils.safe_open = given  # type: ignore[attr-defined]
+        loading.safe_open = given
 
 
 def _open(file: str, **options: Any) -> Any:
