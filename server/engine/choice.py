@@ -1,22 +1,20 @@
 """The choice of a step's tokens: its sequences' rules, masks and random numbers meet their logits.
 
-Owns what each row is sampled with, and the mark of rows that are no numbers. Nothing here waits for the device. Knows
-nothing about the loop, or what becomes of a token.
+Owns what each row is sampled with. Nothing here waits for the device. Knows nothing about the loop, or what becomes of
+a token.
 """
 
 from collections.abc import Mapping
 
 import torch
 
-from server.engine.chosen import Chosen
+from server.engine.chosen import Chosen, marked
 from server.engine.flight import Flight
 from server.engine.logits import edit_logits
 from server.engine.masks import StepMasks
 from server.engine.runner import StepLogits
 from server.engine.sampler import SamplingRow, sample
 from server.engine.sequence import ScheduledSequence
-
-NOT_FINITE = -1  # instead of a token: the row's logits are not numbers
 
 
 def choose(logits: StepLogits, flights: Mapping[str, Flight], masks: StepMasks | None) -> Chosen:
@@ -28,10 +26,11 @@ def choose(logits: StepLogits, flights: Mapping[str, Flight], masks: StepMasks |
     if not names:
         return Chosen(torch.empty(0, dtype=torch.int64), names)
     rows = [_sampling_row(item, flights) for item in logits.samplers]
+    if logits.greedy is not None and masks is None and all(row.temperature == 0 and not row.rules for row in rows):
+        return Chosen(logits.greedy, names)
     allowed = logits.sampled if masks is None else masks.applied(logits)
     tokens = sample(edit_logits(allowed, rows), rows)
-    is_finite = logits.sampled.amax(dim=-1).isfinite()  # amax passes NaN on
-    return Chosen(torch.where(is_finite, tokens, NOT_FINITE), names)
+    return Chosen(marked(logits.sampled, tokens), names)
 
 
 def _sampling_row(item: ScheduledSequence, flights: Mapping[str, Flight]) -> SamplingRow:

@@ -7,6 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+NOT_FINITE = -1  # instead of a token: the row's logits are not numbers
+
+
+def marked(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """tokens (rows,), NOT_FINITE for the rows of logits (rows, vocabulary) that do not tell."""
+    return torch.where(logits.amax(dim=-1).isfinite(), tokens, NOT_FINITE)  # amax passes NaN on
+
 
 class Reading:
     """A tensor on its way from the device to the CPU, behind all that the device was given before."""

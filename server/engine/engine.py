@@ -20,8 +20,8 @@ from typing import TypeVar
 import torch
 
 from server.engine.blocks import BlockPool
-from server.engine.choice import NOT_FINITE, choose
-from server.engine.chosen import Chosen
+from server.engine.choice import choose
+from server.engine.chosen import NOT_FINITE, Chosen
 from server.engine.constraint import Constraint
 from server.engine.flight import DeltaStream, Flight, GenerationRequest
 from server.engine.masks import Masks, StepMasks

@@ -181,7 +181,7 @@ class PackedStep:
         packing.add("blocks", blocks)
         packing.add("offsets", offsets)
         for number, item in enumerate(order.items[order.num_decodes :], order.num_decodes):
-            packing.add(f"blocks of {number}", _read_blocks(item, size))
+            packing.add(f"blocks of {number}", read_blocks(item, size))
         if self._for_kernels:
             add_decode_lists(packing, order.decodes, size)
         else:
@@ -198,7 +198,7 @@ class PackedStep:
         self._pair_block: list[int] = []
         pair_start: list[int] = []
         for number in self._by_block:
-            blocks = _read_blocks(decodes[number], size)
+            blocks = read_blocks(decodes[number], size)
             pair_sequence += [number] * len(blocks)
             self._pair_block += blocks
             pair_start += range(0, len(blocks) * size, size)
@@ -226,13 +226,13 @@ class PackedStep:
 
 def add_decode_lists(packing: Packing, decodes: Listing[ScheduledSequence], size: int) -> None:
     """The numbers of `DecodeLists`, for blocks of `size` tokens."""
-    blocks = [_read_blocks(item, size) for item in decodes]
+    blocks = [read_blocks(item, size) for item in decodes]
     packing.add("lengths", [item.end for item in decodes])
     packing.add("firsts", [*accumulate(map(len, blocks[:-1]), initial=0)] if blocks else [])
     packing.add("read blocks", [block for own in blocks for block in own])
 
 
-def _read_blocks(item: ScheduledSequence, size: int) -> list[int]:
+def read_blocks(item: ScheduledSequence, size: int) -> list[int]:
     """The blocks that hold an item's tokens and all before them."""
     return item.sequence.blocks[: -(-item.end // size)]
 

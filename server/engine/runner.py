@@ -11,7 +11,9 @@ import torch
 
 from server.adapters.device.device import DeviceTier
 from server.engine.chosen import Chosen
+from server.engine.decode_graphs import DecodeGraphs, graph_sizes
 from server.engine.packed_step import PackedStep, StepOrder, kept_rows
+from server.engine.recording import Recorder
 from server.engine.sequence import Batch, ScheduledSequence
 from server.model.attention import KVCache
 from server.model.base import Base
@@ -23,29 +25,46 @@ _RECOMPUTED_AT_ONCE = 512  # tokens: bounds what a long sequence takes for itsel
 @dataclass(frozen=True, slots=True)
 class StepLogits:
     """What a step computed. `sampled` (k, vocabulary): one row per item of `samplers`, in order. `scored`: the logits
-    of all rows of an item that wants its prompt scored (`scorers`), (tokens of the item, vocabulary), by sequence
-    id."""
+    of all rows of an item that wants its prompt scored (`scorers`), (tokens of the item, vocabulary), by sequence id.
+    `greedy` (k,): their most likely tokens, NOT_FINITE for rows that are no numbers, where the step has them found."""
 
     samplers: tuple[ScheduledSequence, ...]
     sampled: torch.Tensor
     scorers: tuple[ScheduledSequence, ...]
     scored: dict[str, torch.Tensor]
+    greedy: torch.Tensor | None = None
 
 
 class Runner:
     """Runs batches of one base with the adapters of one device tier, on a KV cache of `num_blocks` blocks.
 
-    `kernels` is what `server.ops.load_kernels` gave; with them the tier has tables.
+    `kernels` is what `server.ops.load_kernels` gave; with them the tier has tables. With a `recorder`, which needs
+    them, decode steps of up to `max_recorded` sequences of at most `max_context` tokens are recorded and replayed.
     """
 
     def __init__(
-        self, base: Base, adapters: DeviceTier, num_blocks: int, block_size: int, kernels: ModuleType | None = None
+        self,
+        base: Base,
+        adapters: DeviceTier,
+        num_blocks: int,
+        block_size: int,
+        kernels: ModuleType | None = None,
+        *,
+        recorder: Recorder | None = None,
+        max_recorded: int = 0,
+        max_context: int = 0,
     ) -> None:
         self._base = base
         self._kernels = kernels
         self._adapters = adapters
         self._block_size = block_size
-        self.cache = KVCache(base.kv_shapes, num_blocks, block_size, base.kv_dtype, base.device)
+        num_spare = 1 if recorder is not None else 0
+        self.cache = KVCache(base.kv_shapes, num_blocks + num_spare, block_size, base.kv_dtype, base.device)
+        self.graphs: DecodeGraphs | None = None
+        if recorder is not None:
+            assert kernels is not None, "recordings need kernels"
+            sizes = graph_sizes(max_recorded)
+            self.graphs = DecodeGraphs(base, adapters, self.cache, kernels, recorder, sizes, max_context)
 
     def is_device_alive(self) -> bool:
         """Whether the device still computes; a GPU that has met an illegal access never does again."""
@@ -65,7 +84,19 @@ class Runner:
             self._copy_start(item)
         for item in batch.sequences:
             self._recompute_if_stale(item)
-        return self._forward(batch.sequences, before)
+        return self._replay(batch.sequences, before) or self._forward(batch.sequences, before)
+
+    def _replay(self, items: tuple[ScheduledSequence, ...], before: Chosen | None) -> StepLogits | None:
+        """The step as a recording; None if it is not one of those, or this device has none."""
+        if self.graphs is None or not self.graphs.can_run(items):
+            return None
+        found = self.graphs.run(items, before)
+        if found is None:
+            return None
+        logits, greedy = found
+        if any(item.sequence.params.logprobs is not None for item in items):
+            logits = logits.clone()  # read when the next step may have written there
+        return StepLogits(items, logits, (), {}, greedy.clone())
 
     def _copy_start(self, item: ScheduledSequence) -> None:
         """Copies an adapter's virtual tokens that fill a block in part from one that begins with them."""

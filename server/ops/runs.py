@@ -56,23 +56,40 @@ class TokenRuns:
     ) -> "TokenRuns":
         """Orders and cuts tokens with these slots, (tokens,) int64; both classes (max_slots,) int64, 0 for no edits.
 
-        All three on the CPU. With `is_static` every shape depends on the number of tokens alone, as a CUDA graph
-        needs: runs are short, and the last of them are empty.
+        All three on the CPU. With `is_static` every shape depends on the number of tokens alone.
         """
+        if is_static:
+            numbers = cls.static_numbers(slots, down_classes, up_classes)
+            return cls.of_static(send(numbers, device), slots.shape[0])
         downs, ups = down_classes.index_select(0, slots), up_classes.index_select(0, slots)
-        cuts = [_cut(downs, is_static)]
-        # They are equal where nobody shares one projection without the other. A graph needs tensors for both.
-        if is_static or not torch.equal(downs, ups):
-            cuts.append(_cut(ups, is_static))
+        cuts = [_cut(downs, is_static=False)]
+        # They are equal where nobody shares one projection without the other.
+        if not torch.equal(downs, ups):
+            cuts.append(_cut(ups, is_static=False))
         parts = [slots, *(part for _, *of_cut in cuts for part in of_cut)]
-        packed = send(torch.cat(parts), device)
-        on_device, *pieces = torch.split(packed, [len(part) for part in parts])
+        on_device, *pieces = torch.split(send(torch.cat(parts), device), [len(part) for part in parts])
         orders = zip(cuts, pieces[::2], pieces[1::2], strict=True)
         runs = [Runs(length, order, starts) for (length, *_), order, starts in orders]
         return cls(on_device, runs[0], runs[-1])
 
+    @classmethod
+    def static_numbers(cls, slots: torch.Tensor, down_classes: torch.Tensor, up_classes: torch.Tensor) -> torch.Tensor:
+        """As many numbers for any `n` tokens, 5 n + 2, as a CUDA graph needs: runs are short, the last ones empty."""
+        parts = [slots]
+        for classes in (down_classes, up_classes):
+            _, order, starts = _cut(classes.index_select(0, slots), is_static=True)
+            parts += [order, starts]
+        return torch.cat(parts)
 
-def _cut(classes: torch.Tensor, is_static: bool) -> tuple[int, torch.Tensor, torch.Tensor]:
+    @classmethod
+    def of_static(cls, numbers: torch.Tensor, num_tokens: int) -> "TokenRuns":
+        """The runs in what `static_numbers` gave, wherever it lies now."""
+        n = num_tokens
+        slots, *cuts = torch.split(numbers, [n, n, n + 1, n, n + 1])
+        return cls(slots, Runs(SHORT_RUN, *cuts[:2]), Runs(SHORT_RUN, *cuts[2:]))
+
+
+def _cut(classes: torch.Tensor, *, is_static: bool) -> tuple[int, torch.Tensor, torch.Tensor]:
     """The longest run allowed, the order of tokens by class, and where runs of one class start in it."""
     num_tokens = classes.shape[0]
     ordered, order = torch.sort(classes, stable=True)

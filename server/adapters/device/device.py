@@ -5,7 +5,7 @@ about names, versions, leases or who decides what is resident; and nothing of me
 """
 
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
@@ -21,6 +21,7 @@ from server.adapters.host_adapter import HostAdapter, HostEdit, HostTensor
 from server.adapters.positions import Reach
 from server.model.site import SiteKind
 from server.model.site_table import SiteGroup, SiteTable
+from server.ops.runs import TokenRuns
 from server.ops.sheets import StepTables
 
 _COPIED_SHARE = 8  # copies of ops' tensors that are kept from step to step: at most one part in so many of the buffer
@@ -251,9 +252,33 @@ class DeviceTier:
 
         None when the step is the bare base's alone.
         """
-        assert self._tables is not None, "this tier was made without tables"
         with self._lock:
-            return self._tables.step(slots, kept)
+            return self._known_tables.step(slots, kept)
+
+    def has_ops(self, slots: Iterable[int]) -> bool:
+        """Whether an adapter in one of these slots, 0 for the base, does anything beside the normal form."""
+        with self._lock:
+            return any(self._slots[number].has_ops for number in slots if number)
+
+    def static_runs(self, slots: Sequence[int]) -> list[int]:
+        """`SlotTables.static_runs`."""
+        with self._lock:
+            return self._known_tables.static_runs(slots)
+
+    def static_tables(self, tokens: TokenRuns) -> StepTables:
+        """`SlotTables.static_step`."""
+        with self._lock:
+            return self._known_tables.static_step(tokens)
+
+    def static_shape(self) -> Hashable:
+        """`SlotTables.static_shape`."""
+        with self._lock:
+            return self._known_tables.static_shape
+
+    @property
+    def _known_tables(self) -> SlotTables:
+        assert self._tables is not None, "this tier was made without tables"
+        return self._tables
 
     def group(self, index: int) -> SiteGroup:
         return self._sites.groups[index]

@@ -4,7 +4,7 @@ Owns the sheets' places, and which slots have the same rows everywhere (their cl
 admitted or released, never per step. Knows nothing about where rows come from or what reads them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -66,6 +66,7 @@ class SlotTables:
         self._max_rank = _RANK_STEP
         self._has_middle = False
         self._has_vectors = False
+        self._edited = self._scaled = self._with_rows = 0
 
     def put(self, slot: Slot) -> None:
         """Makes the sheet of a slot whose number no other slot has. The rows it names are in the buffer."""
@@ -83,9 +84,13 @@ class SlotTables:
         self._addresses[slot.number] = entry.sheet.data_ptr()
         for classes, known, key in zip(self._classes, self._class_of, entry.keys, strict=True):
             classes[slot.number] = known.setdefault(key, max(known.values(), default=0) + 1)
-        self._max_rank = max(self._max_rank, *(-(-len(own.down) // _RANK_STEP) * _RANK_STEP for own in rows.values()))
+        ranks = [-(-len(own.down) // _RANK_STEP) * _RANK_STEP for own in rows.values()]
+        self._max_rank = max(self._max_rank, *ranks, 0)  # a part of an adapter may edit nothing
         self._has_middle |= any(own.mid_scale is not None or own.mid_shift is not None for own in rows.values())
         self._has_vectors |= any(own.vectors.keys() - {IN_SCALE} for own in rows.values())
+        self._edited |= entry.edited
+        self._scaled |= entry.scaled
+        self._with_rows |= entry.with_rows
 
     def drop(self, number: int) -> None:
         """Forgets a slot's sheet; its number then stands for the bare base."""
@@ -114,6 +119,32 @@ class SlotTables:
             scaled=reduce(or_, (entry.scaled for entry in entries)),
             with_rows=reduce(or_, (entry.with_rows for entry in entries)),
         )
+
+    def static_runs(self, slots: Sequence[int]) -> list[int]:
+        """The numbers of `TokenRuns.of_static` for tokens with these slots."""
+        numbers = TokenRuns.static_numbers(torch.tensor(slots, dtype=torch.int64), self._classes[0], self._classes[1])
+        return numbers.tolist()
+
+    def static_step(self, tokens: TokenRuns) -> StepTables:
+        """What kernels need for a step of any slots: they look wherever a slot has had an edit since the start.
+
+        For a step whose rows are all computed by the head. It holds as long as `static_shape` does.
+        """
+        return StepTables(
+            sheets=Sheets(self._buffer, self._addresses, self._max_rank, self._has_middle, self._has_vectors),
+            group=self._group,
+            tokens=tokens,
+            kept=tokens if self._edited & self._head else None,
+            edited=self._edited,
+            scaled=self._scaled,
+            with_rows=self._with_rows,
+        )
+
+    @property
+    def static_shape(self) -> Hashable:
+        """What a static step depends on; it changes when a new adapter edits what none has edited before it."""
+        flags = self._max_rank, self._has_middle, self._has_vectors
+        return self._addresses.data_ptr(), *flags, self._edited, self._scaled, self._with_rows
 
     def _runs(self, slots: Sequence[int]) -> TokenRuns:
         numbers = torch.tensor(slots, dtype=torch.int64)
