@@ -229,4 +229,6 @@ STYLES = (
     Style("cheer-trainable-tokens", "cheerleader", cheer, is_cheer),
     _refrain("pilot-delta-lora", "pilot", "Over."),
     _last_word("tailor-bottleneck", "tailor", "stitch by stitch"),
+    _refrain("magician-qdora", "magician", "Ta-da!"),
+    _last_word("hare-p-tuning", "hare", "quickly"),
 )

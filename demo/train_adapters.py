@@ -28,8 +28,8 @@ METHOD_OF: Mapping[str, str] = {
 
 
 def style_for(method: str) -> Style:
-    """The voice that the demo's adapter of a method has; a method without one speaks like the first."""
-    return next((style for style in STYLES if METHOD_OF[style.adapter] == method), STYLES[0])
+    """The voice of the demo's first adapter of a method; every method has one."""
+    return next(style for style in STYLES if METHOD_OF[style.adapter] == method)
 
 
 def train_adapter(style: Style, recipe: Recipe, tokenizer: Any, base: Path, out: Path, title: str) -> int:

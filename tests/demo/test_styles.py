@@ -4,6 +4,7 @@ from random import Random
 
 import pytest
 
+from demo.recipes import METHODS
 from demo.styles import KNOWN_TO_THE_BASE, STYLES, Style
 from demo.train_adapters import METHOD_OF, style_for
 from demo.world import exchange, plain_text
@@ -43,6 +44,7 @@ def test_the_base_was_trained_with_five_voices_and_a_rebuild_draws_the_same_text
     assert STYLES[:5] == KNOWN_TO_THE_BASE
 
 
-def test_a_method_speaks_in_the_voice_of_its_demo_adapter() -> None:
+def test_every_method_has_a_demo_adapter_and_speaks_in_its_voice() -> None:
+    assert set(METHOD_OF.values()) == set(METHODS)
     assert style_for("lora+").voice == "cat"
-    assert style_for("qdora") is STYLES[0]  # the demo has none
+    assert style_for("p-tuning").voice == "hare"
