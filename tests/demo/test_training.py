@@ -1,5 +1,6 @@
 """What all techniques share: examples whose prompts have no loss, a base in NF4 that can be read, small files."""
 
+import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from demo.styles import STYLES
-from demo.train_base import IGNORED
+from demo.train_base import IGNORED, compact
 from demo.training import examples, halve, load_base
 from tests.demo_files import BASE
 
@@ -51,6 +52,14 @@ def test_a_base_in_nf4_reads_the_same_weights_after_it_has_run() -> None:
     with torch.no_grad():
         base.eval()(input_ids=torch.arange(8)[None])
     assert torch.equal(dequantize_4bit(linear.weight.data, linear.weight.quant_state), before)
+
+
+def test_a_compact_file_says_the_same_in_fewer_bytes(tmp_path: Path) -> None:
+    path, value = tmp_path / "tokenizer.json", {"merges": [["Ġ", "a"], ["b", " "]], "dropout": None}
+    path.write_text(json.dumps(value, indent=2), encoding="utf-8")
+    compact(path)
+    assert json.loads(path.read_text(encoding="utf-8")) == value
+    assert path.read_text(encoding="utf-8") == '{"merges":[["Ġ","a"],["b"," "]],"dropout":null}\n'
 
 
 def test_files_are_halved_and_what_does_not_fit_is_refused(tmp_path: Path) -> None:
