@@ -200,6 +200,19 @@ def _fields(addresses, members, slot, member):
 
 
 @triton.jit
+def _tile(sheet, fields, order, start, stop, first, rank, TILE: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The tokens of a run, (TILE,), and ranks from `first` on with the `down` row of each, (BLOCK_R,); both with which
+    of them there are."""
+    place = start + tl.arange(0, TILE)
+    is_token = place < stop
+    token = tl.load(order + place, mask=is_token, other=0).to(tl.int64)
+    i = first + tl.arange(0, BLOCK_R)
+    is_row = i < rank
+    row = tl.load(sheet + tl.load(fields + _DOWN) + i, mask=is_row, other=0).to(tl.int64)
+    return token, is_token, i, is_row, row
+
+
+@triton.jit
 def _shrink(
     x, x_stride, x_step, buffer, down_stride, addresses, members,
     slots, order, starts, h, num_tokens, num_members, max_rank, num_rank_blocks, d_in, split_width,
@@ -215,12 +228,7 @@ def _shrink(
     rank = tl.load(fields + _RANK)
     if first >= rank:
         return
-    place = start + tl.arange(0, TILE)
-    is_token = place < stop
-    token = tl.load(order + place, mask=is_token, other=0).to(tl.int64)
-    i = first + tl.arange(0, BLOCK_R)
-    is_row = i < rank
-    row = tl.load(sheet + tl.load(fields + _DOWN) + i, mask=is_row, other=0).to(tl.int64)
+    token, is_token, i, is_row, row = _tile(sheet, fields, order, start, stop, first, rank, TILE, BLOCK_R)
     total = tl.zeros((TILE, BLOCK_R), tl.float32)
     for k_first in range(split * split_width, tl.minimum((split + 1) * split_width, d_in), BLOCK_K):
         k = k_first + tl.arange(0, BLOCK_K)
@@ -245,12 +253,7 @@ def _embed(
     rank = tl.load(fields + _RANK)
     if first >= rank:
         return
-    place = start + tl.arange(0, TILE)
-    is_token = place < stop
-    token = tl.load(order + place, mask=is_token, other=0).to(tl.int64)
-    i = first + tl.arange(0, BLOCK_R)
-    is_row = i < rank
-    row = tl.load(sheet + tl.load(fields + _DOWN) + i, mask=is_row, other=0).to(tl.int64)
+    token, is_token, i, is_row, row = _tile(sheet, fields, order, start, stop, first, rank, TILE, BLOCK_R)
     is_read = is_token[:, None] & is_row[None, :]
     column = tl.load(ids + token, mask=is_token, other=0).to(tl.int64)
     dots = tl.load(buffer + row[None, :] * down_stride + column[:, None], is_read, other=0.0)

@@ -4,12 +4,13 @@ import itertools
 import random
 from collections.abc import Callable
 from collections.abc import Sequence as Listing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +22,7 @@ from server.engine.sequence import Batch, SamplingParams, ScheduledSequence, Seq
 from server.model.base import Base
 from server.model.pretrained import BaseOptions
 from server.model.quantize import Quantization
+from server.model.sites import BaseSite
 from server.ops import DecodeBatch
 from tests.adapters.dense import edited_logits
 from tests.adapters.random_edits import random_adapter, random_edit
@@ -248,6 +250,47 @@ def test_blocks_of_a_sequence_that_overflowed_are_clean_for_the_next(llama: Work
     for _ in range(6):
         play.random_step(max_size=2)
     assert play.num_compared > 10
+
+
+# Fused groups
+
+
+def turning(bench: Workbench, members: Listing[str]) -> Lowered:
+    """Low rank at all three members of a group, and inputs of their own at some of them."""
+    edits = {}
+    for seed, name in enumerate(("q_proj", "k_proj", "v_proj")):
+        site = bench.base.sites.by_path[f"model.layers.0.self_attn.{name}"]
+        blocks = torch.eye(4) + 0.1 * torch.randn(site.d_in // 4, 4, 4, generator=torch.Generator().manual_seed(seed))
+        ops = {"block_rotation": {"blocks": blocks}} if name in members else {}
+        edits[site.path] = replace(random_edit(site, seed, 2), ops=ops)
+    return Lowered("turning", 2, 1, edits)
+
+
+@pytest.mark.parametrize(
+    ("members", "num_rows"), [(["q_proj", "k_proj", "v_proj"], 1.0), (["q_proj"], 1.5), (["v_proj"], 1.25), ([], 1.0)]
+)
+def test_an_input_of_its_own_costs_a_member_of_a_fused_group_its_own_rows(
+    members: list[str], num_rows: float, llama: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what the others share, one product of the group."""
+    site = llama.base.sites.by_path["model.layers.0.self_attn.q_proj"]
+    assert isinstance(site, BaseSite)
+    fused = site.fused
+    assert fused is not None
+    computed: list[int] = []
+    product = F.linear
+
+    def noted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if weight.untyped_storage().data_ptr() == fused.weight_of(0).untyped_storage().data_ptr():
+            computed.append(len(weight))
+        return product(x, weight, bias)
+
+    monkeypatch.setattr("server.model.fused.F.linear", noted)
+    slot = llama.admit(turning(llama, members))
+    play = Play(llama, random.Random(15))
+    play.step({play.add(slot, 6).sequence_id: 5})
+    assert sum(computed) == num_rows * sum(fused.widths)
+    llama.release(slot)
 
 
 # Slots

@@ -97,7 +97,7 @@ class SiteOp(Protocol):
 
     `stacked` is what its own `stack` made, and nobody else looks into it but to count bytes (`tensors_in`). It may hold
     the tensors that it was made of: they lie where they are for as long as a token can have their lane. What it copies
-    is no more than they are together.
+    is about as large as they are together, and no more.
     """
 
     name: str

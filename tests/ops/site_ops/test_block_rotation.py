@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from server.ops.site_ops import OpTokens, Tensors
+from server.ops.site_ops import OpTokens, Tensors, shaped_lanes
 from server.ops.site_ops.block_rotation import BlockRotation
+from server.ops.site_ops.shaped_lanes import ShapedLanes
+from server.ops.site_ops.site_op import MixedTokens
 from tests.ops.site_ops.lanes import NUM_LANES, STEPS, Site, check_after, check_before
 
 LINEAR, EMBEDDING = Site(24, 7), Site(7, 24, kind="embedding")
@@ -37,6 +39,28 @@ def test_and_after_an_embedding(tokens: OpTokens) -> None:
     check_after(BlockRotation(), EMBEDDING, of_lane, lambda tensors, y, x: define(tensors, y), tokens)
     ids = tokens.ids
     assert BlockRotation().before(ids, BlockRotation().stack(of_lane, EMBEDDING), tokens, EMBEDDING) is ids
+
+
+@pytest.mark.parametrize("num_at_once", [1, 2, 3])
+def test_large_blocks_are_copied_for_few_tokens_at_once(num_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or, where even that is too much, not at all; the tokens get the same."""
+    of_lane = [{"blocks": torch.randn(6, 4, 4, generator=torch.Generator().manual_seed(lane))} for lane in range(5)]
+    num_bytes = of_lane[0]["blocks"].nbytes
+    largest: list[int] = []
+    gather = ShapedLanes.of_tokens
+
+    def noted(lanes: ShapedLanes, found: MixedTokens) -> Tensors:
+        own = gather(lanes, found)
+        largest.append(own["blocks"].nbytes)
+        return own
+
+    monkeypatch.setattr(ShapedLanes, "of_tokens", noted)
+    monkeypatch.setattr(shaped_lanes, "_MAX_GATHERED_BYTES", num_at_once * num_bytes)
+    monkeypatch.setattr(shaped_lanes, "_MIN_GATHERED", 2)
+    for max_stacked_bytes in (0, num_bytes):
+        monkeypatch.setattr(shaped_lanes, "_MAX_STACKED_BYTES", max_stacked_bytes)
+        check_before(BlockRotation(), LINEAR, of_lane, define, STEPS["mixed only"])
+    assert max(largest, default=0) == (0 if num_at_once == 1 else num_at_once * num_bytes)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (5, 4, 4), (1, 5, 5), (24, 2, 2)])
