@@ -73,7 +73,13 @@ async def answer(server: Server, ask: Ask) -> Answer:
     """Sends one request and reads it to its end."""
     lease = None if ask.adapter is None else server.registry.lease(ask.adapter)
     request = GenerationRequest(f"ask-{next(_numbers)}", ask.prompt, ask.params, lease)
-    return Answer.of([delta async for delta in server.engine.submit(request)])
+    try:
+        stream = server.engine.submit(request)
+    except GraftError:
+        if lease is not None:
+            lease.release()  # what is not accepted leaves it with the caller
+        raise
+    return Answer.of([delta async for delta in stream])
 
 
 def answer_all(server: Server, asks: Sequence[Ask]) -> list[Answer]:
