@@ -42,6 +42,8 @@ from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.ground.config import Settings
 from server.ground.errors import GraftError, StartupRefused
+from server.ground.machine import ram
+from server.ground.memory_plan import MemoryNeeds, MemoryPlan, plan
 from server.ground.metrics import Metrics
 from server.model.attention import KVCache
 from server.model.base import Base
@@ -49,6 +51,7 @@ from server.model.chat_template import MAX_TEMPLATE_CHARS
 from server.model.grammar import Grammars
 from server.model.pretrained import BaseOptions
 from server.model.quantize import Quantization
+from server.model.size import BaseSize, expected_size, workspace_bytes
 from server.model.tokenizer import Tokenizer
 from server.ops import load_kernels
 
@@ -57,7 +60,8 @@ log = logging.getLogger(__name__)
 # On a CPU decode reads a block in one product, so a sequence should need few of them.
 _BLOCK_SIZE = {"cpu": 128, "cuda": 64}
 _GARBAGE_INTERVAL_S = 3600.0
-_KV_SHARE = {"cpu": 0.25, "cuda": 0.8}  # of the memory that is free once the base and the adapters have theirs
+_KV_PART = {"cpu": 0.25, "cuda": 1.0}  # of what the base and the adapters leave of the memory share
+_GRAPH_BYTES = {"cpu": 0, "cuda": 256 << 20}  # a reserve: what capturing decode steps takes is known afterwards
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,7 @@ class Server:
     store: AdapterStore
     presence: Presence
     registry: Registry
+    memory: MemoryPlan
     merges: Merges
     fetches: Fetches
     rescans: tuple[Rescan, ...]  # of what others change: folders that are watched, a store that is shared
@@ -116,9 +121,7 @@ def assemble(settings: Settings) -> Server:
     """Loads the base and builds every part. Raises StartupRefused with a sentence that says what to change."""
     allowed = _allowed_sources(settings)
     kernels = load_kernels(settings.ops, _device(settings.device))
-    base = Base.load(base_options(settings))
-    if base.note:
-        log.info(base.note)
+    base, memory = _base(settings)
     tokenizer = Tokenizer.load(settings.model, base.eos_ids, _read_template(settings.chat_template))
     _check_template(settings, tokenizer)
     metrics = Metrics()
@@ -132,7 +135,7 @@ def assemble(settings: Settings) -> Server:
     _refuse_shared_names(names, registry)
 
     grammars = Grammars(lambda: tokenizer.for_grammars(base.vocab_size))
-    scheduler, runner, engine = _engine(settings, base, adapters, registry, tokenizer, metrics, kernels)
+    scheduler, runner, engine = _engine(settings, base, adapters, registry, tokenizer, metrics, kernels, memory)
     grammars.load()  # while nobody waits for the event loop or the engine
     merges = Merges(registry, store, _merging_base(base), max_bytes=settings.max_upload_bytes)
     fetches = Fetches(registry, allowed, lambda: store.incoming(max_bytes=settings.max_upload_bytes), metrics)
@@ -166,12 +169,26 @@ def assemble(settings: Settings) -> Server:
         store=store,
         presence=presence,
         registry=registry,
+        memory=memory,
         merges=merges,
         fetches=fetches,
         rescans=tuple(_rescans(settings, registry, store)),
         engine=engine,
         runner=runner,
     )
+
+
+def _base(settings: Settings) -> tuple[Base, MemoryPlan]:
+    """The base, and what it leaves room for. What cannot fit is refused before any of it is loaded."""
+    options = base_options(settings)
+    expected_plan(settings, options)
+    base = Base.load(options)
+    if base.note:
+        log.info(base.note)
+    _max_context(settings, base)  # refuses a longer one than the base reads
+    memory = _plan(settings, base.size, base.device, base.weight_bytes)
+    log.info("memory of the %s:\n%s", base.device.type, memory.table())
+    return base, memory
 
 
 def _registry(settings: Settings, base: Base, adapters: DeviceTier, store: AdapterStore) -> Registry:
@@ -193,10 +210,11 @@ def _engine(
     tokenizer: Tokenizer,
     metrics: Metrics,
     kernels: ModuleType | None,
+    memory: MemoryPlan,
 ) -> tuple[Scheduler, Runner, Engine]:
     """What runs the steps, with the cache and the budgets that it runs them under."""
     max_context = _max_context(settings, base)
-    blocks = _blocks(settings, base, max_context)
+    blocks = BlockPool(memory.num_blocks, memory.needs.block_tokens)
     limits, reuses = _limits(settings, max_context), _reuses_prefixes(settings, base)
     scheduler = Scheduler(limits, blocks, registry, tokenizer.eos_ids, reuses_prefixes=reuses)
     with _fitting("the KV cache", "--kv-memory"):
@@ -335,9 +353,30 @@ def _max_context(settings: Settings, base: Base) -> int:
     return settings.max_context or base.max_context
 
 
-def _blocks(settings: Settings, base: Base, max_context: int) -> BlockPool:
-    block_size = min(settings.block_size or _BLOCK_SIZE[base.device.type], -(-max_context // 8) * 8)
-    return BlockPool(_num_blocks(settings, base, block_size, max_context), block_size)
+def expected_plan(settings: Settings, options: BaseOptions) -> MemoryPlan | None:
+    """The plan for a base that is not loaded, of at least its size; None where that cannot be told from its files.
+
+    Raises StartupRefused for what cannot fit, and for a model that is not there.
+    """
+    size = expected_size(options)
+    return None if size is None else _plan(settings, size, options.device, 0)
+
+
+def _plan(settings: Settings, size: BaseSize, device: torch.device, loaded_bytes: int) -> MemoryPlan:
+    """Raises StartupRefused with the dial to turn where it does not come out. Of the base, `loaded_bytes` are there."""
+    max_context = settings.max_context or size.max_context
+    block_size = min(settings.block_size or _BLOCK_SIZE[device.type], -(-max_context // 8) * 8)
+    needs = MemoryNeeds(
+        base_bytes=size.base_bytes,
+        graph_bytes=_GRAPH_BYTES[device.type],
+        adapter_bytes=settings.adapter_memory,
+        workspace_bytes=workspace_bytes(size.config, settings.max_batch_tokens, settings.max_sequences),
+        block_bytes=KVCache.block_bytes(size.kv_shapes, block_size, size.kv_dtype),
+        block_tokens=block_size,
+        max_blocks=settings.max_sequences * -(-max_context // block_size),
+        kv_bytes=settings.kv_memory,
+    )
+    return plan(needs, free_bytes(device) + loaded_bytes, settings.memory_share, _KV_PART[device.type])
 
 
 def _limits(settings: Settings, max_context: int) -> SchedulerLimits:
@@ -361,31 +400,12 @@ def _reuses_prefixes(settings: Settings, base: Base) -> bool:
     return True
 
 
-def _num_blocks(settings: Settings, base: Base, block_size: int, max_context: int) -> int:
-    """Blocks within --kv-memory, or within a share of what is free; never more than all sequences could use."""
-    block_bytes = KVCache.block_bytes(base.kv_shapes, block_size, base.kv_dtype)
-    wanted = settings.max_sequences * -(-max_context // block_size)
-    if settings.kv_memory is None:
-        budget = int(_KV_SHARE[base.device.type] * free_bytes(base.device))
-    else:
-        budget = int(settings.kv_memory)
-    num_blocks = min(wanted, budget // block_bytes)
-    if num_blocks < 1:
-        raise StartupRefused(
-            f"the KV cache has {budget} bytes, and one block of {block_size} tokens takes {block_bytes}: "
-            "raise --kv-memory, or free memory"
-        )
-    return num_blocks
-
-
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be taken; on a CPU what Linux calls available."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise StartupRefused("cannot read the free memory of this machine; give --kv-memory")
+    """Bytes that can still be taken: of the GPU's memory, or of the RAM."""
+    if device.type == "cpu":
+        return ram().available_bytes
+    torch.cuda.empty_cache()  # what loading has freed counts
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _banner(server: Server) -> str:

@@ -1,11 +1,13 @@
 """What the roof computes and refuses before anything is served."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 
 from server.ground.errors import StartupRefused
+from server.model.base import Base
 from tests.serving import serving
 
 
@@ -58,6 +60,28 @@ def test_memory_that_is_not_there_is_refused_by_flag(tiny_llama: Path, tmp_path:
         serving(tiny_llama, tmp_path, adapter_memory="100TB"),
     ):
         pass
+
+
+def test_what_cannot_fit_is_refused_before_the_base_is_loaded(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Base, "load", lambda _: pytest.fail("the base was loaded"))
+    with (
+        pytest.raises(StartupRefused, match=r"--memory-share 0\.0001 of .*raise --memory-share to"),
+        serving(tiny_llama, tmp_path, memory_share="0.0001"),
+    ):
+        pass
+
+
+def test_the_plan_is_what_the_server_takes(tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="server.assemble")
+    with serving(tiny_llama, tmp_path, kv_memory="1MiB") as server:
+        needs = server.memory.needs
+        assert needs.base_bytes == server.base.weight_bytes
+        assert needs.adapter_bytes == server.adapters.capacity_bytes == 64 << 20
+        assert server.memory.kv_bytes == server.runner.cache.total_bytes == 1 << 20
+        assert server.memory.num_blocks == server.engine.stats().num_blocks
+        assert f"memory of the cpu:\n{server.memory.table()}" in caplog.messages
 
 
 def test_a_name_for_the_base_and_an_adapter_is_refused(tiny_llama: Path, tmp_path: Path) -> None:

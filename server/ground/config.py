@@ -293,6 +293,11 @@ class Settings(BaseSettings):
         Seconds,
         Flag("limits", "SECONDS", "longest wait for device room that other adapters hold; then they take turns"),
     ] = 2.0
+    memory_share: Annotated[
+        float,
+        Field(gt=0, le=1, allow_inf_nan=False),
+        Flag("limits", "SHARE", "how much of the device's free memory the server may take, all in all"),
+    ] = 0.9
     kv_memory: Annotated[
         Size | None, Flag("limits", "SIZE", "device memory for the KV cache", default="a share of what is free")
     ] = None

@@ -28,10 +28,11 @@ from server.model.pretrained import (
     refuse_missing,
     stored_quantization,
 )
-from server.model.quantize import expert_bytes, experts_note, found_quantization, quantization_config, settle
+from server.model.quantize import expert_bytes, experts_note, found_quantization, quantization_config, scales, settle
 from server.model.rope import attach_rope
 from server.model.site_table import SiteTable
 from server.model.sites import BaseSite
+from server.model.size import BaseSize, kv_dtype
 from server.ops import PrefillSpan, TokenLayout
 
 log = logging.getLogger(__name__)
@@ -101,14 +102,18 @@ class Base:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all parameters and buffers, shared ones once, and of packed weights."""
-        storages = [t.untyped_storage() for t in (*self.model.parameters(), *self.model.buffers())]
+        """Bytes of all parameters, buffers and scales, shared ones once, and of packed weights."""
+        tensors = (*self.model.parameters(), *self.model.buffers(), *scales(self.model))
+        storages = [tensor.untyped_storage() for tensor in tensors]
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values()) + self.sites.packed_bytes
 
     @property
+    def size(self) -> BaseSize:
+        return BaseSize(self.weight_bytes, self.kv_shapes, self.kv_dtype, self.max_context, self.config)
+
+    @property
     def kv_dtype(self) -> torch.dtype:
-        """What keys and values are cached in: float32 on a CPU, whose small 16-bit products are slower."""
-        return torch.float32 if self.device.type == "cpu" else self.dtype
+        return kv_dtype(self.dtype, self.device)
 
     @property
     def has_length_dependent_rope(self) -> bool:

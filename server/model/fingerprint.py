@@ -21,17 +21,15 @@ A checkpoint that comes quantized holds other numbers than the base it was made 
 
 import hashlib
 import json
-import math
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedConfig
+
+from server.model.safetensors_files import StoredTensor, stored_tensors, weight_files
 
 _FORMAT = "graftserve-base-1"  # enters the hash; a change of what is covered changes it
 _PACKED = "packed-"
@@ -57,18 +55,8 @@ _COVERED = (
     "decoder_sparse_step", "mlp_only_layers", "first_k_dense_replace",
 )  # fmt: skip
 _FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _OLD_BUFFERS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attention.masked_bias")
 _HEAD = "lm_head.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    name: str
-    dtype: str  # safetensors' word
-    shape: tuple[int, ...]
-    path: Path
-    begin: int  # absolute, in bytes
 
 
 def fingerprint(model: str, config: PreTrainedConfig) -> str | None:
@@ -78,13 +66,13 @@ def fingerprint(model: str, config: PreTrainedConfig) -> str | None:
     files, whose numbers cannot be read without running it. Reads at most 4096 numbers of each tensor, and never the
     network. Raises OSError and ValueError for files that are not what they should be.
     """
-    files = _weight_files(model)
+    files = weight_files(model)
     if not files:
         return None
     text_config = config.get_text_config()
     total = hashlib.sha256(f"{_FORMAT}\n{_canonical(text_config.to_dict())}\n".encode())
     is_tied = bool(getattr(text_config, "tie_word_embeddings", False))
-    tensors = (tensor for path in files for tensor in _tensors(path))
+    tensors = (tensor for path in files for tensor in stored_tensors(path))
     for tensor in sorted(tensors, key=lambda tensor: tensor.name):
         if not tensor.name.endswith(_OLD_BUFFERS) and not (is_tied and tensor.name == _HEAD):
             total.update(_framed(tensor))
@@ -117,51 +105,18 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _weight_files(model: str) -> tuple[Path, ...]:
-    """The safetensors files that transformers reads for this model: the one file, or those that the index names."""
-    whole = _file(model, "model.safetensors")
-    if whole is not None:
-        return (whole,)
-    index = _file(model, "model.safetensors.index.json")
-    if index is None:
-        return ()
-    named = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    found = [_file(model, name) for name in named]
-    return tuple(path for path in found if path is not None)
-
-
-def _file(model: str, name: str) -> Path | None:
-    if Path(model).is_dir():
-        path = Path(model) / name
-        return path if path.is_file() else None
-    cached = try_to_load_from_cache(model, name)
-    return Path(cached) if isinstance(cached, str) else None  # else not there, or known not to be on the hub
-
-
-def _tensors(path: Path) -> Iterator[_Tensor]:
-    """What the header of a safetensors file lists. https://github.com/huggingface/safetensors#format"""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin = 8 + length + entry["data_offsets"][0]
-            yield _Tensor(name, entry["dtype"], tuple(entry["shape"]), path, begin)
-
-
-def _framed(tensor: _Tensor) -> bytes:
+def _framed(tensor: StoredTensor) -> bytes:
     """Name, shape and sampled numbers, each with its length before it, so that no two tensors read alike."""
     name, shape = tensor.name.encode(), str(tensor.shape).encode()
     parts = (name, shape, _sampled(tensor))
     return b"".join(struct.pack(">Q", len(part)) + part for part in parts)
 
 
-def _sampled(tensor: _Tensor) -> bytes:
-    item_bytes = _ITEM_BYTES.get(tensor.dtype, 1)
+def _sampled(tensor: StoredTensor) -> bytes:
     with tensor.path.open("rb", buffering=0) as file:
         runs = [
-            os.pread(file.fileno(), num * item_bytes, tensor.begin + first * item_bytes)
-            for first, num in _runs(math.prod(tensor.shape))
+            os.pread(file.fileno(), num * tensor.item_bytes, tensor.begin + first * tensor.item_bytes)
+            for first, num in _runs(tensor.num_elements)
         ]
     data = b"".join(runs)
     dtype = _FLOATING.get(tensor.dtype)

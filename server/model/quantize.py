@@ -4,6 +4,7 @@ Owns every touch of bitsandbytes. Knows nothing about sites, adapters or attenti
 """
 
 import logging
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import Any, cast
 
@@ -96,7 +97,7 @@ def settle(model: nn.Module, dtype: torch.dtype, device: torch.device) -> str | 
         if isinstance(module, Linear4bit) and device.type == "cpu":
             fits = module.out_features % 32 == 0 and module.in_features % 64 == 0
             module.support_avx512bf16_for_cpu = is_fast and fits and dtype is not torch.float32
-    if device.type == "cpu" and not is_fast and dtype is not torch.float32:
+    if holds_dequantized(dtype, device):
         num = _dequantize_linears(model, dtype)
         if num:
             return (
@@ -104,6 +105,30 @@ def settle(model: nn.Module, dtype: torch.dtype, device: torch.device) -> str | 
                 "same values, faster, more memory"
             )
     return None
+
+
+def scales(model: nn.Module) -> Iterator[torch.Tensor]:
+    """What quantized weights need beside their numbers, and is neither parameter nor buffer."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            weight: Any = module.weight
+            yield from _tensors(weight.quant_state)
+        if isinstance(module, Linear8bitLt):
+            held: Any = module.state if module.state.CB is not None else module.weight
+            yield held.SCB
+
+
+def _tensors(state: Any) -> Iterator[torch.Tensor]:
+    """Of a quantization state, and of the one by which its scales are quantized."""
+    yield from (value for value in vars(state).values() if isinstance(value, torch.Tensor))
+    if getattr(state, "state2", None) is not None:
+        yield from _tensors(state.state2)
+
+
+def holds_dequantized(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `settle` holds 4-bit layers as what they stand for."""
+    is_fast: bool = has_avx512bf16()  # type: ignore[no-untyped-call]
+    return device.type == "cpu" and not is_fast and dtype is not torch.float32
 
 
 def expert_bytes(model: nn.Module) -> int:
