@@ -33,6 +33,7 @@ COMMANDS: Mapping[str, Command] = {
     "drop": DROP,
     "convert": CONVERT,
     "config": CONFIG,
+    "doctor": found_in("server.cli.doctor", "look at the machine and the settings: what will be used, what is missing"),
     "bench": BENCH,
     "chat": found_in("server.cli.chat", "talk to a server, or to two adapters side by side"),
     "complete": found_in("server.cli.complete", "have a server go on with a text"),

@@ -1,7 +1,7 @@
-"""What Linux says of this machine's memory: how much there is, and how much of it a new process may still take.
+"""What Linux says of this machine: its memory, how much of it a new process may still take, and its processor.
 
-Owns /proc/meminfo and control groups (both versions; a container's limit is one). Knows nothing about what memory is
-for, or about GPUs.
+Owns /proc/meminfo, /proc/cpuinfo and control groups (both versions; a container's limit is one). Knows nothing about
+what memory is for, or about GPUs.
 """
 
 import os
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")
 _UNLIMITED = 1 << 60  # version 1 writes a number near 2**63 where there is no limit
 
 
@@ -19,6 +20,28 @@ class Ram:
     total_bytes: int
     available_bytes: int
     limit_bytes: int | None  # the narrowest of the control groups that this process is in; None: there is none
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """The processor: its name, the cores that this process may use, and which of the extensions that matter it has."""
+
+    name: str
+    num_cores: int
+    flags: tuple[str, ...]
+
+
+def cpu(root: Path = Path("/")) -> Cpu:
+    """As far as the system says. `root` is where `proc` lies."""
+    try:
+        lines = (root / "proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    pairs = [(name.strip(), text.strip()) for name, _, text in (line.partition(":") for line in lines)]
+    found = dict(reversed(pairs))  # of many cores, the first
+    flags = set((found.get("flags") or found.get("Features") or "").split())
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Cpu(found.get("model name", "unknown"), num_cores, tuple(flag for flag in _CPU_FLAGS if flag in flags))
 
 
 def ram(root: Path = Path("/")) -> Ram:

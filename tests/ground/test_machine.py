@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.ground.machine import Ram, ram
+from server.ground.machine import Ram, cpu, ram
 
 GIB = 1 << 30
 MEMINFO = f"MemTotal: {16 * GIB >> 10} kB\nMemFree: 1 kB\nMemAvailable: {12 * GIB >> 10} kB\n"
@@ -67,3 +67,13 @@ def test_where_the_system_does_not_say_what_is_free_it_is_all(meminfo: str, tmp_
     found = machine(tmp_path, "", {}, meminfo)
     assert found == Ram(found.total_bytes, found.total_bytes, None)
     assert found.total_bytes > GIB // 4
+
+
+def test_of_a_processors_extensions_those_are_told_that_matter(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    core = "processor : {}\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 avx512_bf16 amx_bf16\n\n"
+    (tmp_path / "proc/cpuinfo").write_text(core.format(0) + core.format(1))
+    found = cpu(tmp_path)
+    assert (found.name, found.flags) == ("Some CPU", ("avx2", "avx512_bf16", "amx_bf16"))
+    assert found.num_cores >= 1
+    assert (cpu(tmp_path / "elsewhere").name, cpu(tmp_path / "elsewhere").flags) == ("unknown", ())
