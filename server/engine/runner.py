@@ -80,6 +80,7 @@ class Runner:
     def run(self, batch: Batch, before: Chosen | None = None) -> StepLogits:
         """One forward pass over the batch (not empty). `before`: what the step before it has chosen, if a sequence's
         newest token is not known here yet. A GPU only gets the work here, and does it when its line has come to it."""
+        self._adapters.before_step()
         for item in batch.sequences:  # all of them first: what is copied may be written to in this very step
             self._copy_start(item)
         for item in batch.sequences:

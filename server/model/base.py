@@ -67,6 +67,11 @@ class Base:
         A checkpoint that is quantized already stays as it is, whatever was asked for. Raises StartupRefused when there
         is no such model, its weights are not whole, or the architecture cannot be served.
         """
+        with lean_loading(options.model):
+            return cls._load(options)
+
+    @classmethod
+    def _load(cls, options: BaseOptions) -> "Base":
         config = read_config(options.model)
         dtype = options.dtype or default_dtype(config, options.device)
         stored = stored_quantization(config)
@@ -78,15 +83,14 @@ class Base:
         quantization = None if stored is not None else quantization_config(options.quantize, dtype)
         extra: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
         try:
-            with lean_loading(options.model):
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    options.model,
-                    dtype=dtype,
-                    attn_implementation=IMPLEMENTATION,
-                    device_map={"": str(options.device)},
-                    output_loading_info=True,
-                    **extra,
-                )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                options.model,
+                dtype=dtype,
+                attn_implementation=IMPLEMENTATION,
+                device_map={"": str(options.device)},
+                output_loading_info=True,
+                **extra,
+            )
         except KeyError as error:  # models that keep a table of their own attention classes
             raise StartupRefused(
                 f"cannot load {options.model!r}: models of type {config.model_type!r} do not use transformers' "

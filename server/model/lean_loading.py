@@ -42,7 +42,10 @@ def lean_loading(name: str) -> Iterator[None]:
 def _files_read() -> Iterator[None]:
     """safetensors reads each tensor into memory of its own, as transformers has it do on Windows."""
     loading: Any = modeling_utils  # the name that its functions find when they are called
-    given = loading.safe_open
+    given = getattr(loading, "safe_open", None)
+    if given is None:  # a version that opens files by another name
+        yield
+        return
     loading.safe_open = _open
     try:
         yield

@@ -74,10 +74,10 @@ def test_without_a_terminal_the_log_says_how_far_it_has_come(
 
 
 def test_what_was_changed_for_the_loading_is_as_it_was_even_when_it_fails() -> None:
-    given = module._reader.safe_open
+    given = module.modeling_utils.safe_open
     with pytest.raises(OSError, match="gone"), lean_loading("nothing"):
         raise OSError("gone")
-    assert module._reader.safe_open is given
+    assert module.modeling_utils.safe_open is given
 
 
 # Peak memory of a process that loads a base; what it has imported, and a tiny base, are there before.

@@ -6,7 +6,6 @@ about names, versions, leases or who decides what is resident; and nothing of me
 
 import threading
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
 
@@ -17,6 +16,7 @@ from server.adapters.device.op_edits import OpEdits, StepOps
 from server.adapters.device.rows import NoRoom, RowAllocator, laid_out, stride
 from server.adapters.device.slot_tables import SlotTables
 from server.adapters.device.step_edits import VECTORS, Rows, Slot, SlotEdit, StepEdits, StoredTensor
+from server.adapters.device.transfers import Transfers
 from server.adapters.host_adapter import HostAdapter, HostEdit, HostTensor
 from server.adapters.positions import Reach
 from server.model.site import SiteKind
@@ -24,6 +24,7 @@ from server.model.site_table import SiteGroup, SiteTable
 from server.ops.runs import TokenRuns
 from server.ops.sheets import StepTables
 
+_AWAITED_BYTES = 4 << 20
 _COPIED_SHARE = 8  # copies of ops' tensors that are kept from step to step: at most one part in so many of the buffer
 
 
@@ -58,7 +59,7 @@ class DeviceTier:
     """The resident adapters of one base.
 
     `reserve`, `place`, `abandon`, `admit` and `release` may be called from any thread, one at a time; `copy` from any
-    number of threads, and `batch` from the engine's only, meanwhile.
+    number of threads, and `before_step` and `batch` from the engine's only, meanwhile.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class DeviceTier:
         self._reaches: dict[int, Reach] = {}  # of the slots of first parts; of those that have more than that part
         self._tables = SlotTables(sites, self._buffer) if has_tables else None
         self._lock = threading.RLock()
+        self._transfers = Transfers.to(device)  # after the buffer has been filled with zeros
 
     @property
     def capacity_bytes(self) -> int:
@@ -160,15 +162,23 @@ class DeviceTier:
     def copy(self, digest: str) -> None:
         """Fills the rows that were reserved, from any thread and beside anything else: nobody reads them yet."""
         placement = self._placements[digest]
+        arrival = self._transfers.start(lambda: self._fill(placement))
+        # What a step would feel is waited for by this thread; the rest by the next step, on the device.
+        if sum(one.num_rows * one.width for one in placement.laid.values()) * self.dtype.itemsize > _AWAITED_BYTES:
+            arrival.wait_here()
+        else:
+            self._transfers.hold_steps(arrival)
+
+    def _fill(self, placement: _Placement) -> None:
         views = {width: self.row_view(width) for width in {rows.width for rows in placement.own.values()}}
-        with self._copying():
-            for content_hash, rows in placement.own.items():
-                # A slice where it can be one: an index costs several times the copy of a small tensor.
-                at = rows.numbers
-                is_run = bool(at) and at[-1] - at[0] == len(at) - 1
-                target = slice(at[0], at[-1] + 1) if is_run else torch.tensor(at, dtype=torch.int64).to(self.device)
-                matrix = placement.laid[content_hash].matrix(self.dtype)
-                views[rows.width][target] = matrix.to(self.device, non_blocking=True)
+        for content_hash, rows in placement.own.items():
+            matrix, view, at = placement.laid[content_hash].matrix(self.dtype), views[rows.width], rows.numbers
+            # A slice where it can be one: an index costs several times the copy of a small tensor.
+            if at and at[-1] - at[0] == len(at) - 1:
+                view[at[0] : at[-1] + 1].copy_(matrix, non_blocking=True)
+            else:
+                index = torch.tensor(at, dtype=torch.int64).to(self.device)
+                view[index] = matrix.to(self.device, non_blocking=True)
 
     def place(self, digest: str) -> int:
         """Gives a slot to what was copied, and returns its number. If that fails, it is still to be abandoned."""
@@ -210,6 +220,10 @@ class DeviceTier:
             for number in (first,) if reach is None else reach.slots:
                 self._vacate(self._slots.pop(number))
             return (before - self._allocator.used_elements) * self.dtype.itemsize
+
+    def before_step(self) -> None:
+        """To be called by the engine's thread before it queues a step, however that reads the rows."""
+        self._transfers.before_step()
 
     def batch(self, slots: Collection[int]) -> StepEdits:
         """The edits of a step whose tokens use these slots (not empty, no zeros); valid until the next call.
@@ -342,20 +356,9 @@ class DeviceTier:
         freed: dict[int, list[int]] = {}
         for rows in unused:
             freed.setdefault(rows.width, []).extend(rows.numbers)
+        self._transfers.rows_freed()  # before anybody can be given them
         for width, numbers in freed.items():
             self._allocator.free(width, numbers)
-
-    @contextmanager
-    def _copying(self) -> Iterator[None]:
-        """On a GPU the copies run on a stream of their own, beside steps and other copies, and end when this ends."""
-        if self.device.type != "cuda":
-            yield
-            return
-        copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        copies.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(copies):
-            yield
-        copies.synchronize()
 
     def _make_slots(self, digest: str, placement: _Placement) -> list[Slot]:
         """One for each part; the first one answers for the rows of all."""
