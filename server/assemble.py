@@ -5,7 +5,7 @@ Owns the wiring, and the sizes that are computed from the base and the machine. 
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,8 @@ from server.ground.config import Settings
 from server.ground.errors import GraftError, StartupRefused
 from server.ground.machine import ram
 from server.ground.memory_plan import MemoryNeeds, MemoryPlan, plan
-from server.ground.metrics import Metrics
+from server.ground.metrics import Metrics, Watched
+from server.ground.vllm_names import vllm_names
 from server.model.attention import KVCache
 from server.model.base import Base
 from server.model.chat_template import MAX_TEMPLATE_CHARS
@@ -124,13 +125,13 @@ def assemble(settings: Settings) -> Server:
     base, memory = _base(settings)
     tokenizer = Tokenizer.load(settings.model, base.eos_ids, _read_template(settings.chat_template))
     _check_template(settings, tokenizer)
-    metrics = Metrics()
+    metrics = _metrics(settings, base)
     store = open_store(settings, create=True)
     presence = Presence(store.root)  # before the registry reads the store, so that what it reads stays
     with _fitting("the adapters' buffer", "--adapter-memory"):
         has_tables = kernels is not None
         adapters = DeviceTier(base.sites, settings.adapter_memory, base.dtype, base.device, has_tables=has_tables)
-    registry = _registry(settings, base, adapters, store)
+    registry = _registry(settings, base, adapters, store, metrics)
     names = tuple(dict.fromkeys(settings.served_model_name or (base.name,)))
     _refuse_shared_names(names, registry)
 
@@ -191,13 +192,44 @@ def _base(settings: Settings) -> tuple[Base, MemoryPlan]:
     return base, memory
 
 
-def _registry(settings: Settings, base: Base, adapters: DeviceTier, store: AdapterStore) -> Registry:
+def _metrics(settings: Settings, base: Base) -> Metrics:
+    if settings.metrics_compat == "none":
+        return Metrics(settings.metrics_max_adapters)
+    name = (settings.served_model_name or (base.name,))[0]
+    return Metrics(settings.metrics_max_adapters, lambda families: vllm_names(families, name))
+
+
+def _memory(base: Base, adapters: DeviceTier, runner: Runner) -> Mapping[str, Watched]:
+    """What metrics show of the base and of memory."""
+    free, total = device_memory(base.device)
+    return {
+        "graft_base_info": {(base.name, str(base.quantization), _plain(base.dtype), str(base.device)): 1},
+        "graft_base_bytes": base.weight_bytes,
+        "graft_kv_cache_bytes": runner.cache.total_bytes,
+        "graft_rank_rows": adapters.num_rows,
+        "graft_rank_rows_shared": adapters.num_shared_rows,
+        "graft_rank_row_uses": adapters.num_row_uses,
+        "graft_device_memory_bytes": total,
+        "graft_device_memory_free_bytes": free,
+    }
+
+
+def _registry(settings: Settings, base: Base, adapters: DeviceTier, store: AdapterStore, metrics: Metrics) -> Registry:
     def load(folder: Path, weight: float = 1.0) -> Lowered:
         return lower(Checkpoint.open(folder), base.sites.by_path, weight)
 
     host = HostTier(settings.host_memory, base.dtype, pin=base.device.type == "cuda")
     served, num_kept = served_base(settings, base.name, base.fingerprint), settings.keep_versions
-    registry = Registry(store, _sources(settings), host, adapters, load, base=served, max_versions=num_kept)
+    registry = Registry(
+        store,
+        _sources(settings),
+        host,
+        adapters,
+        load,
+        base=served,
+        max_versions=num_kept,
+        observe=metrics.observe_load,
+    )
     _verify_named(settings, registry)
     return registry
 
@@ -219,6 +251,7 @@ def _engine(
     scheduler = Scheduler(limits, blocks, registry, tokenizer.eos_ids, reuses_prefixes=reuses)
     with _fitting("the KV cache", "--kv-memory"):
         runner = Runner(base, adapters, blocks.num_blocks, blocks.block_size, kernels)
+    metrics.watch(lambda: _memory(base, adapters, runner))
     overlaps = settings.overlap == "on" or (settings.overlap == "auto" and base.device.type == "cuda")
     engine = Engine(
         scheduler, blocks, runner, tokenizer, metrics.step, overlaps=overlaps, max_step_s=settings.step_timeout
@@ -408,6 +441,11 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of the device that are free, and all that it has; of a CPU those of the machine."""
+    return torch.cuda.mem_get_info(device) if device.type == "cuda" else (ram().available_bytes, ram().total_bytes)
+
+
 def _banner(server: Server) -> str:
     base, settings, stats = server.base, server.settings, server.registry.stats()
     names = [info.name for info in server.registry.list()]
@@ -417,7 +455,7 @@ def _banner(server: Server) -> str:
     lines = [
         "",
         f"  Graftserve {__version__} at {settings.url}",
-        f"  base      {base.name}: {base.quantization}, {str(base.dtype).removeprefix('torch.')} on {base.device}, "
+        f"  base      {base.name}: {base.quantization}, {_plain(base.dtype)} on {base.device}, "
         f"{_mib(base.weight_bytes)}",
         f"  memory    KV cache {_mib(kv_bytes)} ({server.engine.stats().num_blocks} blocks), adapters "
         f"{_mib(stats.device_capacity_bytes)} on the device, {_mib(stats.host_max_bytes)} on the host",
@@ -429,6 +467,10 @@ def _banner(server: Server) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _mib(num_bytes: int) -> str:

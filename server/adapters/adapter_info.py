@@ -3,6 +3,7 @@
 Owns their fields. Knows nothing about where they come from.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,3 +89,5 @@ class RegistryStats:
     unloads_total: int
     device_evictions_total: int
     host_evictions_total: int
+    lookups_total: Mapping[str, int]  # leases of requests, by the best tier that had the adapter: store, host, device
+    mean_device_bytes: float | None  # of the adapters whose size is known

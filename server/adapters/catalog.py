@@ -197,6 +197,10 @@ class Catalog:
         entry.copies[copy.version.digest] = entry.copies.pop(copy.version.digest)
         entry.current = copy
 
+    def is_current(self, copy: Copy) -> bool:
+        """Whether its name means it now."""
+        return copy.is_listed and self.entries[copy.version.name].current is copy
+
     def remove(self, name: str) -> tuple[Copy, ...]:
         """Takes a name out; its copies stay, unlisted, for those who lease them."""
         copies = tuple(self.entries.pop(name).copies.values())

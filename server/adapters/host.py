@@ -74,6 +74,11 @@ class HostTier:
         with self._lock:
             return digest in self._adapters
 
+    def digests(self) -> tuple[str, ...]:
+        """Of the adapters here."""
+        with self._lock:
+            return tuple(self._adapters)
+
     def keep(self, digest: str) -> bool:
         """Excepts an adapter from eviction, if it is here; whether it is."""
         with self._lock:

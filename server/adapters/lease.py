@@ -75,6 +75,7 @@ class Leases:
         self._loader = loader
         self._residency = residency
         self._quarantine = quarantine
+        self.lookups_total = {"store": 0, "host": 0, "device": 0}
 
     def lease(self, spec: str) -> Lease:
         """`Registry.lease`."""
@@ -137,6 +138,8 @@ class Leases:
         portions = [Portion(copy.version, weight, bool(copy.doubts)) for copy, weight in used]
         content = self._content(used, portions)
         self._quarantine.check_mix(content, _version(content, portions))
+        if is_use:
+            self.lookups_total[self._residency.tier_of(content)] += 1
         if starts_load:
             self._loader.start_if_cold(content)
         content.num_mix_leases += bool(content.portions)

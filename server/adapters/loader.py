@@ -31,6 +31,9 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
+ObserveLoad = Callable[[str, float], None]  # told of a move that succeeded: "store_to_host" ..., and its seconds
+
+
 class Load(Protocol):
     """Reads and lowers an adapter folder, for a weight in a mix where one is given; may run in any thread."""
 
@@ -49,6 +52,7 @@ class Loader:
         load: Load,
         clock: Callable[[], float],
         reading: Callable[[Path], AbstractContextManager[None]],
+        observe: ObserveLoad,
     ) -> None:
         """`load` reads and lowers a folder; `device` says what can never fit; `clock` gives seconds.
 
@@ -61,6 +65,7 @@ class Loader:
         self._load = load
         self._clock = clock
         self._reading = reading
+        self._observe = observe
         self.loads_total = self.load_failures_total = 0
 
     def start_if_cold(self, content: Content, *, is_for_host: bool = False) -> None:
@@ -131,7 +136,9 @@ class Loader:
         try:
             lowered = self._mixed(content) if content.portions else self._read(content)
             self._learn(content, *self.put(content.digest, lowered))
-            content.load_s = min(self._clock() - begun_s, reload_s(content))  # the shortest: others wait for each other
+            load_s = self._clock() - begun_s
+            content.load_s = min(load_s, reload_s(content))  # the shortest: others wait for each other
+            self._observe("store_to_host", load_s)
             failure = None
         except GraftError as error:
             self._host.drop(content.digest)  # there if the device alone is too small for it

@@ -26,7 +26,8 @@ from server.adapters.elsewhere import Elsewhere
 from server.adapters.host import HostTier
 from server.adapters.in_place import InPlace
 from server.adapters.lease import Lease, Leases
-from server.adapters.loader import FAILURE_MEMORY_S, Load, Loader
+from server.adapters.loader import FAILURE_MEMORY_S, Load, Loader, ObserveLoad
+from server.adapters.on_tiers import OnTiers, on_tiers
 from server.adapters.positions import Reach
 from server.adapters.quarantine import Quarantine
 from server.adapters.residency import Residency
@@ -40,7 +41,7 @@ from server.adapters.workers import Workers
 from server.ground.errors import GraftError
 
 __all__ = [
-    "FAILURE_MEMORY_S", "MAX_WAIT_S", "NUM_COPIERS", "AdapterInfo", "Device", "Lease", "Loaded", "Portion",
+    "FAILURE_MEMORY_S", "MAX_WAIT_S", "NUM_COPIERS", "AdapterInfo", "Device", "Lease", "Loaded", "OnTiers", "Portion",
     "Registered", "Registry",
     "RegistryStats", "Unloaded", "claim_of",
 ]  # fmt: skip
@@ -68,11 +69,13 @@ class Registry:
         base: ServedBase | None = None,
         max_versions: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        observe: ObserveLoad = lambda transition, duration_s: None,
     ) -> None:
         """`load` reads and lowers an adapter folder, in any thread; its GraftErrors are shown to users.
 
         `base` is what adapters are compared with; without it none is taken for another base's. Of a name that is
-        replaced the last `max_versions` versions are kept, the current one counted; all if None.
+        replaced the last `max_versions` versions are kept, the current one counted; all if None. `observe` is told of
+        each adapter that was brought to host or device.
 
         Raises StartupRefused if a folder is given a name that the store has.
         """
@@ -83,10 +86,10 @@ class Registry:
         self._workers = workers = Workers(books.lock, num_loaders)
         # Looked up at each load, so that who watches the loads (a test) can stand in between.
         self._loader = loader = Loader(
-            books, workers, host, device, lambda *asked: self._load(*asked), clock, store.reading
+            books, workers, host, device, lambda *asked: self._load(*asked), clock, store.reading, observe
         )
         self._copiers = copiers = Workers(books.lock, NUM_COPIERS)
-        self._residency = Residency(books, workers, copiers, loader, host, device)
+        self._residency = Residency(books, workers, copiers, loader, host, device, observe)
         self._quarantine = Quarantine(books, clock)
         self._leases = Leases(books, workers, loader, self._residency, self._quarantine)
         self._custody = Custody(books, workers, host, device, loader, self._residency, self._leases)
@@ -353,6 +356,7 @@ class Registry:
             entries = self._books.catalog.entries
             num_adapters, contents = len(entries), tuple(self._books.catalog.contents.values())
             copies = [copy for entry in entries.values() for copy in entry.copies.values()]
+        sizes = [content.sizes.device_bytes for content in contents if content.sizes is not None]
         return RegistryStats(
             num_adapters=num_adapters,
             num_versions=len(copies),
@@ -376,7 +380,17 @@ class Registry:
             unloads_total=self._custody.unloads_total,
             device_evictions_total=self._residency.evictions_total,
             host_evictions_total=self._host.num_evictions,
+            lookups_total=dict(self._leases.lookups_total),
+            mean_device_bytes=sum(sizes) / len(sizes) if sizes else None,
         )
+
+    def on_tiers(self) -> tuple[OnTiers, ...]:
+        """The adapters that host or device has, each name once. Its cost is theirs, however many the store has."""
+        return on_tiers(self._books, self._host, self._residency)
+
+    def has(self, name: str) -> bool:
+        """Whether there is an adapter of this name now. Never blocks."""
+        return name in self._books.catalog.entries
 
     def check_integrity(self) -> tuple[str, ...]:
         """What does not add up in the books, as sentences; empty unless there is a defect. For tests and idle times."""

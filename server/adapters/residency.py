@@ -15,7 +15,7 @@ from server.adapters.device.rows import NoRoom
 from server.adapters.eviction import Worth
 from server.adapters.host import HostTier
 from server.adapters.host_adapter import HostAdapter
-from server.adapters.loader import Loader, reload_s
+from server.adapters.loader import Loader, ObserveLoad, reload_s
 from server.adapters.room import Device, never_fits, pinned_full
 from server.adapters.workers import Workers
 from server.ground.errors import Overloaded
@@ -36,7 +36,14 @@ class Residency:
     """The contents on the device."""
 
     def __init__(
-        self, books: Books, workers: Workers, copiers: Workers, loader: Loader, host: HostTier, device: Device
+        self,
+        books: Books,
+        workers: Workers,
+        copiers: Workers,
+        loader: Loader,
+        host: HostTier,
+        device: Device,
+        observe: ObserveLoad,
     ) -> None:
         """`copiers` put on the device what would hold up a step, or is not asked for yet."""
         self._books = books
@@ -45,6 +52,7 @@ class Residency:
         self._loader = loader
         self._host = host
         self._device = device
+        self._observe = observe
         self._placing = threading.RLock()
         self._resident: dict[str, Content] = {}
         self._num_copying = 0
@@ -54,6 +62,16 @@ class Residency:
     @property
     def num_resident(self) -> int:
         return len(self._resident)
+
+    def residents(self) -> tuple[Content, ...]:
+        """Under the lock: what is on the device."""
+        return tuple(self._resident.values())
+
+    def tier_of(self, content: Content) -> str:
+        """Under the lock: the best tier that has it, "store", "host" or "device"."""
+        if content.slot is not None:
+            return "device"
+        return "host" if self._host.holds(content.digest) else "store"
 
     def admit(self, version: AdapterVersion) -> int | None:
         """`Registry.admit`."""
@@ -178,12 +196,15 @@ class Residency:
 
     def _copy(self, content: Content) -> bool:
         """Copies, and ends the placement, whether that went well or not."""
+        begun_s = time.perf_counter()
         is_copied = False
         try:
             self._device.copy(content.digest)
             is_copied = True
         finally:
             is_there = self._end_placement(content, is_copied=is_copied)
+        if is_there:
+            self._observe("host_to_device", time.perf_counter() - begun_s)
         return is_there
 
     def _begin_copy(self, content: Content, *, is_early: bool) -> bool:

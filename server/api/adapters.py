@@ -15,6 +15,7 @@ from server.adapters.store.folder_store import Incoming, check_name
 from server.api import fetches
 from server.api.adapter_templates import use_of_template
 from server.api.errors import echo
+from server.api.results import counted
 from server.api.services import Services
 from server.api.uploads import check_fingerprint, receive_archive, receive_upload
 from server.ground.errors import AdapterNotFound, AdapterOnItsWay, BadRequest, Conflict, PreconditionFailed
@@ -30,27 +31,25 @@ def router(services: Services) -> APIRouter:
         """201 for a new version, 200 where the very same content is there already, 409 for other content."""
         if fetches.is_order(request):
             return await fetches.begin(services, request, shown, replaces=replace)
-        async with _incoming(services) as incoming:
-            form = await receive_upload(request, incoming, services.max_upload_bytes)
-            registered = await run_in_threadpool(
-                _register, services, incoming, form.name, replace, form.base_fingerprint
-            )
+        registered = await _upload(services, request, replace)
         return JSONResponse(shown(registered.info), 201 if registered.is_new else 200)
 
     @routes.put("/v1/adapters/{name}", status_code=201, openapi_extra=_UPLOAD_TAR)
     async def put(request: Request, name: str, replace: bool | None = None, base_fingerprint: str = "") -> JSONResponse:
         """Makes the name mean the adapter in a tar: 201 where that is new, 200 where it meant this very content."""
-        is_conditional = _is_for_new_only(request, replace)
-        check_fingerprint(base_fingerprint)
-        await run_in_threadpool(_check_can_put, services, name, is_conditional)
-        async with _incoming(services) as incoming:
-            ignored = await receive_archive(request, incoming, services.max_upload_bytes)
-            replaces = replace is not False and not is_conditional
-            registered = await run_in_threadpool(
-                _register, services, incoming, name, replaces, base_fingerprint or None
-            )
-        if is_conditional and not registered.is_new:
-            raise _exists(name)
+        with counted(services.metrics.count_upload) as result:
+            is_conditional = _is_for_new_only(request, replace)
+            check_fingerprint(base_fingerprint)
+            await run_in_threadpool(_check_can_put, services, name, is_conditional)
+            async with _incoming(services) as incoming:
+                ignored = await receive_archive(request, incoming, services.max_upload_bytes)
+                replaces = replace is not False and not is_conditional
+                registered = await run_in_threadpool(
+                    _register, services, incoming, name, replaces, base_fingerprint or None
+                )
+            if is_conditional and not registered.is_new:
+                raise _exists(name)
+            result.is_new = registered.is_new
         answer = {**shown(registered.info), "ignored_files": {"count": ignored.num_files, "names": ignored.names}}
         return JSONResponse(answer, 201 if registered.is_new else 200)
 
@@ -95,6 +94,17 @@ def _page(services: Services, limit: int | None, after: str) -> dict[str, Any]:
         "last_id": page[-1].name if page else None,
         "has_more": len(infos) > len(page),
     }
+
+
+async def _upload(services: Services, request: Request, replace: bool) -> Registered:
+    with counted(services.metrics.count_upload) as result:
+        async with _incoming(services) as incoming:
+            form = await receive_upload(request, incoming, services.max_upload_bytes)
+            registered = await run_in_threadpool(
+                _register, services, incoming, form.name, replace, form.base_fingerprint
+            )
+        result.is_new = registered.is_new
+    return registered
 
 
 @asynccontextmanager

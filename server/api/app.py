@@ -6,7 +6,6 @@ other origins, API key (`auth`) or, where there is none, the page that asks (`or
 """
 
 import re
-from collections.abc import Mapping
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -34,6 +33,7 @@ from server.api.paths import HeadAsGet, TrailingSlash
 from server.api.services import Services
 from server.api.traffic import Traffic
 from server.api.unknown_fields import IgnoredFields
+from server.api.watched import adapter_states, state
 
 _PARTS = (
     completions,
@@ -61,7 +61,8 @@ def create_app(services: Services) -> FastAPI:
     for part in _PARTS:
         app.include_router(part.router(services))
     _add_middleware(app, services)
-    services.metrics.watch(lambda: _state(services))
+    services.metrics.watch(lambda: state(services))
+    services.metrics.adapters.watch(lambda: adapter_states(services), services.registry.has)
     return app
 
 
@@ -91,43 +92,3 @@ def _add_middleware(app: FastAPI, services: Services) -> None:
 
 def _reads_its_own_body(method: str, path: str) -> bool:
     return _UPLOAD.fullmatch(f"{method} {path}") is not None
-
-
-def _state(services: Services) -> Mapping[str, float]:
-    """What the metrics show of the engine's and the registry's state."""
-    engine, adapters = services.engine.stats(), services.registry.stats()
-    return {
-        "graft_sequences_running": engine.num_running,
-        "graft_sequences_waiting": engine.num_waiting,
-        "graft_kv_blocks_used": engine.num_used_blocks,
-        "graft_kv_blocks": engine.num_blocks,
-        "graft_kv_usage_ratio": engine.num_used_blocks / max(engine.num_blocks, 1),
-        "graft_preemptions_total": engine.num_preemptions,
-        "graft_adapter_rotations_total": engine.num_rotations,
-        "graft_steps_shed_total": engine.num_shed,
-        "graft_prefix_cache_queries_total": engine.num_queried_tokens,
-        "graft_prefix_cache_hits_total": engine.num_hit_tokens,
-        "graft_steps_total": engine.num_steps,
-        "graft_adapters": adapters.num_adapters,
-        "graft_adapters_on_host": adapters.num_on_host,
-        "graft_adapters_resident": adapters.num_resident,
-        "graft_adapters_loading": adapters.num_loading,
-        "graft_adapters_pinned": adapters.num_pinned,
-        "graft_adapters_quarantined": adapters.num_quarantined,
-        "graft_store_bytes": adapters.store_bytes,
-        "graft_store_quota_bytes": services.store_quota_bytes or 0,
-        "graft_adapter_host_bytes": adapters.host_used_bytes,
-        "graft_adapter_device_bytes": adapters.device_used_bytes,
-        "graft_adapter_device_capacity_bytes": adapters.device_capacity_bytes,
-        "graft_adapter_copied_bytes": adapters.device_copied_bytes,
-        "graft_adapter_leases": adapters.num_leases,
-        "graft_adapter_fetches_running": services.fetches.num_running,
-        "graft_adapter_fetches_waiting": services.fetches.num_waiting,
-        "graft_adapter_loads_total": adapters.loads_total,
-        "graft_adapter_load_failures_total": adapters.load_failures_total,
-        "graft_adapter_promotions_total": adapters.promotions_total,
-        "graft_adapter_overflows_total": adapters.overflows_total,
-        "graft_adapter_unloads_total": adapters.unloads_total,
-        "graft_adapter_device_evictions_total": adapters.device_evictions_total,
-        "graft_adapter_host_evictions_total": adapters.host_evictions_total,
-    }

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.routing import Match
+from starlette.types import Receive, Scope, Send
 
 from server.api.disconnect import ClientGone
 from server.ground.errors import BadRequest, Conflict, GraftError, Overloaded, RequestTimedOut, StorageFull
@@ -19,6 +20,7 @@ from server.ground.errors import BadRequest, Conflict, GraftError, Overloaded, R
 MAX_ECHO_CHARS = 200  # of anything that the client sent and an error repeats
 _RESTART_S = 10  # what a client should wait for a server that cannot go on
 STATUS_CLIENT_GONE = 499  # nobody reads it; it is what metrics show
+REASON = "graft.reason"  # the key in a request's scope of why it was answered with an error
 
 _LOG = logging.getLogger(__name__)
 _HTTP_CODES = {401: "unauthorized", 404: "route_not_found", 405: "method_not_allowed", 413: "too_large"}
@@ -32,8 +34,27 @@ def error_object(error: GraftError) -> dict[str, Any]:
     return {"error": body}
 
 
-def error_response(error: GraftError) -> JSONResponse:
-    return JSONResponse(error_object(error), error.status, headers=_headers(error))
+class ErrorResponse(JSONResponse):
+    """An answer that says in the request's scope why it is an error: `traffic` counts it."""
+
+    def __init__(
+        self,
+        error: GraftError,
+        status: int,
+        headers: Mapping[str, str] | None,
+        content: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`content` in the place of OpenAI's error object."""
+        super().__init__(content or error_object(error), status, headers=headers)
+        self._reason = error.reason
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[REASON] = self._reason
+        await super().__call__(scope, receive, send)
+
+
+def error_response(error: GraftError) -> ErrorResponse:
+    return ErrorResponse(error, error.status, _headers(error))
 
 
 def internal_error() -> GraftError:
@@ -99,7 +120,7 @@ async def _answer_http(request: Request, error: Exception) -> Response:
         said += f"; this path takes {headers['allow']}"
     where = f"{request.method} {echo(request.scope['path'])}"
     shown = BadRequest(f"{where}: {said}.", code=_HTTP_CODES.get(error.status_code, "http_error"))
-    return JSONResponse(error_object(shown), error.status_code, headers=headers)
+    return ErrorResponse(shown, error.status_code, headers)
 
 
 def _methods_of(request: Request, path: str) -> list[str]:

@@ -4,10 +4,10 @@ Owns the life of these sequences from submission to their terminal events. Knows
 """
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 from server.adapters.registry import Lease
+from server.api.progress import Progress
 from server.api.services import Services
 from server.engine.engine import Engine
 from server.engine.flight import DeltaStream, GenerationRequest
@@ -20,11 +20,10 @@ from server.model.grammar import Grammar
 class Generation:
     """Sequences in flight, numbered as their choices are. `abort` must be called at the end; it may come any time."""
 
-    def __init__(self, streams: Sequence[DeltaStream], metrics: Metrics) -> None:
+    def __init__(self, streams: Sequence[DeltaStream], adapters: Sequence[Sequence[str]], metrics: Metrics) -> None:
+        """`adapters`: the names of those that each sequence uses."""
         self._unfinished = dict(enumerate(streams))
-        self._metrics = metrics
-        self._heard_at = dict.fromkeys(self._unfinished, time.perf_counter())
-        self._counted = dict.fromkeys(self._unfinished, 0)  # output tokens so far
+        self._progress = [Progress(names, metrics) for names in adapters]
         self._arrived: asyncio.Queue[tuple[int, Delta | None]] = asyncio.Queue()
         self._pumps = [asyncio.create_task(self._pump(index, stream)) for index, stream in self._unfinished.items()]
 
@@ -40,7 +39,7 @@ class Generation:
                 continue
             if index not in self._unfinished:
                 continue  # what was under way when it was ended
-            self._observe(index, delta)
+            self._progress[index].observe(delta)
             if delta.is_terminal:
                 del self._unfinished[index]
                 _raise_if_broken(delta)
@@ -51,15 +50,15 @@ class Generation:
         stream = self._unfinished.pop(index, None)
         if stream is not None:
             stream.abort()
-            self._metrics.count_finished(FinishReason.STOP, last.num_prompt_tokens)
+            self._progress[index].finish(FinishReason.STOP, last)
 
     def abort(self) -> None:
         """End what still runs; the engine frees it within one step. Does nothing when all has ended."""
         for pump in self._pumps:
             pump.cancel()
-        for stream in self._unfinished.values():
+        for index, stream in self._unfinished.items():
             stream.abort()
-            self._metrics.count_finished(FinishReason.ABORT, 0)
+            self._progress[index].abort()
         self._unfinished.clear()
 
     async def _pump(self, index: int, stream: DeltaStream) -> None:
@@ -69,21 +68,6 @@ class Generation:
                 self._arrived.put_nowait((index, delta))
         finally:
             self._arrived.put_nowait((index, None))
-
-    def _observe(self, index: int, delta: Delta) -> None:
-        now = time.perf_counter()
-        num_new = delta.num_output_tokens - self._counted[index]
-        if num_new > 0:
-            wait_s = now - self._heard_at[index]
-            if self._counted[index] == 0:
-                self._metrics.observe_first_token(wait_s)
-            else:
-                self._metrics.observe_next_tokens(num_new, wait_s)
-            self._metrics.count_output_tokens(num_new)
-            self._heard_at[index] = now
-            self._counted[index] = delta.num_output_tokens
-        if delta.finish_reason is not None:
-            self._metrics.count_finished(delta.finish_reason, delta.num_prompt_tokens)
 
 
 def _require_ended(index: int, unfinished: Mapping[int, DeltaStream]) -> None:
@@ -115,7 +99,8 @@ def submit_all(
         GenerationRequest(f"{request_id}-{index}", tuple(prompt), sampling, lease, cache_salt, grammar)
         for index, (prompt, sampling, lease) in enumerate(zip(prompts, params, leases, strict=True))
     ]
-    return Generation(_streams(services.engine, requests), services.metrics)
+    adapters = [() if lease is None else tuple(part.version.name for part in lease.portions) for lease in leases]
+    return Generation(_streams(services.engine, requests), adapters, services.metrics)
 
 
 def _streams(engine: Engine, requests: Sequence[GenerationRequest]) -> list[DeltaStream]:

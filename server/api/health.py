@@ -1,10 +1,11 @@
 """What operators ask: is it alive, is it ready, which version, and the metrics."""
 
+import anyio
 from fastapi import APIRouter, Response
 
 from server.api.services import Services
-from server.ground import metrics
 from server.ground.errors import GraftError, Overloaded
+from server.ground.exposition import CONTENT_TYPE
 
 
 class EngineDead(GraftError):
@@ -16,6 +17,7 @@ class EngineDead(GraftError):
 
 def router(services: Services) -> APIRouter:
     routes = APIRouter(tags=["operation"])
+    scrapes = anyio.CapacityLimiter(1)
 
     @routes.get("/health")
     @routes.get("/ping")  # SageMaker's name for it
@@ -32,7 +34,7 @@ def router(services: Services) -> APIRouter:
         """200 while new requests are welcome: the base is loaded, the engine lives and is not shutting down."""
         _require_engine(services)
         if services.engine.is_draining:
-            raise Overloaded("The server is shutting down.", retry_after_s=5)
+            raise Overloaded("The server is shutting down.", retry_after_s=5, reason="shutting_down")
         return {"status": "ready"}
 
     @routes.get("/version")
@@ -46,7 +48,9 @@ def router(services: Services) -> APIRouter:
 
     @routes.get("/metrics")
     async def exposition() -> Response:
-        return Response(services.metrics.exposition(), media_type=metrics.CONTENT_TYPE)
+        # In a thread of its own: with many adapters it takes a while, and the pool that all share may be busy.
+        text = await anyio.to_thread.run_sync(services.metrics.exposition, limiter=scrapes)
+        return Response(text, media_type=CONTENT_TYPE)
 
     return routes
 

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastapi import APIRouter
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from server.adapters.format.content import CONFIG_FILE
 from server.adapters.store.folder_store import content_files
-from server.api.errors import echo
+from server.api.errors import ErrorResponse, echo
 from server.api.json_route import JsonRoute
+from server.api.results import counted
 from server.api.schemas import LoadLoraBody, UnloadLoraBody
 from server.api.services import Services
 from server.ground.errors import AdapterNotFound, BadRequest, Conflict, Forbidden, GraftError, NotFound
@@ -26,7 +27,8 @@ def router(services: Services) -> APIRouter:
     def load(body: LoadLoraBody) -> Response:
         """Copies an adapter folder of this machine into the store, validated as an upload is."""
         try:
-            name = _load(services, body)
+            with counted(services.metrics.count_upload) as result:
+                name, result.is_new = _load(services, body)
         except GraftError as error:
             return _refusal(error)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
@@ -43,7 +45,8 @@ def router(services: Services) -> APIRouter:
     return routes
 
 
-def _load(services: Services, body: LoadLoraBody) -> str:
+def _load(services: Services, body: LoadLoraBody) -> tuple[str, bool]:
+    """The name, and whether its content is new."""
     if not body.lora_name or not body.lora_path:
         raise BadRequest("Both 'lora_name' and 'lora_path' must be provided.")
     base = services.base
@@ -62,7 +65,7 @@ def _load(services: Services, body: LoadLoraBody) -> str:
         registered = services.registry.register(incoming, body.lora_name, replace=body.load_inplace)
     if not registered.is_new and not body.load_inplace:
         raise _already_loaded(body.lora_name)
-    return body.lora_name
+    return body.lora_name, registered.is_new
 
 
 def _unload(services: Services, body: UnloadLoraBody) -> str:
@@ -127,7 +130,7 @@ def _already_loaded(name: str) -> Conflict:
     )
 
 
-def _refusal(error: GraftError) -> JSONResponse:
+def _refusal(error: GraftError) -> ErrorResponse:
     """As vLLM words it: the status is in `code` too, and what the caller can mend is a 400 or a 404."""
     if error.status >= 500:
         raise error
@@ -137,4 +140,5 @@ def _refusal(error: GraftError) -> JSONResponse:
     elif isinstance(error, Forbidden):
         kind, status = "ForbiddenError", 403
     message = error.message.encode(errors="replace").decode()
-    return JSONResponse({"error": {"message": message, "type": kind, "param": error.param, "code": status}}, status)
+    shown = {"error": {"message": message, "type": kind, "param": error.param, "code": status}}
+    return ErrorResponse(error, status, None, shown)

@@ -4,6 +4,7 @@ Owns the body and the answer. Knows nothing about how merging is done, or when.
 """
 
 import asyncio
+import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -19,6 +20,7 @@ from server.api.adapters import check_is_no_base, described
 from server.api.disconnect import until_gone
 from server.api.json_body import Body, Text
 from server.api.json_route import JsonRoute
+from server.api.results import counted
 from server.api.selection import look_elsewhere
 from server.api.services import Services
 
@@ -47,14 +49,17 @@ def router(services: Services) -> APIRouter:
     @routes.post("/v1/adapters/merge", status_code=201)
     async def merge(request: Request, body: MergeBody) -> JSONResponse:
         """Answers when the result is stored: 201, or 200 where it is there already. Who leaves gives the merge up."""
-        check_name(body.name)
-        check_is_no_base(services, body.name)
-        await look_elsewhere(services, (item.name for item in body.adapters))
-        begun = services.merges.begin(_order(body))
-        try:
-            made = await until_gone(request.receive, _end_of(begun))
-        finally:
-            begun.give_up()
+        begun_s = time.perf_counter()
+        with counted(lambda word: services.metrics.count_merge(word, time.perf_counter() - begun_s)) as result:
+            check_name(body.name)
+            check_is_no_base(services, body.name)
+            await look_elsewhere(services, (item.name for item in body.adapters))
+            begun = services.merges.begin(_order(body))
+            try:
+                made = await until_gone(request.receive, _end_of(begun))
+            finally:
+                begun.give_up()
+            result.is_new = made.registered.is_new
         answer = await run_in_threadpool(described, services, made.registered.info)
         return JSONResponse({**answer, "merge": _shown(made.merged)}, 201 if made.registered.is_new else 200)
 

@@ -84,6 +84,7 @@ def _first_lease(services: Services, parts: Sequence[Part], is_model: bool) -> L
     try:
         return services.registry.lease_mix(parts)
     except AdapterNotFound as error:
+        services.metrics.adapters.count_unknown()
         if is_model and parts:
             raise unknown_model(services, parts[0][0]) from error
         raise

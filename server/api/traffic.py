@@ -8,7 +8,7 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import error_response, internal_error
+from server.api.errors import REASON, error_response, internal_error
 from server.ground.metrics import Metrics
 
 _LOG = logging.getLogger(__name__)
@@ -47,6 +47,8 @@ class Traffic:
         finally:
             duration_s = time.perf_counter() - started_s
             self._metrics.observe_request(_route(scope), status or 499, duration_s)
+            if REASON in scope:
+                self._metrics.count_rejection(scope[REASON])
             shown = (request_id, scope["method"], scope["path"], status or 499, duration_s)
             _LOG.debug("request %s: %s %r was answered with %d after %.3f s", *shown)
 

@@ -28,7 +28,15 @@ from server.engine.masks import Masks, StepMasks
 from server.engine.runner import Runner, StepLogits
 from server.engine.sampler import token_logprobs
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Batch, Delta, FinishReason, ScheduledSequence, Sequence, TokenLogprobs
+from server.engine.sequence import (
+    Batch,
+    Delta,
+    FinishReason,
+    ScheduledSequence,
+    Sequence,
+    SequenceStatus,
+    TokenLogprobs,
+)
 from server.engine.token_rules import ending_ids, token_rules
 from server.ground.errors import AdapterFailed, BadRequest, GenerationFailed, GraftError, OutOfMemory, Overloaded
 from server.ground.heap import give_back_free_memory
@@ -53,6 +61,7 @@ class StepReport:
     num_sequences: int
     num_tokens: int
     num_adapters: int  # distinct, the base not counted
+    num_methods: int  # of these adapters
     duration_s: float
 
 
@@ -71,6 +80,15 @@ class EngineStats:
     num_kept_blocks: int  # free, with content that can still be found
     num_queried_tokens: int  # looked up in the cache when their sequences first ran
     num_hit_tokens: int  # of those, found there and not computed
+    num_short: int  # of those waiting, for room for their adapter
+
+
+@dataclass(slots=True)
+class InFlight:
+    """How many sequences of one adapter run and wait."""
+
+    num_running: int = 0
+    num_waiting: int = 0
 
 
 @dataclass(slots=True)
@@ -79,6 +97,7 @@ class _Step:
 
     batch: Batch
     started_s: float
+    num_methods: int  # of its adapters; known while its sequences are in flight
     logits: StepLogits
     chosen: Chosen | None = None
 
@@ -162,7 +181,7 @@ class Engine:
             if self._fault is not None:
                 raise _dead(self._fault)
             if self.is_draining:
-                raise Overloaded("the server is shutting down", retry_after_s=5)
+                raise Overloaded("the server is shutting down", retry_after_s=5, reason="shutting_down")
             self._scheduler.add(sequence)
             self._flights[sequence.sequence_id] = flight
         self._wake.set()
@@ -240,7 +259,20 @@ class Engine:
             num_kept_blocks=self._blocks.num_kept,
             num_queried_tokens=self._scheduler.num_queried_tokens,
             num_hit_tokens=self._scheduler.num_hit_tokens,
+            num_short=self._scheduler.num_short,
         )
+
+    def in_flight(self) -> dict[str, InFlight]:
+        """The sequences in flight by the name of their adapter; one of a mix counts for each of its adapters."""
+        found: dict[str, InFlight] = {}
+        for flight in tuple(self._flights.values()):
+            for name in flight.adapters:
+                count = found.setdefault(name, InFlight())
+                if flight.sequence.status is SequenceStatus.RUNNING:
+                    count.num_running += 1
+                else:
+                    count.num_waiting += 1
+        return found
 
     def _run(self) -> None:
         try:
@@ -342,7 +374,12 @@ class Engine:
 
     def _launch(self, batch: Batch, before: _Step | None) -> _Step:
         started_s = time.perf_counter()
-        return _Step(batch, started_s, self._runner.run(batch, None if before is None else before.chosen))
+        logits = self._runner.run(batch, None if before is None else before.chosen)
+        return _Step(batch, started_s, self._num_methods(batch), logits)
+
+    def _num_methods(self, batch: Batch) -> int:
+        flights = [self._flights.get(item.sequence.sequence_id) for item in batch.sequences]
+        return len({flight.method for flight in flights if flight is not None} - {None})
 
     def _choose(self, step: _Step, masks: StepMasks | None) -> None:
         """Has the device choose the step's tokens, which its sequences count from here on."""
@@ -369,7 +406,8 @@ class Engine:
         now_s = time.perf_counter()
         duration_s = now_s - max(step.started_s, self._ended_s)  # steps that overlap do not count a time twice
         self._ended_s = now_s
-        self._observe(StepReport(len(batch.sequences), batch.num_tokens, num_adapters, duration_s))
+        report = StepReport(len(batch.sequences), batch.num_tokens, num_adapters, step.num_methods, duration_s)
+        self._observe(report)
 
     def _fail_overflown(self, logits: StepLogits, tokens: dict[str, int]) -> None:
         """Ends the sequences whose logits are not numbers: an adapter of extreme weights has overflown."""

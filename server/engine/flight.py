@@ -79,6 +79,17 @@ class Flight:
             self._uniform = self.random.random()
         return self._uniform
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that it uses: several for a mix, none for the bare base."""
+        return () if self.lease is None else tuple(portion.version.name for portion in self.lease.portions)
+
+    @property
+    def method(self) -> str | None:
+        """Of its adapter, where it has one that was ever lowered."""
+        facts = None if self.lease is None else self.lease.content.facts
+        return None if facts is None else facts.method
+
     def add_prompt_scores(self, start: int, scores: Listing[TokenLogprobs]) -> None:
         """The scores of the prompt's tokens from position `start` on; the same ones may come again (preemption)."""
         self._prompt_scores.update(enumerate(scores, start))
@@ -145,4 +156,5 @@ class Flight:
             num_prompt_tokens=self.sequence.num_prompt_tokens,
             num_output_tokens=self.sequence.num_output_tokens,
             num_cached_tokens=self.sequence.num_cached_tokens,
+            queue_s=self.sequence.queue_s,
         )

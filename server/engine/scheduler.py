@@ -227,6 +227,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def num_short(self) -> int:
+        """Of those waiting, those whose adapter finds no room on the device. Any thread: it may err by a sequence."""
+        return sum(sequence.short_since_s is not None for sequence in tuple(self._waiting))
+
+    @property
     def num_preemptions(self) -> int:
         """Preemptions since the start."""
         return self._num_preemptions
@@ -273,7 +278,9 @@ class Scheduler:
         self.check_fits(sequence.num_prompt_tokens, sequence.params.max_tokens)
         self._check_room_for_prompt(sequence)
         if len(self._waiting) >= self._limits.max_queued:
-            raise Overloaded(f"The queue is full: max_queued is {self._limits.max_queued}. Retry in a moment.")
+            raise Overloaded(
+                f"The queue is full: max_queued is {self._limits.max_queued}. Retry in a moment.", reason="queue_full"
+            )
         sequence.arrival = self._num_arrived
         sequence.arrived_s = self._clock()
         self._num_arrived += 1
@@ -620,16 +627,18 @@ class Scheduler:
         sequence.blocks = found + self._blocks.allocate(num_blocks)
         sequence.num_computed_tokens = num_found
         self._end_wait_for_room(sequence)
-        self._note_start(sequence, num_found)
+        self._note_start(sequence, num_found, step.now_s)
         step.put(sequence, num_tokens, copied_block)
         return True
 
-    def _note_start(self, sequence: Sequence, num_found: int) -> None:
+    def _note_start(self, sequence: Sequence, num_found: int, now_s: float) -> None:
         """What is told of the cache is told of first starts: a preempted sequence that finds itself is no hit."""
         if not sequence.has_started and self._may_reuse(sequence):
             sequence.num_cached_tokens = max(num_found - sequence.num_virtual_tokens, 0)
             self._num_queried_tokens += sequence.num_tokens
             self._num_hit_tokens += num_found
+        if not sequence.has_started:
+            sequence.queue_s = now_s - sequence.arrived_s
         sequence.has_started = True
 
     def _may_reuse(self, sequence: Sequence) -> bool:
@@ -760,6 +769,7 @@ def _waited_too_long(limit_s: float) -> Overloaded:
         f"The request waited in the queue for longer than this server's limit (queue_timeout is {limit_s:g} s). "
         f"Retry in {_RETRY_AFTER_S} seconds.",
         retry_after_s=_RETRY_AFTER_S,
+        reason="queue_timeout",
     )
 
 

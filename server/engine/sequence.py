@@ -75,6 +75,7 @@ class Delta:
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0  # so far, these included
     num_cached_tokens: int = 0  # of the prompt: found in the cache, not computed
+    queue_s: float = 0.0  # from its acceptance to its first step
 
     @property
     def is_terminal(self) -> bool:
@@ -114,6 +115,7 @@ class Sequence:
     arrived_s: float = 0.0  # on the scheduler's clock
     short_since_s: float | None = None  # while it waits: since when its adapter has lacked room on the device
     has_started: bool = False  # whether it has ever run
+    queue_s: float = 0.0  # from its arrival to its first step
     num_cached_tokens: int = 0  # of the prompt: found in the cache when it first ran
     block_keys: list[bytes] = field(default_factory=list)  # of its first full blocks, as many as were asked for
 

@@ -332,6 +332,13 @@ class Settings(BaseSettings):
         Seconds,
         Flag("process", "SECONDS", "what runs when SIGTERM comes may take so long; then it is aborted"),
     ] = 30.0
+    metrics_compat: Annotated[
+        Literal["none", "vllm"],
+        Flag("process", "{none,vllm}", "whose names GET /metrics has beside its own, for gateways and dashboards"),
+    ] = "none"
+    metrics_max_adapters: Annotated[
+        Count, Flag("process", "N", "adapters with metrics of their own; the rest are summed as 'other'")
+    ] = 500
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Flag("process", "{debug,info,warning,error}", "how much is written to stderr"),

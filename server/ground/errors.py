@@ -32,7 +32,7 @@ class GraftError(Exception):
     """Base of all errors shown to users.
 
     `message` is a sentence that says what to do, `param` names the offending request field (or None), `code` is a
-    stable machine word, `status` the HTTP status, `type` OpenAI's error type.
+    stable machine word, `status` the HTTP status, `type` OpenAI's error type. `reason` is what metrics count it under.
     """
 
     status: int = 500
@@ -45,6 +45,10 @@ class GraftError(Exception):
         self.param = param
         if code is not None:
             self.code = code
+
+    @property
+    def reason(self) -> str:
+        return self.code
 
 
 class BadRequest(GraftError):
@@ -141,15 +145,23 @@ class RequestTimedOut(GenerationFailed):
 
 
 class Overloaded(GraftError):
-    """The server is full; `retry_after_s` is the wait that the answer's Retry-After header asks for."""
+    """The server is full; `retry_after_s` is the wait that the answer's Retry-After header asks for.
+
+    To a client one thing that is full is as another, and the code is one; `reason` tells them apart in the metrics.
+    """
 
     status = 503
     type = "overloaded_error"
     code = "overloaded"
 
-    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+    def __init__(self, message: str, *, retry_after_s: int = 1, reason: str | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self._reason = reason
+
+    @property
+    def reason(self) -> str:
+        return self._reason or self.code
 
 
 class AdapterOnItsWay(Overloaded):

@@ -74,6 +74,7 @@ class DeviceTier:
         self._slab_elements = _slab_elements(num_elements, sites)
         self._allocator = RowAllocator(num_elements, self._slab_elements)
         self._shared: dict[bytes, Rows] = {}
+        self._num_row_uses = self._num_shared_rows = 0
         self._slots: dict[int, Slot] = {}
         self._slot_of: dict[str, int] = {}
         self._placements: dict[str, _Placement] = {}
@@ -116,6 +117,21 @@ class DeviceTier:
     def num_slots(self) -> int:
         return len(self._slots)
 
+    @property
+    def num_rows(self) -> int:
+        """Rank rows in use, vectors as wide as a site counted."""
+        return self._allocator.num_used_rows
+
+    @property
+    def num_shared_rows(self) -> int:
+        """Those of them that are used in more than one place, by one adapter or by several."""
+        return self._num_shared_rows
+
+    @property
+    def num_row_uses(self) -> int:
+        """The rows that there would be if every place had its own."""
+        return self._num_row_uses
+
     def resident_bytes(self, adapter: HostAdapter) -> int:
         """Bytes that the adapter's rows take when it shares none with other adapters."""
         return sum(stride(width) * num for width, num in self._requests(adapter)) * self.dtype.itemsize
@@ -156,7 +172,7 @@ class DeviceTier:
         hashes = tuple(laid.key for laid in uses)
         for content_hash in hashes:
             rows = own[content_hash] if content_hash in own else self._shared[content_hash]
-            rows.num_users += 1
+            self._note_uses(rows, 1)
         self._placements[digest] = _Placement(adapter, hashes, own, missing)
 
     def copy(self, digest: str) -> None:
@@ -193,7 +209,8 @@ class DeviceTier:
             for content_hash, rows in placement.own.items():
                 known = self._shared.setdefault(content_hash, rows)
                 if known is not rows:  # another adapter has brought it meanwhile
-                    known.num_users += rows.num_users
+                    self._note_uses(known, rows.num_users)
+                    self._note_uses(rows, -rows.num_users)
                     twice.append(rows)
             self._slots.update({slot.number: slot for slot in slots})
             first = self._slot_of[digest] = slots[0].number
@@ -208,6 +225,8 @@ class DeviceTier:
     def abandon(self, digest: str) -> None:
         """Gives back what was reserved, copied or not."""
         placement = self._placements.pop(digest)
+        for rows in placement.own.values():
+            self._note_uses(rows, -rows.num_users)
         self._free(placement.own.values())
         self._let_go(content_hash for content_hash in placement.hashes if content_hash not in placement.own)
 
@@ -347,10 +366,16 @@ class DeviceTier:
         unused = []
         for content_hash in hashes:
             rows = self._shared[content_hash]
-            rows.num_users -= 1
+            self._note_uses(rows, -1)
             if rows.num_users == 0:
                 unused.append(self._shared.pop(content_hash))
         self._free(unused)
+
+    def _note_uses(self, rows: Rows, change: int) -> None:
+        num_rows, before = len(rows.numbers), rows.num_users
+        rows.num_users += change
+        self._num_row_uses += change * num_rows
+        self._num_shared_rows += ((rows.num_users > 1) - (before > 1)) * num_rows
 
     def _free(self, unused: Iterable[Rows]) -> None:
         freed: dict[int, list[int]] = {}

@@ -1,0 +1,55 @@
+"""Which adapters host and device have at a moment, by name.
+
+Owns the gathering of a name's versions into one value. Knows nothing about who asks, or how a tier keeps its bytes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+from server.adapters.books import Books
+from server.adapters.catalog import Copy
+from server.adapters.host import HostTier
+from server.adapters.residency import Residency
+
+
+@dataclass(frozen=True, slots=True)
+class OnTiers:
+    """An adapter that host or device has, all its versions together; the mixes that it is in are not counted."""
+
+    name: str
+    method: str  # of its current version if that is there, else of another
+    rank: int
+    is_pinned: bool
+    host_bytes: int | None  # tensors that it shares counted in full; None: it is not there
+    device_bytes: int | None
+
+
+def on_tiers(books: Books, host: HostTier, residency: Residency) -> tuple[OnTiers, ...]:
+    """In no order. Its cost is that of these adapters, however many there are in the store."""
+    on_host = set(host.digests())
+    with books.lock:
+        known = books.catalog.contents
+        contents = {digest: known[digest] for digest in on_host if digest in known}
+        contents |= {content.digest: content for content in residency.residents()}
+        found = [(books.catalog.is_current(copy), copy) for content in contents.values() for copy in content.copies]
+    by_name: dict[str, list[Copy]] = {}
+    for _, copy in sorted(found, key=itemgetter(0)):
+        by_name.setdefault(copy.version.name, []).append(copy)
+    return tuple(_gathered(name, copies, on_host) for name, copies in by_name.items())
+
+
+def _gathered(name: str, copies: Sequence[Copy], on_host: set[str]) -> OnTiers:
+    """Of the copies of a name whose contents are on host or device, the current one last."""
+    contents = [copy.content for copy in copies]
+    host = [one.sizes.host_bytes for one in contents if one.sizes is not None and one.digest in on_host]
+    device = [one.sizes.device_bytes for one in contents if one.sizes is not None and one.slot is not None]
+    facts = contents[-1].facts
+    return OnTiers(
+        name=name,
+        method=facts.method if facts is not None else "",
+        rank=facts.rank if facts is not None else 0,
+        is_pinned=any(copy.is_pinned for copy in copies),
+        host_bytes=sum(host) if host else None,
+        device_bytes=sum(device) if device else None,
+    )

@@ -1,0 +1,104 @@
+"""What metrics show of the engine's and the registry's state, read at each scrape.
+
+Owns which number each metric is. Knows nothing about how a scrape is answered.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from server.adapters.adapter_info import RegistryStats
+from server.api.services import Services
+from server.engine.engine import EngineStats
+from server.ground.adapter_series import AdapterState
+from server.ground.metrics import Watched
+
+
+def state(services: Services) -> Mapping[str, Watched]:
+    """By the name of the metric."""
+    engine, registry = services.engine.stats(), services.registry.stats()
+    return {
+        **_of_engine(engine),
+        **_of_registry(registry),
+        "graft_adapter_places": _num_places(registry),
+        "graft_adapter_fetches_running": services.fetches.num_running,
+        "graft_adapter_fetches_waiting": services.fetches.num_waiting,
+        "graft_store_quota_bytes": services.store_quota_bytes or 0,
+        "graft_engine_up": services.engine.is_alive,
+        "graft_draining": services.engine.is_draining,
+        "graft_build_info": {(services.version,): 1},
+    }
+
+
+def _of_engine(engine: EngineStats) -> Mapping[str, Watched]:
+    return {
+        "graft_sequences_running": engine.num_running,
+        "graft_sequences_waiting": engine.num_waiting,
+        "graft_sequences_short_of_room": engine.num_short,
+        "graft_kv_blocks": engine.num_blocks,
+        "graft_kv_blocks_used": engine.num_used_blocks,
+        "graft_kv_blocks_kept": engine.num_kept_blocks,
+        "graft_kv_usage_ratio": engine.num_used_blocks / max(engine.num_blocks, 1),
+        "graft_kv_cache_info": {(str(engine.block_size), str(engine.num_blocks)): 1},
+        "graft_steps_total": engine.num_steps,
+        "graft_preemptions_total": engine.num_preemptions,
+        "graft_adapter_rotations_total": engine.num_rotations,
+        "graft_steps_shed_total": engine.num_shed,
+        "graft_prefix_cache_queries_total": engine.num_queried_tokens,
+        "graft_prefix_cache_hits_total": engine.num_hit_tokens,
+    }
+
+
+def _of_registry(registry: RegistryStats) -> Mapping[str, Watched]:
+    return {
+        "graft_adapters": registry.num_adapters,
+        "graft_adapters_on_host": registry.num_on_host,
+        "graft_adapters_resident": registry.num_resident,
+        "graft_adapters_loading": registry.num_loading,
+        "graft_adapters_pinned": registry.num_pinned,
+        "graft_adapters_quarantined": registry.num_quarantined,
+        "graft_adapter_leases": registry.num_leases,
+        "graft_adapter_lookups_total": {(tier,): num for tier, num in registry.lookups_total.items()},
+        "graft_adapter_loads_total": registry.loads_total,
+        "graft_adapter_load_failures_total": registry.load_failures_total,
+        "graft_adapter_promotions_total": registry.promotions_total,
+        "graft_adapter_overflows_total": registry.overflows_total,
+        "graft_adapter_unloads_total": registry.unloads_total,
+        "graft_adapter_device_evictions_total": registry.device_evictions_total,
+        "graft_adapter_host_evictions_total": registry.host_evictions_total,
+        "graft_store_bytes": registry.store_bytes,
+        "graft_adapter_host_bytes": registry.host_used_bytes,
+        "graft_adapter_host_capacity_bytes": registry.host_max_bytes,
+        "graft_adapter_device_bytes": registry.device_used_bytes,
+        "graft_adapter_device_capacity_bytes": registry.device_capacity_bytes,
+        "graft_adapter_copied_bytes": registry.device_copied_bytes,
+    }
+
+
+def _num_places(registry: RegistryStats) -> int:
+    """Adapters on the device, and how many more have room at the mean size; before any size is known, one at least."""
+    if not registry.mean_device_bytes:
+        return registry.num_resident + 1
+    free_bytes = registry.device_capacity_bytes - registry.device_used_bytes
+    return registry.num_resident + int(free_bytes / registry.mean_device_bytes)
+
+
+def adapter_states(services: Services) -> tuple[AdapterState, ...]:
+    """One for each adapter that is on host or device, or has sequences in flight."""
+    return tuple(_adapter_states(services))
+
+
+def _adapter_states(services: Services) -> Iterator[AdapterState]:
+    in_flight = services.engine.in_flight()
+    for adapter in services.registry.on_tiers():
+        uses = in_flight.pop(adapter.name, None)
+        yield AdapterState(
+            name=adapter.name,
+            method=adapter.method,
+            rank=adapter.rank,
+            is_pinned=adapter.is_pinned,
+            host_bytes=adapter.host_bytes,
+            device_bytes=adapter.device_bytes,
+            num_running=uses.num_running if uses is not None else 0,
+            num_waiting=uses.num_waiting if uses is not None else 0,
+        )
+    for name, uses in in_flight.items():  # that are still on their way, or in a mix alone
+        yield AdapterState(name, num_running=uses.num_running, num_waiting=uses.num_waiting)

@@ -1,0 +1,107 @@
+"""The names under which gateways and dashboards that know vLLM ask for what this server measures (`vllm:...`).
+
+Owns which of our metrics each of them is, and the metrics of adapters in vLLM's form. Nothing is counted twice: these
+are made of ours at each scrape, with our buckets. Knows nothing about who counts.
+
+The names are those of vLLM 0.33. Of adapters they are those that llm-d's router reads: `vllm:lora_requests_info`, which
+the Gateway API Inference Extension's model server protocol defines, and the series of each loaded adapter that vLLM's
+issue 51433 and llm-d-router's `lora-load-state-scorer` agree on. vLLM's own `lora_requests_info` has a series for every
+combination of adapters that ever had requests; here it is one, and its adapters are those on the device.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.samples import Sample
+
+from server.ground.adapter_series import OTHER
+
+# By our name: vLLM's, as it is scraped.
+SAME: Mapping[str, str] = {
+    "graft_sequences_running": "vllm:num_requests_running",
+    "graft_sequences_waiting": "vllm:num_requests_waiting",
+    "graft_kv_usage_ratio": "vllm:kv_cache_usage_perc",
+    "graft_kv_cache_info": "vllm:cache_config_info",
+    "graft_prompt_tokens_total": "vllm:prompt_tokens_total",
+    "graft_output_tokens_total": "vllm:generation_tokens_total",
+    "graft_sequences_finished_total": "vllm:request_success_total",
+    "graft_preemptions_total": "vllm:num_preemptions_total",
+    "graft_prefix_cache_queries_total": "vllm:prefix_cache_queries_total",
+    "graft_prefix_cache_hits_total": "vllm:prefix_cache_hits_total",
+    "graft_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
+    "graft_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
+    "graft_time_per_output_token_seconds": "vllm:request_time_per_output_token_seconds",
+    "graft_sequence_seconds": "vllm:e2e_request_latency_seconds",
+    "graft_sequence_queue_seconds": "vllm:request_queue_time_seconds",
+    "graft_sequence_inference_seconds": "vllm:request_inference_time_seconds",
+    "graft_sequence_prefill_seconds": "vllm:request_prefill_time_seconds",
+    "graft_sequence_decode_seconds": "vllm:request_decode_time_seconds",
+    "graft_sequence_prompt_tokens": "vllm:request_prompt_tokens",
+    "graft_sequence_output_tokens": "vllm:request_generation_tokens",
+    "graft_step_tokens": "vllm:iteration_tokens_total",
+    "graft_adapters_resident": "vllm:num_gpu_loaded_lora_adapters",
+    "graft_adapters_on_host": "vllm:num_cpu_loaded_lora_adapters",
+    "graft_adapter_places": "vllm:max_gpu_lora_adapters",
+    "graft_adapter_load_seconds": "vllm:lora_adapter_load_seconds",
+}
+LOADED, REQUESTS_INFO = "vllm:lora_adapter_loaded", "vllm:lora_requests_info"
+_LABELS = {"finish_reason": "finished_reason", "num_blocks": "num_gpu_blocks"}
+_LEVELS = {"device": "gpu", "host": "cpu"}  # the better one first
+
+
+def vllm_names(families: Iterable[Metric], model_name: str, clock: Callable[[], float] = time.time) -> Iterator[Metric]:
+    """vLLM's metrics, made of ours. `model_name` is their label; `clock` gives Unix time."""
+    ours = {f"{one.name}_total" if one.type == "counter" else one.name: one for one in families}
+    own = {"model_name": model_name, "engine": "0"}
+    for name, theirs in SAME.items():
+        if name in ours:
+            yield _renamed(ours[name], theirs, own)
+    yield _loaded(_samples(ours, "graft_adapter_loaded"), own)
+    yield _requests_info(ours, clock())
+
+
+def _renamed(family: Metric, name: str, own: dict[str, str]) -> Metric:
+    # A counter's family has no _total, and a histogram of vLLM's is called so.
+    bare = name.removesuffix("_total") if family.type == "counter" else name
+    renamed = Metric(bare, family.documentation, family.type)
+    for sample in family.samples:
+        labels = own | {_LABELS.get(label, label): value for label, value in sample.labels.items()}
+        renamed.samples.append(Sample(bare + sample.name.removeprefix(family.name), labels, sample.value))
+    return renamed
+
+
+def _samples(ours: Mapping[str, Metric], name: str) -> list[Sample]:
+    """Those of single adapters."""
+    samples = ours[name].samples if name in ours else []
+    return [sample for sample in samples if sample.labels["adapter"] != OTHER]
+
+
+def _loaded(samples: Iterable[Sample], own: dict[str, str]) -> Metric:
+    """One series for each adapter on host or device, at the better of the two."""
+    best: dict[str, Sample] = {}
+    for sample in samples:
+        name = sample.labels["adapter"]
+        if name not in best or sample.labels["tier"] == "device":
+            best[name] = sample
+    told = Metric(LOADED, "1 for each adapter that is loaded; the level is the best that has it.", "gauge")
+    for name, sample in best.items():
+        labels = {"adapter_name": name, "level": _LEVELS[sample.labels["tier"]]}
+        labels |= {label: sample.labels[label] for label in ("pinned", "rank")}
+        told.samples.append(Sample(LOADED, own | labels, 1.0))
+    return told
+
+
+def _requests_info(ours: Mapping[str, Metric], now_s: float) -> Metric:
+    """One series: the adapters on the device, those that are waited for, and how many the device may hold."""
+    on_device = {s.labels["adapter"] for s in _samples(ours, "graft_adapter_loaded") if s.labels["tier"] == "device"}
+    waiting = {s.labels["adapter"] for s in _samples(ours, "graft_adapter_sequences_waiting") if s.value}
+    places = ours["graft_adapter_places"].samples[0].value if "graft_adapter_places" in ours else len(on_device)
+    labels = {
+        "max_lora": str(int(places)),
+        "running_lora_adapters": ",".join(sorted(on_device)),
+        "waiting_lora_adapters": ",".join(sorted(waiting - on_device)),
+    }
+    told = GaugeMetricFamily(REQUESTS_INFO, "Unix time of this scrape; the adapters on the device, and those to come.")
+    told.samples.append(Sample(REQUESTS_INFO, labels, now_s))
+    return told
