@@ -75,13 +75,13 @@ def eventually(is_true: Callable[[], bool], within_s: float = 120) -> None:
 class Gate:
     """Stands before the engine's steps and lets through as many as the test allows."""
 
-    def __init__(self, run: Callable[[Any], Any]) -> None:
+    def __init__(self, run: Callable[..., Any]) -> None:
         self._run = run
         self._permits = threading.Semaphore(0)
 
-    def __call__(self, batch: Any) -> Any:
+    def __call__(self, *step: Any) -> Any:
         self._permits.acquire()
-        return self._run(batch)
+        return self._run(*step)
 
     def allow(self, num_steps: int) -> None:
         self._permits.release(num_steps)
