@@ -35,6 +35,7 @@ from server.adapters.store.object_store import ObjectStore
 from server.adapters.store.open_store import open_store
 from server.adapters.store.presence import Presence
 from server.api.app import create_app
+from server.api.keys.keyring import Keyring
 from server.api.services import BaseInfo, ChatOptions, HttpOptions, Services
 from server.engine.blocks import BlockPool
 from server.engine.engine import Engine
@@ -61,6 +62,7 @@ log = logging.getLogger(__name__)
 # On a CPU decode reads a block in one product, so a sequence should need few of them.
 _BLOCK_SIZE = {"cpu": 128, "cuda": 64}
 _GARBAGE_INTERVAL_S = 3600.0
+_KEYS_INTERVAL_S = 1.0  # within which a key that was taken out of its file is refused
 _KV_PART = {"cpu": 0.25, "cuda": 1.0}  # of what the base and the adapters leave of the memory share
 _GRAPH_BYTES = {"cpu": 0, "cuda": 256 << 20}  # a reserve: what capturing decode steps takes is known afterwards
 
@@ -120,7 +122,7 @@ class Server:
 
 def assemble(settings: Settings) -> Server:
     """Loads the base and builds every part. Raises StartupRefused with a sentence that says what to change."""
-    allowed = _allowed_sources(settings)
+    allowed, keyring = _allowed_sources(settings), _keyring(settings)
     kernels = load_kernels(settings.ops, _device(settings.device))
     base, memory = _base(settings)
     tokenizer = Tokenizer.load(settings.model, base.eos_ids, _read_template(settings.chat_template))
@@ -152,7 +154,7 @@ def assemble(settings: Settings) -> Server:
         metrics=metrics,
         version=__version__,
         started_at=time.time(),
-        api_key=settings.api_key.get_secret_value() if settings.api_key else None,
+        keyring=keyring,
         max_upload_bytes=settings.max_upload_bytes,
         store_quota_bytes=settings.store_quota,
         adapter_paths=settings.adapter_paths,
@@ -173,7 +175,7 @@ def assemble(settings: Settings) -> Server:
         memory=memory,
         merges=merges,
         fetches=fetches,
-        rescans=tuple(_rescans(settings, registry, store)),
+        rescans=tuple(_rescans(settings, registry, store, keyring)),
         engine=engine,
         runner=runner,
     )
@@ -288,6 +290,8 @@ def _http_options(settings: Settings) -> HttpOptions:
         keep_alive_s=settings.sse_keep_alive_interval,
         ignores_unknown_fields=settings.unknown_fields == "warn",
         allowed_origins=settings.allowed_origins,
+        open_metrics=settings.open_metrics,
+        shares_prefixes=settings.share_prefixes,
     )
 
 
@@ -305,7 +309,15 @@ def _merging_base(base: Base) -> MergeBase:
     return MergeBase(base.name, base.fingerprint, base.sites.by_path, projected_weight)
 
 
-def _rescans(settings: Settings, registry: Registry, store: AdapterStore) -> Iterator[Rescan]:
+def _keyring(settings: Settings) -> Keyring | None:
+    if not settings.asks_for_keys:
+        return None
+    return Keyring(settings.api_keys, settings.api_key.get_secret_value() if settings.api_key else None)
+
+
+def _rescans(settings: Settings, registry: Registry, store: AdapterStore, keyring: Keyring | None) -> Iterator[Rescan]:
+    if keyring is not None and settings.api_keys is not None:
+        yield Rescan(keyring.refresh, _KEYS_INTERVAL_S, what=str(settings.api_keys))
     if settings.adapters is not None:
         yield Rescan(registry.rescan)
     if isinstance(store, ObjectStore):

@@ -45,6 +45,7 @@ class AdapterInfo:
     source: str  # "store", or the folder that it is read from in place
     folder: Path  # that its files are in now
     provenance: Provenance | None  # of one that was fetched
+    owner: str | None = None  # whose it is; None: the operator's
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ class Books:
         if arriving is not None:
             return arriving
         with self.lock:
-            names = list(self.catalog.entries)
+            names = self.catalog.seen_names()
         close = difflib.get_close_matches(name, _likely(name, names)) if is_valid_name(name) else []
         hint = f"Did you mean {' or '.join(close)}?" if close else "GET /v1/adapters lists those that there are."
         return AdapterNotFound(f"There is no adapter {name[:80]!r}. {hint}", param="adapter")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.adapters.adapter_info import Provenance
+from server.adapters.asker import current_asker
 from server.adapters.eviction import Uses, Worth
 from server.adapters.sources import Found
 from server.adapters.store.adapter_store import Discarded
@@ -129,6 +130,7 @@ class Copy:
     base_fingerprint: str | None = None  # of the base that it was made for or, where nobody said, validated against
     doubts: tuple[str, ...] = ()  # whether that is the base that is served
     provenance: Provenance | None = None  # of one that was fetched
+    owner: str | None = None  # None: the operator
     found: Found | None = None  # where it is read in place
     discarded: Discarded | None = None  # where it was deleted from the store
     num_leases: int = 0
@@ -160,12 +162,12 @@ class Catalog:
         self.mixes: OrderedDict[str, Content] = OrderedDict()  # kept for the next request, the last asked for last
 
     def find(self, spec: str) -> Copy | None:
-        """The copy that `name` or `name@prefix` means, or None if the name is unknown.
+        """The copy that `name` or `name@prefix` means, or None if the name is unknown to who asks.
 
         Raises BadRequest for a prefix that is none or is ambiguous, AdapterNotFound if no version begins with it.
         """
         name, at, prefix = spec.partition("@")
-        entry = self.entries.get(name)
+        entry = self.seen_entry(name)
         if entry is None or not at:
             return entry.current if entry is not None else None
         if not _PREFIX.fullmatch(prefix):
@@ -182,6 +184,33 @@ class Catalog:
             versions = " and ".join(copy.version.digest for copy in matches[:2])
             raise BadRequest(f"{spec!r} may mean {versions}: give more digits.", param="adapter")
         return matches[0]
+
+    def seen_entry(self, name: str) -> Entry | None:
+        """A name, if it is one for who asks."""
+        entry = self.entries.get(name)
+        is_seen = entry is not None and current_asker().sees(name, entry.current.owner)
+        return entry if is_seen else None
+
+    def seen_names(self) -> list[str]:
+        """The names that who asks may know of, in no order."""
+        asker = current_asker()
+        return [name for name, entry in self.entries.items() if asker.sees(name, entry.current.owner)]
+
+    def owner_for(self, name: str) -> str | None:
+        """Whose a new version of a name is: whoever has the name keeps it. Raises Conflict where who asks may not."""
+        entry, asker = self.entries.get(name), current_asker()
+        owner = entry.current.owner if entry is not None else asker.owner
+        asker.check_may_claim(name, owner, exists=entry is not None)
+        return owner
+
+    def check_room(self, name: str, num_bytes: int) -> None:
+        """Raises StorageFull if who asks may not have so many bytes more, under this name."""
+        asker = current_asker()
+        if asker.owner is None or asker.max_bytes is asker.max_adapters is None:
+            return
+        own = {known: entry for known, entry in self.entries.items() if entry.current.owner == asker.owner}
+        taken = sum(copy.content_bytes for entry in own.values() for copy in entry.copies.values())
+        asker.check_room(taken + num_bytes, len(own.keys() | {name}))
 
     def add(self, copy: Copy) -> None:
         """Makes a copy the current one of its name."""

@@ -6,6 +6,7 @@ Owns the waits of these verbs, and how much may be pinned. Knows nothing about H
 import time
 from dataclasses import dataclass
 
+from server.adapters.asker import current_asker
 from server.adapters.books import Books
 from server.adapters.catalog import AdapterVersion, Content, Copy
 from server.adapters.host import HostTier
@@ -61,13 +62,15 @@ class Custody:
     def unload(self, spec: str, max_wait_s: float) -> Unloaded:
         """`Registry.unload`."""
         begun_s = time.monotonic()
-        copy = self._begin_unload(spec)
+        copy, is_others_too = self._begin_unload(spec)
+        freed = Freed(0, 0)
         try:
-            self._await_idle(copy, max_wait_s)
-            freed = self._residency.free(copy.content)
+            if not is_others_too:
+                self._await_idle(copy, max_wait_s)
+                freed = self._residency.free(copy.content)
         finally:
             with self._books.lock:
-                copy.content.num_unloads -= 1
+                copy.content.num_unloads -= not is_others_too
                 self._books.ease()
         return Unloaded(copy.version, freed, time.monotonic() - begun_s)
 
@@ -97,17 +100,24 @@ class Custody:
 
     # Unload
 
-    def _begin_unload(self, spec: str) -> Copy:
-        """The version, of which no residency begins until the unload has ended."""
+    def _begin_unload(self, spec: str) -> tuple[Copy, bool]:
+        """The version, of which no residency begins until the unload has ended; whether others own its content, too.
+
+        Such a content stays where it is: nobody is to unload what another uses.
+        """
+        asker, is_others_too = current_asker(), False
         with self._books.lock:
             self._workers.check_open()
             copy = self._books.catalog.find(spec)
             if copy is not None:
-                self._check_unpinned(copy.content)
-                copy.content.num_unloads += 1
+                asker.check_owns(copy.version.name, copy.owner)
+                is_others_too = not all(asker.owns(other.owner) for other in copy.content.copies)
+                if not is_others_too:
+                    self._check_unpinned(copy.content)
+                copy.content.num_unloads += not is_others_too
         if copy is None:
             raise self._books.unknown(spec)
-        return copy
+        return copy, is_others_too
 
     def _check_unpinned(self, content: Content) -> None:
         pinned = [str(copy.version) for copy in content.copies if copy.is_pinned]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from server.adapters.adapter_info import AdapterInfo, Loaded, Provenance, Registered, RegistryStats
+from server.adapters.audit import noted
 from server.adapters.books import Books
 from server.adapters.catalog import AdapterVersion, Copy, Portion
 from server.adapters.custody import Custody, Unloaded
@@ -188,16 +189,26 @@ class Registry:
         `base_fingerprint` is that of the base which the adapter was made for, if its maker knows it. Content that is
         current already is validated again only if its record says another thing about the base.
 
+        It belongs to whoever has the name, else to who asks.
+
         Raises what the load raises, AdapterRejected if it can fit neither host nor device, or is of another base and
-        the server is strict, Conflict if the name exists with other content and not `replace`, or is read in place.
+        the server is strict, Conflict if the name exists with other content and not `replace`, is read in place or is
+        another owner's, and StorageFull above the owner's limits.
         Blocks: for a worker thread.
         """
-        self._elsewhere.refresh()
-        copy, is_new = self._versions.register(
-            incoming, name, replace=replace, base_fingerprint=base_fingerprint, provenance=provenance
-        )
+        with noted("register", name, source=provenance and provenance.source) as facts:
+            self._elsewhere.refresh()
+            copy, is_new = self._versions.register(
+                incoming, name, replace=replace, base_fingerprint=base_fingerprint, provenance=provenance
+            )
+            facts |= {"version": copy.version.digest, "is_new": is_new}
         with self._books.lock:
             return Registered(self._info(copy), is_new)
+
+    def check_may_claim(self, name: str) -> None:
+        """Raises the Conflict of `register` for a name that who asks may not give."""
+        with self._books.lock:
+            self._books.catalog.owner_for(name)
 
     def roll_back(self, name: str, prefix: str | None = None) -> tuple[AdapterInfo, AdapterVersion]:
         """Makes an earlier version the one that `name` means, and tells the version that it meant before.
@@ -208,8 +219,10 @@ class Registry:
 
         Raises what `verify` raises, and Conflict for an adapter that is read in place or has one version only.
         """
-        self._elsewhere.refresh()
-        copy, before = self._versions.roll_back(name, prefix)
+        with noted("roll back", name) as facts:
+            self._elsewhere.refresh()
+            copy, before = self._versions.roll_back(name, prefix)
+            facts |= {"version": copy.version.digest, "previous_version": before.digest}
         with self._books.lock:
             return self._info(copy), before
 
@@ -217,7 +230,7 @@ class Registry:
         """The versions of a name that are kept, the last that became current first. Raises AdapterNotFound."""
         self._elsewhere.look_for(name)
         with self._books.lock:
-            entry = self._books.catalog.entries.get(name)
+            entry = self._books.catalog.seen_entry(name)
             infos = tuple(self._info(copy) for copy in entry.copies.values()) if entry is not None else ()
         if entry is None:
             raise self._books.unknown(name)
@@ -228,8 +241,9 @@ class Registry:
 
         Raises AdapterNotFound, and Conflict for an adapter that is read in place. Blocks: for a worker thread.
         """
-        self._elsewhere.refresh()
-        self._versions.delete(name)
+        with noted("delete", name) as facts:
+            self._elsewhere.refresh()
+            facts["versions"] = list(self._versions.delete(name))
 
     def refresh(self) -> None:
         """Looks for what other servers have changed in a store that they share. Blocks. Raises StoreUnreachable."""
@@ -282,8 +296,9 @@ class Registry:
         Raises AdapterNotFound, BadRequest, and Conflict for a pinned version and for one on which sequences still run
         after `max_wait_s`; then no adapter has been freed.
         """
-        self._leases.forget_mixes(spec)
-        return self._custody.unload(spec, max_wait_s)
+        with noted("unload", spec):
+            self._leases.forget_mixes(spec)
+            return self._custody.unload(spec, max_wait_s)
 
     def pin(self, spec: str, max_wait_s: float = MAX_WAIT_S) -> AdapterInfo:
         """Brings a version to host and device, where it stays until it is unpinned or its name is deleted.
@@ -292,14 +307,18 @@ class Registry:
         known would find no room beside what is pinned, and Overloaded if running sequences leave it no room within
         `max_wait_s`; then nothing is pinned.
         """
-        self._elsewhere.look_for(spec)
-        copy = self._custody.pin(spec, max_wait_s)
+        with noted("pin", spec) as facts:
+            self._elsewhere.look_for(spec)
+            copy = self._custody.pin(spec, max_wait_s)
+            facts["version"] = copy.version.digest
         with self._books.lock:
             return self._info(copy)
 
     def unpin(self, spec: str) -> AdapterInfo:
         """Ends a pin, if there is one; the version stays where it is until its room is needed."""
-        copy = self._custody.unpin(spec)
+        with noted("unpin", spec) as facts:
+            copy = self._custody.unpin(spec)
+            facts["version"] = copy.version.digest
         with self._books.lock:
             return self._info(copy)
 
@@ -308,7 +327,9 @@ class Registry:
 
         Does nothing to one that is not quarantined. Raises AdapterNotFound and BadRequest.
         """
-        copy = self._quarantine.lift(spec)
+        with noted("lift quarantine", spec) as facts:
+            copy = self._quarantine.lift(spec)
+            facts["version"] = copy.version.digest
         with self._books.lock:
             return self._info(copy)
 
@@ -328,9 +349,10 @@ class Registry:
     # Looking
 
     def names(self) -> tuple[str, ...]:
-        """The names of all adapters, sorted."""
+        """The names of all adapters that who asks may know of, sorted."""
         with self._books.lock:
-            return tuple(sorted(self._books.catalog.entries))
+            names = self._books.catalog.seen_names()
+        return tuple(sorted(names))
 
     def list(self, after: str = "", limit: int | None = None) -> tuple[AdapterInfo, ...]:
         """Every adapter in its current version, by name. Each is true by itself: changes may fall in between.
@@ -421,7 +443,8 @@ class Registry:
             device_bytes=sizes.device_bytes if sizes is not None and tiers["device"] else 0,
             tiers=tuple(tier for tier, is_there in tiers.items() if is_there),
             num_leases=copy.num_leases,
-            num_residencies=content.num_residencies,
+            # Of a content that another owner has too, those of other owners are not told.
+            num_residencies=min(content.num_residencies, copy.num_leases),
             num_requests=copy.num_requests,
             last_used=copy.last_used,
             is_pinned=copy.is_pinned,
@@ -433,6 +456,7 @@ class Registry:
             is_refused=bool(copy.doubts) and self._books.base.is_strict,
             source="store" if copy.found is None else str(copy.found.folder),
             provenance=copy.provenance,
+            owner=copy.owner,
             folder=copy.folder,
         )
 

@@ -3,11 +3,13 @@
 Owns the step from an upload to what a name means. Knows nothing about the device, or how files are kept.
 """
 
+import dataclasses
 import logging
 import time
 from collections.abc import Sequence
 
 from server.adapters.adapter_info import Provenance
+from server.adapters.asker import current_asker
 from server.adapters.books import Books
 from server.adapters.catalog import AdapterVersion, Copy, Facts, Sizes
 from server.adapters.format.manifest import check_manifest
@@ -104,6 +106,8 @@ class Versions:
     ) -> tuple[Copy, bool]:
         """`Registry.register`; the copy that the name means now, and whether that is new."""
         check_name(name)
+        with self._books.lock:
+            self._books.catalog.owner_for(name)  # before anything is told of what the name means
         digest = incoming.digest()
         check_manifest(incoming.folder)
         stated = agreed_fingerprint(base_fingerprint, base_fingerprint_of(incoming.folder))
@@ -112,6 +116,7 @@ class Versions:
         with self._books.lock:
             if self._is_current(name, digest, replace=replace) and not self._is_news(name, claim):
                 return self._books.catalog.entries[name].current, False
+            self._books.catalog.check_room(name, incoming.num_bytes)
             lowering = self._workers.submit(self._loader.lower, incoming.folder)  # so that uploads are bounded too
         try:
             adapter, sizes = self._loader.put(digest, lowering.result())
@@ -142,8 +147,9 @@ class Versions:
     def _earlier(self, name: str, prefix: str | None) -> str:
         """The version to go back to, as `name@version`."""
         with self._books.lock:
-            entry = self._books.catalog.entries.get(name)
+            entry = self._books.catalog.seen_entry(name)
             if entry is not None:
+                current_asker().check_owns(name, entry.current.owner)
                 self._books.catalog.check_not_in_place(name)
                 if prefix is not None:
                     return f"{name}@{prefix}"
@@ -157,16 +163,16 @@ class Versions:
             )
         return f"{name}@{digests[-2]}"
 
-    def delete(self, name: str) -> None:
-        """`Registry.delete`."""
+    def delete(self, name: str) -> tuple[str, ...]:
+        """`Registry.delete`; the digests of the versions that the name had."""
         with self._books.changes:
-            with self._books.lock:
-                self._check_is_stored(name)
+            self._check_is_stored(name)
             self.num_changes += 1
             discarded = self._discard(name)
             with self._books.lock:
                 over = []
-                for copy in self._books.catalog.remove(name):
+                removed = self._books.catalog.remove(name)
+                for copy in removed:
                     copy.discarded = discarded.pop(copy.version.digest, None)
                     copy.folder = copy.discarded.folder if copy.discarded is not None else copy.folder
                     self._loader.settle(copy.content)
@@ -176,11 +182,14 @@ class Versions:
             self._leases.dispose(copy)
         for unknown in discarded.values():  # put there by another process
             unknown.remove()
+        return tuple(copy.version.digest for copy in removed)
 
     def _commit(self, incoming: Incoming, name: str, record: Record, sizes: Sizes, replace: bool) -> tuple[Copy, bool]:
         with self._books.changes:
             with self._books.lock:
+                record = dataclasses.replace(record, owner=self._books.catalog.owner_for(name))
                 self._books.catalog.check_not_in_place(name)
+                self._books.catalog.check_room(name, incoming.num_bytes)
             self.num_changes += 1
             stored, created = self._store.put(incoming, name, record, replace=replace)
             with self._books.lock:
@@ -255,9 +264,13 @@ class Versions:
         return False
 
     def _check_is_stored(self, name: str) -> None:
-        if name not in self._books.catalog.entries:
+        with self._books.lock:
+            entry = self._books.catalog.seen_entry(name)
+            if entry is not None:
+                current_asker().check_owns(name, entry.current.owner)
+                self._books.catalog.check_not_in_place(name)
+        if entry is None:
             raise AdapterNotFound(f"There is no adapter {name[:80]!r}.", param="adapter")
-        self._books.catalog.check_not_in_place(name)
 
     def _discard(self, name: str) -> dict[str, Discarded]:
         try:
@@ -288,6 +301,7 @@ class Versions:
             base_fingerprint=base_fingerprint,
             doubts=doubts,
             provenance=Provenance(record.source, record.source_revision) if record.source is not None else None,
+            owner=record.owner,
         )
         catalog.add(copy)
         self._loader.settle(content)

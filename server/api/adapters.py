@@ -158,6 +158,7 @@ def _check_can_put(services: Services, name: str, is_for_new_only: bool) -> None
     """Raises what the end of the upload would, before it is sent."""
     check_name(name)
     check_is_no_base(services, name)
+    services.registry.check_may_claim(name)
     try:
         services.registry.describe(name)
     except AdapterNotFound:

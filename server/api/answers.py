@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from server.adapters.asker import current_asker
 from server.adapters.registry import Lease, Portion
 from server.api.errors import echo
 from server.api.generation import Generation, submit_all
+from server.api.keys.budget import current_budget
 from server.api.schemas import ALL_THAT_FITS, GenerationBody
 from server.api.selection import chosen_parts, lease_all, look_elsewhere
 from server.api.services import Services
@@ -127,6 +129,7 @@ async def begin(
             param="allowed_token_ids",
         )
     grammar = None if asked is None else await compiled(services.grammars, asked)
+    salt = own_salt(body.cache_salt, shares_prefixes=services.http.shares_prefixes)
     await look_elsewhere(services, (spec for spec, _ in parts))
     leases = lease_all(services, parts, num_sequences, is_model=body.adapter is None)
     request_id = f"{id_prefix}-{uuid.uuid4().hex}"
@@ -134,8 +137,20 @@ async def begin(
     choices = [_nth_choice(one, j) for one in _for_this_model(services, body, params) for j in range(body.n)]
     model = body.model or services.base.served_names[0]
     envelope = Envelope(request_id, int(time.time()), model, _shown_adapter(leases[0], body))
-    generation = submit_all(services, request_id, repeated, choices, leases, body.cache_salt, grammar)
-    return Begun(envelope, generation, Usage(sum(len(prompt) for prompt in prompts), body.n))
+    generation = submit_all(services, request_id, repeated, choices, leases, salt, grammar)
+    num_prompt_tokens, budget = sum(len(prompt) for prompt in prompts), current_budget()
+    if budget is not None:
+        budget.spend_tokens(num_prompt_tokens)
+    return Begun(envelope, generation, Usage(num_prompt_tokens, body.n))
+
+
+def own_salt(asked: str | None, *, shares_prefixes: bool) -> str | None:
+    """What the request's blocks of the KV cache are kept under: each owner of keys has salts of its own.
+
+    Else the time to a first token would tell one owner what another has asked.
+    """
+    owner = current_asker().owner
+    return asked if owner is None or shares_prefixes else f"key {owner} {asked or ''}"
 
 
 def check_token_ids(services: Services, ids: Iterable[int], param: str) -> None:

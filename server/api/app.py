@@ -1,14 +1,17 @@
 """The HTTP face put together: routes, errors, and what stands around every request.
 
-From the outside in: HEAD (`paths`), request id, metrics and last resort (`traffic`), what browsers ask for pages of
-other origins, API key (`auth`) or, where there is none, the page that asks (`origin`), what gateways want to know
-(`load_report`), slashes (`paths`), size of bodies (`body`), fields to ignore (`unknown_fields`), routes.
+From the outside in: HEAD (`paths`), request id, metrics and last resort (`traffic`), size of heads and what they tell
+browsers (`heads`), what browsers ask for pages of other origins, API key and its limits (`auth`) or, where there is
+none, the page that asks (`origin`), what gateways want to know (`load_report`), slashes (`paths`), the key's scope
+(`auth`), size of bodies (`body`), fields to ignore (`unknown_fields`), routes.
 """
 
 import re
+from collections.abc import Sequence
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute
 
 from server.api import (
     adapters,
@@ -24,8 +27,11 @@ from server.api import (
     tokenize,
     versions,
 )
-from server.api.auth import KeyCheck
+from server.api.auth import BudgetCheck, KeyCheck, ScopeCheck
 from server.api.body import BodyLimit
+from server.api.heads import Heads
+from server.api.keys.budget import Budgets
+from server.api.keys.scopes import METRICS_PATH, OPEN_PATHS
 from server.api.load_report import LoadReport, load_of
 from server.api.openapi import DocumentedApp
 from server.api.origin import OriginCheck
@@ -58,25 +64,35 @@ def create_app(services: Services) -> FastAPI:
         title="Graftserve", version=services.version, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     errors.install(app)
+    # All routes, in the order in which they match: an application may hold its routers' in ways of its own.
+    routes = app.state.routes = list(app.routes)
     for part in _PARTS:
-        app.include_router(part.router(services))
-    _add_middleware(app, services)
+        router = part.router(services)
+        routes += router.routes
+        app.include_router(router)
+    _add_middleware(app, services, routes)
     services.metrics.watch(lambda: state(services))
     services.metrics.adapters.watch(lambda: adapter_states(services), services.registry.has)
     return app
 
 
-def _add_middleware(app: FastAPI, services: Services) -> None:
+def _add_middleware(app: FastAPI, services: Services, routes: Sequence[BaseRoute]) -> None:
     """The last one added is the outermost."""
     if services.http.ignores_unknown_fields:
         app.add_middleware(IgnoredFields)
+    open_paths = OPEN_PATHS | ({METRICS_PATH} if services.http.open_metrics else set())
     app.add_middleware(BodyLimit, max_bytes=services.max_body_bytes, exempt=_reads_its_own_body)
+    if services.keyring is not None:
+        app.add_middleware(ScopeCheck, routes=routes, open_paths=open_paths)
     app.add_middleware(TrailingSlash)
     app.add_middleware(LoadReport, measured=lambda: load_of(services.engine))
-    if services.api_key is not None:
-        app.add_middleware(KeyCheck, key=services.api_key)
-    else:
+    if services.keyring is None:
         app.add_middleware(OriginCheck, allowed=services.http.allowed_origins)
+    if services.keyring is not None:
+        budgets = Budgets()
+        services.keyring.watch(lambda keys: budgets.keep({key.name for key in keys}))
+        app.add_middleware(BudgetCheck, budgets=budgets)
+    app.add_middleware(KeyCheck, keyring=services.keyring, open_paths=open_paths)
     if services.http.allowed_origins:
         # Outside of the key: a browser asks without it whether it may send it.
         app.add_middleware(
@@ -86,6 +102,7 @@ def _add_middleware(app: FastAPI, services: Services) -> None:
             allow_headers=("*",),
             expose_headers=_HEADERS_FOR_PAGES,
         )
+    app.add_middleware(Heads)
     app.add_middleware(Traffic, metrics=services.metrics)
     app.add_middleware(HeadAsGet)
 

@@ -15,9 +15,10 @@ from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from server.api.disconnect import ClientGone
-from server.ground.errors import BadRequest, Conflict, GraftError, Overloaded, RequestTimedOut, StorageFull
+from server.ground.errors import BadRequest, Conflict, GraftError, Overloaded, RateLimited, RequestTimedOut, StorageFull
 
 MAX_ECHO_CHARS = 200  # of anything that the client sent and an error repeats
+_LONGEST_RETRY_S = 60  # that a client should sit out by itself
 _RESTART_S = 10  # what a client should wait for a server that cannot go on
 STATUS_CLIENT_GONE = 499  # nobody reads it; it is what metrics show
 REASON = "graft.reason"  # the key in a request's scope of why it was answered with an error
@@ -93,6 +94,10 @@ def _headers(error: GraftError) -> dict[str, str]:
         wait_s = error.retry_after_s if isinstance(error, Overloaded) else _RESTART_S
         # OpenAI's clients read the first two before the third, which is all that others know.
         return {"x-should-retry": "true", "retry-after-ms": str(1000 * wait_s), "retry-after": str(wait_s)}
+    if isinstance(error, RateLimited):
+        wait_s = error.retry_after_s
+        is_soon = "true" if wait_s <= _LONGEST_RETRY_S else "false"
+        return {"x-should-retry": is_soon, "retry-after-ms": str(1000 * wait_s), "retry-after": str(wait_s)}
     if isinstance(error, Conflict | RequestTimedOut | StorageFull):
         # OpenAI's clients send a 409, a 504 and a 507 again by themselves; these will not go away by waiting.
         return {"x-should-retry": "false"}

@@ -13,16 +13,18 @@ from pydantic import Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
+from server.adapters.asker import current_asker
 from server.adapters.registry import AdapterInfo
 from server.adapters.remote.address import Address
 from server.adapters.remote.fetches import FetchInfo, Order
 from server.adapters.served_base import FINGERPRINT
+from server.api.auth import key_of
 from server.api.body import body_chunks, declared_bytes, discard
 from server.api.errors import echo, error_object
 from server.api.json_body import Body, Text
 from server.api.json_route import read_json
 from server.api.services import Services
-from server.ground.errors import AdapterNotFound, Conflict, NotFound, TooLarge
+from server.ground.errors import AdapterNotFound, Conflict, Forbidden, NotFound, TooLarge
 
 _MAX_BODY_BYTES = 64 * 1024
 
@@ -72,7 +74,9 @@ async def begin(
     body = _parsed(await _read(request))
     if body.name in services.base.served_names:
         raise Conflict(f"'{echo(body.name)}' is a name of the base; choose another for the adapter.", param="name")
-    order = Order(body.name, Address.parse(body.source), body.replace or replaces, body.base_fingerprint)
+    address = Address.parse(body.source)
+    _check_may_fetch(request, address)
+    order = Order(body.name, address, body.replace or replaces, body.base_fingerprint)
     fetch = await run_in_threadpool(services.fetches.begin, order)
     if not body.wait:
         return JSONResponse(_shown(fetch.info()), 202, headers={"location": f"/v1/adapters/{order.name}/fetch"})
@@ -134,6 +138,19 @@ def _parsed(content: bytes) -> OrderBody:
         return OrderBody.model_validate(read_json(content))
     except ValidationError as error:
         raise RequestValidationError([{**item, "loc": ("body", *item["loc"])} for item in error.errors()]) from None
+
+
+def _check_may_fetch(request: Request, address: Address) -> None:
+    """The server fetches with its own credentials: what these open is not every key's. Raises Forbidden."""
+    key = key_of(request.scope)
+    if key is None or current_asker().owner is None or key.sources.allows(address):
+        return
+    raise Forbidden(
+        f"This key may not have adapters fetched from {echo(address)!r}: the operator allows places with 'sources' in "
+        f"the file of keys.",
+        param="source",
+        code="source_not_allowed",
+    )
 
 
 def _no_fetch(name: str) -> NotFound:

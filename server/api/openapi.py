@@ -16,8 +16,8 @@ from pydantic.json_schema import GenerateJsonSchema
 from starlette.routing import BaseRoute
 
 from server.api import answer_shapes as shapes
-from server.api.auth import OPEN_PATHS
 from server.api.fields import BOOKKEEPING, CHAT_NEUTRAL, COMPLETION_NEUTRAL
+from server.api.keys.scopes import OPEN_PATHS
 from server.api.unknown_fields import HEADER
 
 _REF = "#/components/schemas/{model}"
@@ -25,13 +25,15 @@ _GOOD_WORDS = {200: "Done.", 201: "Done; the name means something new.", 202: "B
 _STATUS_WORDS = {
     400: "A field is wrong, unsupported or out of range.",
     401: "The API key is missing or wrong.",
-    403: "A web page of another origin asks a server without a key, or the folder may not be read.",
+    403: "The key's scopes or the operator do not allow it, or a web page of another origin asks.",
     404: "There is no such adapter or model.",
     409: "The name is taken, or in use.",
     412: "The name exists, and the request is for a new one only.",
     413: "The body is larger than this server takes.",
     415: "The body is not of a type that the route reads.",
     424: "The adapter's weights make the output overflow, or have done so too often.",
+    429: "The key has used what its limits allow.",
+    431: "The path or the headers are larger than this server takes.",
     500: "The server failed.",
     502: "The place that an adapter is fetched from failed.",
     503: "The server is full, still fetching, or ending; Retry-After says when to come again.",
@@ -44,7 +46,8 @@ _STATUS_WORDS = {
 class _Route:
     """What a route answers: a type per good status, the type of a stream's events, and its errors by status.
 
-    401, 403, 413, 415 and 500, which may be answered before or beside any route's own work, need not be listed.
+    401, 403, 413, 415, 429, 431 and 500, which may be answered before or beside any route's own work, need not be
+    listed.
     """
 
     summary: str
@@ -143,6 +146,7 @@ _HEADERS_BY_STATUS: Mapping[int, tuple[str, ...]] = {
     401: ("www-authenticate",),
     409: ("x-should-retry",),
     412: ("x-should-retry",),
+    429: ("x-should-retry", "retry-after", "retry-after-ms"),
     503: ("x-should-retry", "retry-after", "retry-after-ms"),
     504: ("x-should-retry",),
     507: ("x-should-retry",),
@@ -190,8 +194,8 @@ class _Document:
         operation["summary"] = route.summary
         # A server without a key takes requests that have none.
         operation["security"] = [] if path in OPEN_PATHS else [{"key": []}, {}]
-        errors = {*route.errors, 413, 500}
-        errors |= set() if path in OPEN_PATHS else {401}
+        errors = {*route.errors, 413, 431, 500}
+        errors |= set() if path in OPEN_PATHS else {401, 403, 429}
         errors |= set() if method == "get" else {403}
         errors |= {400, 415} if "requestBody" in operation else set()
         good = {status: self._good(answer, route, status) for status, answer in route.answers.items()}

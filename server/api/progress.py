@@ -1,4 +1,4 @@
-"""What metrics are told of one sequence while its deltas pass by, from submission to its end.
+"""What metrics, and its key's budget, are told of one sequence while its deltas pass by, from submission to its end.
 
 Owns its moments and its counts. Knows nothing about who reads the deltas.
 """
@@ -6,6 +6,7 @@ Owns its moments and its counts. Knows nothing about who reads the deltas.
 import time
 from collections.abc import Sequence
 
+from server.api.keys.budget import Budget
 from server.engine.sequence import Delta, FinishReason
 from server.ground.metrics import Metrics
 
@@ -15,9 +16,10 @@ _FINISHED = (FinishReason.STOP, FinishReason.LENGTH)
 class Progress:
     """One sequence, submitted when this is made."""
 
-    def __init__(self, adapters: Sequence[str], metrics: Metrics) -> None:
-        """`adapters`: the names of those that it uses; none for the bare base."""
+    def __init__(self, adapters: Sequence[str], metrics: Metrics, budget: Budget | None = None) -> None:
+        """`adapters`: the names of those that it uses; none for the bare base. `budget`: its key's, if that has one."""
         self._adapters = adapters
+        self._budget = budget
         self._metrics = metrics
         self._submitted_s = self._heard_s = time.perf_counter()
         self._first_token_s: float | None = None
@@ -41,6 +43,8 @@ class Progress:
             self._metrics.observe_next_tokens(num_new, now_s - self._heard_s)
         self._metrics.count_output_tokens(num_new)
         self._metrics.adapters.count_tokens(self._adapters, num_output=num_new)
+        if self._budget is not None:
+            self._budget.spend_tokens(num_new)
         self._heard_s = now_s
         self._num_counted += num_new
 

@@ -10,6 +10,7 @@ from server.adapters.merging.live import Merges
 from server.adapters.registry import Registry
 from server.adapters.remote.fetches import Fetches
 from server.adapters.store.adapter_store import AdapterStore
+from server.api.keys.keyring import Keyring
 from server.engine.engine import Engine
 from server.ground.metrics import Metrics
 from server.model.grammar import Grammars
@@ -50,6 +51,8 @@ class HttpOptions:
     keep_alive_s: float = 0.0  # a stream that says nothing for so long says that it lives; 0: never
     ignores_unknown_fields: bool = False  # and names them in a header of the answer, instead of refusing them
     allowed_origins: tuple[str, ...] = ()  # web pages that may ask, "*" for all
+    open_metrics: bool = False  # whether /metrics needs no key
+    shares_prefixes: bool = False  # whether owners of keys reuse one another's blocks of the KV cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ class Services:
     metrics: Metrics
     version: str  # of this server
     started_at: float  # seconds since the epoch
-    api_key: str | None = None  # None: no key is asked for
+    keyring: Keyring | None = None  # None: no key is asked for
     max_upload_bytes: int = 4 * 1024**3  # of one upload
     store_quota_bytes: int | None = None  # of all adapters in the store
     max_body_bytes: int = 16 * 1024**2  # of every other request

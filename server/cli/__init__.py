@@ -34,6 +34,7 @@ COMMANDS: Mapping[str, Command] = {
     "convert": CONVERT,
     "config": CONFIG,
     "doctor": found_in("server.cli.doctor", "look at the machine and the settings: what will be used, what is missing"),
+    "keys": found_in("server.cli.keys", "make and look after API keys"),
     "bench": BENCH,
     "chat": found_in("server.cli.chat", "talk to a server, or to two adapters side by side"),
     "complete": found_in("server.cli.complete", "have a server go on with a text"),

@@ -14,13 +14,18 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from logging.handlers import WatchedFileHandler
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import uvicorn
 
+from server.adapters import audit
+from server.api.connections import Patience, watched
 from server.cli.command import Command, quieten_libraries, say
 from server.cli.flags import add_settings
+from server.cli.open_files import room_for
 from server.ground import config
 from server.ground.config import Settings
 from server.ground.errors import StartupRefused
@@ -79,6 +84,21 @@ def _configure_output(settings: Settings) -> None:
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     quieten_libraries()
+    if settings.audit_log is not None:
+        _write_audit_log(settings.audit_log)
+
+
+def _write_audit_log(path: Path) -> None:
+    """Into a file of its own, whatever --log-level is; a file that is moved away is begun anew."""
+    try:
+        handler = WatchedFileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise StartupRefused(f"--audit-log {path} cannot be written: {error.strerror or error}.") from None
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger(audit.LOGGER)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -204,6 +224,8 @@ def listen(server: Served, settings: Settings, listener: socket.socket) -> int:
         access_log=settings.log_level == "debug",
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
+        http=watched(Patience(max_connections=room_for(settings.max_connections))),
+        ws="none",
     )
     serving = _Uvicorn(configuration, server, settings.drain_timeout)
     serving.run(sockets=[listener])

@@ -254,6 +254,17 @@ class Settings(BaseSettings):
         SecretStr | None,
         Flag("http", "KEY", "bearer token that requests must carry; the variable keeps it out of the process list"),
     ] = None
+    api_keys: Annotated[
+        UserPath | None,
+        Flag("http", "FILE", "YAML file of keys with scopes, adapters and limits (graft keys); read again on change"),
+    ] = None
+    open_metrics: Annotated[bool, Flag("http", "", "let /metrics be read without a key")] = False
+    share_prefixes: Annotated[
+        bool, Flag("http", "", "let the keys of different owners reuse one another's blocks of the KV cache")
+    ] = False
+    insecure_public: Annotated[
+        bool, Flag("http", "", "listen beyond loopback without a key: whoever reaches the server may do everything")
+    ] = False
     max_upload_bytes: Annotated[Size, Flag("http", "SIZE", "largest adapter upload")] = ByteSize(1024 * _MIB)
     unknown_fields: Annotated[
         Literal["refuse", "warn"],
@@ -279,6 +290,9 @@ class Settings(BaseSettings):
         2048
     )
     max_queued: Annotated[Count, Flag("limits", "N", "requests waiting to start; more are answered with 503")] = 256
+    max_connections: Annotated[
+        Count, Flag("limits", "N", "open connections; a further one takes the place of the longest idle one")
+    ] = 4096
     queue_timeout: Annotated[
         Seconds | None, Flag("limits", "SECONDS", "longest wait for a first step; then a request is answered with 503")
     ] = None
@@ -339,6 +353,9 @@ class Settings(BaseSettings):
     metrics_max_adapters: Annotated[
         Count, Flag("process", "N", "adapters with metrics of their own; the rest are summed as 'other'")
     ] = 500
+    audit_log: Annotated[
+        UserPath | None, Flag("process", "FILE", "file for the audit log, a line of JSON per change", default="stderr")
+    ] = None
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Flag("process", "{debug,info,warning,error}", "how much is written to stderr"),
@@ -442,6 +459,11 @@ class Settings(BaseSettings):
         return self
 
     @property
+    def asks_for_keys(self) -> bool:
+        """Whether requests must carry a key."""
+        return self.api_key is not None or self.api_keys is not None
+
+    @property
     def has_store(self) -> bool:
         """Whether there is something to read at `store`; what a URL names is taken to be there."""
         return isinstance(self.store, str) or self.store.is_dir()
@@ -483,17 +505,18 @@ def _clashes(settings: Settings) -> Iterator[_Clash]:
             f"({settings.max_sequences}): every running sequence takes one token of each step. Raise the first or "
             "lower the second.",
         )
-    if not settings.is_loopback and settings.api_key is None:
+    if not (settings.is_loopback or settings.asks_for_keys or settings.insecure_public):
         yield _Clash(
-            frozenset({"host", "api_key"}),
+            frozenset({"host", "api_key", "api_keys", "insecure_public"}),
             f"host {settings.host!r} can be reached from other machines, so an API key is required: "
-            "set GRAFT_API_KEY (or --api-key), or keep the default --host 127.0.0.1.",
+            "set GRAFT_API_KEY (or --api-key), name a file with --api-keys, keep the default --host 127.0.0.1, or say "
+            "--insecure-public.",
         )
-    if "*" in settings.allowed_origins and settings.api_key is None:
+    if "*" in settings.allowed_origins and not settings.asks_for_keys:
         yield _Clash(
-            frozenset({"allowed_origins", "api_key"}),
+            frozenset({"allowed_origins", "api_key", "api_keys"}),
             "allowed_origins * lets every web page that a browser on this machine opens use the server: name the "
-            "origins, or set GRAFT_API_KEY (or --api-key).",
+            "origins, or set GRAFT_API_KEY (or --api-key, --api-keys).",
         )
 
 

@@ -13,6 +13,7 @@ Owns the tree below and the wording rules (name the field, the limit, the remedy
     ├── Conflict             409  the name exists with other content, or is in use
     │   └── PreconditionFailed 412  the name exists, and the request is for a new one only
     ├── TooLarge             413  a body or a file over its limit
+    │   └── HeadTooLarge     431  a request's path or headers over their limit
     ├── UnsupportedMediaType 415  a body that is not declared as what the route reads
     ├── StorageFull          507  the store's quota or its disk has no room for an upload
     ├── AdapterFailed        424  the output with the adapter overflowed: no number could be told
@@ -20,6 +21,7 @@ Owns the tree below and the wording rules (name the field, the limit, the remedy
     ├── GenerationFailed     500  the engine failed while the request ran
     │   ├── OutOfMemory      500  the request needs more memory than there is, even alone
     │   └── RequestTimedOut  504  the request took longer than --request-timeout
+    ├── RateLimited          429  a key has used what its limits allow; carries Retry-After
     ├── Overloaded           503  the queue is full or too slow; carries Retry-After
     │   └── StoreUnreachable 503  the object store that adapters are kept in does not answer, or denies access
     │   └── AdapterOnItsWay  503  the adapter is being fetched for the first time
@@ -104,10 +106,27 @@ class TooLarge(GraftError):
     code = "too_large"
 
 
+class HeadTooLarge(TooLarge):
+    status = 431
+    code = "head_too_large"
+
+
 class UnsupportedMediaType(GraftError):
     status = 415
     type = "invalid_request_error"
     code = "unsupported_media_type"
+
+
+class RateLimited(GraftError):
+    """A key's own limit; `retry_after_s` is the wait that the answer's Retry-After header asks for."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class StorageFull(GraftError):

@@ -16,6 +16,7 @@ import uvicorn
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.api.connections import Patience, watched
 from server.assemble import Server, assemble
 from server.ground.config import Settings
 from tests.api.adapter_files import AdapterFiles, lora_files
@@ -87,21 +88,30 @@ class Gate:
         self._permits.release(num_steps)
 
 
-def _configuration(server: Server) -> uvicorn.Config:
+UNHURRIED = Patience(head_s=600, body_s=600, answer_s=600)  # a test's own client may be slow
+
+
+def _configuration(server: Server, patience: Patience) -> uvicorn.Config:
     """uvicorn's, with two limits moved out of the tests' way.
 
     Its keep-alive of 5 s is also httpx's: a request sent at that age would meet the connection as it closes. And a
     connection that a failed test has left open must not hold up the end of the run.
     """
     return uvicorn.Config(
-        server.app, port=0, log_level="warning", ws="none", timeout_keep_alive=3600, timeout_graceful_shutdown=30
+        server.app,
+        port=0,
+        log_level="warning",
+        ws="none",
+        http=watched(patience),
+        timeout_keep_alive=3600,
+        timeout_graceful_shutdown=30,
     )
 
 
 @contextmanager
-def serving(settings: Settings) -> Iterator[Live]:
+def serving(settings: Settings, patience: Patience = UNHURRIED) -> Iterator[Live]:
     server = assemble(settings)
-    listener = uvicorn.Server(_configuration(server))
+    listener = uvicorn.Server(_configuration(server, patience))
     thread = threading.Thread(target=listener.run)
     thread.start()
     try:

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
-from server.api.auth import OPEN_PATHS
+from server.api.keys.scopes import OPEN_PATHS
 from server.api.openapi import _STATUS_WORDS
 from server.api.schemas import ChatBody, CompletionBody
 from server.ground.config import Settings

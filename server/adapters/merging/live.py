@@ -11,9 +11,11 @@ import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from server.adapters.audit import noted
 from server.adapters.lease import Lease
 from server.adapters.merging.merge import Input, MergeBase, Merged, merge_inputs, read_input
 from server.adapters.merging.recipe import Ingredient, Recipe, check_ingredients
@@ -95,7 +97,8 @@ class Merges:
             with self._lock:
                 self._check_room()
                 self._under_way.add(merge)
-                merge.future = self._pool.submit(self._make, merge)
+                # In the name of who asks: the result is to be theirs.
+                merge.future = self._pool.submit(copy_context().run, self._make, merge)
             on_failure.pop_all()
         merge.future.add_done_callback(lambda _: self._end(merge))
         return merge
@@ -123,10 +126,11 @@ class Merges:
 
     def _make(self, merge: Merge) -> Made:
         order = merge.order
-        with self._store.incoming(max_bytes=self._max_bytes) as incoming:
+        inputs = [str(lease.version) for lease in merge.leases]
+        with noted("merge", order.name, inputs=inputs), self._store.incoming(max_bytes=self._max_bytes) as incoming:
             target = incoming.workspace / "merged"
-            inputs = [self._read(merge, *pair) for pair in zip(merge.leases, merge.ingredients, strict=True)]
-            merged = merge_inputs(inputs, order.recipe, self._base, target, progress=merge.check)
+            read = [self._read(merge, *pair) for pair in zip(merge.leases, merge.ingredients, strict=True)]
+            merged = merge_inputs(read, order.recipe, self._base, target, progress=merge.check)
             incoming.copy(target)
             merge.check()
             registered = self._registry.register(incoming, order.name, replace=order.replace)

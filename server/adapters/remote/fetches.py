@@ -16,10 +16,12 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from server.adapters.adapter_info import Provenance, Registered
+from server.adapters.asker import current_asker
 from server.adapters.registry import Registry
 from server.adapters.remote.address import Address, AllowList
 from server.adapters.remote.places import Place, as_refusal, open_place
@@ -30,6 +32,7 @@ from server.ground.errors import AdapterNotFound, AdapterOnItsWay, Conflict, Gra
 MAX_RUNNING = 4
 MAX_THREADS = 16  # those of cancelled fetches counted
 MAX_WAITING = 256
+MAX_WAITING_OF_OWNER = 32  # but the operator
 MAX_FAILURES = 64  # that are remembered, the latest
 FAILURE_MEMORY_S = 3600.0
 _CLOSING_S = 1.0  # for threads to end; one that still waits for its source does not hold up the end of the process
@@ -80,6 +83,8 @@ class Fetch:
 
     def __init__(self, order: Order) -> None:
         self.order = order
+        self.owner = current_asker().owner
+        self.context = copy_context()  # its thread works in the name of who asked for it
         self.result: Future[Registered] = Future()
         self.result.set_running_or_notify_cancel()  # so that a client that leaves cannot cancel it for others
         self.status: Status = "queued"
@@ -140,20 +145,27 @@ class Fetches:
         """Starts a fetch, or joins the one that is under way for an equal order.
 
         Raises BadRequest for a name that is none, Forbidden for a source that the operator does not allow, Conflict if
-        another fetch for the name is under way, and Overloaded if too many wait.
+        another fetch for the name is under way or the name is another owner's, and Overloaded if too many wait.
         """
         check_name(order.name)
+        self._registry.check_may_claim(order.name)
+        asker = current_asker()
         self._allowed.check(order.address)
         with self._lock:
             if self._is_closed:
                 raise _shutting_down()
             known = self._under_way.get(order.name)
             if known is not None:
+                asker.check_may_claim(order.name, known.owner, exists=True)
                 if known.order == order:
                     return known
                 raise _under_way(known)
             if len(self._waiting) >= MAX_WAITING:
                 raise Overloaded(f"{MAX_WAITING} fetches wait already: try again when some have ended.")
+            if asker.owner is not None and self._num_waiting_of(asker.owner) >= MAX_WAITING_OF_OWNER:
+                raise Overloaded(
+                    f"{MAX_WAITING_OF_OWNER} fetches of this key's owner wait already: try again when some have ended."
+                )
             fetch = Fetch(order)
             self._failures.pop(order.name, None)
             self._under_way[order.name] = fetch
@@ -162,15 +174,17 @@ class Fetches:
         return fetch
 
     def cancel(self, name: str) -> bool:
-        """Ends the fetch for a name, or forgets its failure; whether there was one.
+        """Ends the fetch for a name, or forgets its failure; whether there was one that who asks may end.
 
         One whose files are there already is being registered, which cannot be stopped: this waits for its end, and is
         too late. Then there is an adapter, or a failure, which is forgotten.
         """
         with self._lock:
+            fetch = self._known(name)
+            if fetch is None or not current_asker().owns(fetch.owner):
+                return False
             is_known = self._failures.pop(name, None) is not None
-            fetch = self._under_way.get(name)
-            if fetch is None:
+            if name not in self._under_way:
                 return is_known
             if fetch.status != "validating":
                 self._end(fetch, Conflict(f"The fetch of {name!r} was cancelled.", code="fetch_cancelled"), "cancelled")
@@ -204,18 +218,16 @@ class Fetches:
         """The fetch for a name that is under way or has failed; None if there is none."""
         with self._lock:
             self._forget_old_failures()
-            known = self._under_way.get(name)
-            if known is None and name in self._failures:
-                known = self._failures[name][1]
-            return known.info() if known is not None else None
+            known = self._known(name)
+            is_seen = known is not None and current_asker().sees(name, known.owner)
+            return known.info() if known is not None and is_seen else None
 
     def list(self) -> tuple[FetchInfo, ...]:
         """Those under way, then the failures that are remembered, each in the order in which they came."""
         with self._lock:
             self._forget_old_failures()
-            return tuple(
-                fetch.info() for fetch in (*self._under_way.values(), *(f for _, f in self._failures.values()))
-            )
+            asker, fetches = current_asker(), (*self._under_way.values(), *(f for _, f in self._failures.values()))
+            return tuple(fetch.info() for fetch in fetches if asker.sees(fetch.order.name, fetch.owner))
 
     @property
     def num_running(self) -> int:
@@ -229,7 +241,7 @@ class Fetches:
         """What to tell a request for an adapter that is not there, but was or is being fetched."""
         with self._lock:
             fetch = self._under_way.get(name)
-        if fetch is not None:
+        if fetch is not None and current_asker().sees(name, fetch.owner):
             return _on_its_way(fetch)
         failed = self.info(name)
         if failed is None or failed.failure is None:
@@ -239,6 +251,14 @@ class Fetches:
             param="adapter",
         )
 
+    def _known(self, name: str) -> Fetch | None:
+        """Under the lock: the fetch for a name, under way or failed."""
+        failed = self._failures.get(name)
+        return self._under_way.get(name) or (failed[1] if failed is not None else None)
+
+    def _num_waiting_of(self, owner: str) -> int:
+        return sum(fetch.owner == owner for fetch in self._waiting)
+
     # The life of a fetch. `_start_waiting`, `_end` and `_forget_old_failures` run under the lock.
 
     def _start_waiting(self) -> None:
@@ -246,7 +266,8 @@ class Fetches:
             fetch = self._waiting.popleft()
             fetch.status = "fetching"
             self._num_running += 1
-            thread = threading.Thread(target=self._run, args=(fetch,), name=f"fetch-{fetch.order.name}", daemon=True)
+            run = (self._run, fetch)
+            thread = threading.Thread(target=fetch.context.run, args=run, name=f"fetch-{fetch.order.name}", daemon=True)
             self._threads.add(thread)
             thread.start()
 

@@ -166,6 +166,7 @@ class Record:
     warnings: tuple[str, ...] = ()
     source: str | None = None  # that it was fetched from, if it was
     source_revision: str | None = None
+    owner: str | None = None  # whose it is; None: the operator's
 
     def with_base_of(self, other: "Record") -> "Record":
         """This record with what another says about the base, where that says anything."""
@@ -765,6 +766,7 @@ def record_from(content: Mapping[str, Any]) -> Record:
         warnings=tuple(content.get("warnings", ())),
         source=content.get("source"),
         source_revision=content.get("source_revision"),
+        owner=content.get("owner"),
     )
 
 

@@ -1,0 +1,86 @@
+"""Who asks: the owner in whose name a request reads and changes adapters, and what of them it may see.
+
+Owns the rule of sight. Every look-up by name obeys it (`catalog`), so that no verb and no route can forget it. Knows
+nothing about keys or HTTP; where nobody has said who asks, it is the operator.
+"""
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from server.ground.errors import Conflict, Forbidden, StorageFull
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """An owner's request. Adapters without an owner are the operator's, and are seen by all whose `names` they match.
+
+    `names` are patterns with * and ?. The limits are of all that the owner has in the store, every version counted.
+    """
+
+    who: str = "operator"  # for the audit log
+    owner: str | None = None  # None: the operator, who sees what everybody has
+    names: tuple[str, ...] = ("*",)
+    max_bytes: int | None = None
+    max_adapters: int | None = None
+    request_id: str | None = None
+
+    def may_name(self, name: str) -> bool:
+        """Whether its patterns have this name."""
+        return any(fnmatchcase(name, pattern) for pattern in self.names)
+
+    def sees(self, name: str, owner: str | None) -> bool:
+        """Whether an adapter exists as far as it is concerned."""
+        return self.may_name(name) and (self.owner is None or owner in (None, self.owner))
+
+    def owns(self, owner: str | None) -> bool:
+        """Whether it may change what belongs to `owner`."""
+        return self.owner is None or owner == self.owner
+
+    def check_owns(self, name: str, owner: str | None) -> None:
+        """Raises Forbidden for an adapter that it sees, and that is the operator's."""
+        if not self.owns(owner):
+            raise Forbidden(
+                f"The adapter {name!r} is the operator's: this key may use it, and not change it.",
+                param="adapter",
+                code="not_owner",
+            )
+
+    def check_may_claim(self, name: str, owner: str | None, *, exists: bool) -> None:
+        """Raises Conflict for a name that it may not give, in the same words whatever the reason is."""
+        if not self.may_name(name) or (exists and not self.owns(owner)):
+            raise Conflict(
+                f"The name {name!r} is not free for this key, whose names match {' or '.join(self.names) or 'none'}: "
+                f"choose another.",
+                param="name",
+                code="name_unavailable",
+            )
+
+    def check_room(self, num_bytes: int, num_adapters: int) -> None:
+        """Raises StorageFull where the owner would have more than this."""
+        if self.max_bytes is not None and num_bytes > self.max_bytes:
+            raise StorageFull(
+                f"The adapters of this key's owner may take {self.max_bytes} bytes, all versions counted, and with "
+                f"this one they would take {num_bytes}: delete some of them, or ask the operator for more.",
+                code="quota_exceeded",
+            )
+        if self.max_adapters is not None and num_adapters > self.max_adapters:
+            raise StorageFull(
+                f"This key's owner may have {self.max_adapters} adapters, and has them: delete one, or ask the "
+                f"operator for more.",
+                code="quota_exceeded",
+            )
+
+
+OPERATOR = Asker()
+_asker: ContextVar[Asker] = ContextVar("asker", default=OPERATOR)
+
+
+def current_asker() -> Asker:
+    """Who asks here: in a request's tasks and threads whom `ask_as` named, elsewhere the operator."""
+    return _asker.get()
+
+
+def ask_as(asker: Asker) -> None:
+    """For the rest of the calling task, and what it begins."""
+    _asker.set(asker)

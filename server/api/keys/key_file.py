@@ -1,0 +1,213 @@
+"""The file of keys: read with every mistake named, and changed without touching what people wrote around a key.
+
+Owns the format, a YAML list with an entry per key. Knows nothing about who uses the keys.
+"""
+
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+
+from server.adapters.remote.address import AllowList
+from server.api.keys.key import Key, Limits, Scope
+from server.ground.errors import BadRequest, NotFound, StartupRefused
+
+MAX_FILE_BYTES = 1 << 20
+MAX_KEYS = 2000
+_MAX_PATTERNS = 64
+_HASH = "sha256:"
+
+_Count = Annotated[int, Field(ge=1, le=2**53)]
+_Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+_Pattern = Annotated[str, Field(pattern=r"^[a-z0-9._*?-]{1,63}$")]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _LimitsEntry(_Entry):
+    requests_per_minute: _Count | None = None
+    concurrent_requests: _Count | None = None
+    tokens_per_minute: _Count | None = None
+    tokens_per_day: _Count | None = None
+    storage_bytes: Annotated[ByteSize, Field(ge=1)] | None = None
+    adapters: _Count | None = None
+
+
+class _KeyEntry(_Entry):
+    name: _Word
+    hash: Annotated[str, Field(pattern=rf"^{_HASH}[0-9a-f]{{64}}$")]
+    scopes: Annotated[list[Annotated[Scope, Field(strict=False)]], Field(min_length=1)]
+    owner: _Word | None = None
+    adapters: Annotated[list[_Pattern], Field(max_length=_MAX_PATTERNS)] | None = None
+    sources: Annotated[list[str], Field(max_length=_MAX_PATTERNS)] = []
+    limits: _LimitsEntry = _LimitsEntry()
+
+
+def read_keys(path: Path) -> tuple[Key, ...]:
+    """The keys of a file. Raises StartupRefused with a line for each mistake in it."""
+    return parse_keys(read_text(path), str(path))
+
+
+def read_text(path: Path) -> str:
+    """Raises StartupRefused for a file that cannot be read, or that is too large to be one of keys."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        text = content.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupRefused(f"--api-keys {path} cannot be read: {error}. graft keys add makes one.") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise StartupRefused(f"--api-keys {path} has more than {MAX_FILE_BYTES} bytes: keep fewer keys.")
+    return text
+
+
+def parse_keys(text: str, where: str) -> tuple[Key, ...]:
+    """As `read_keys`, of a text; `where` stands before each mistake."""
+    try:
+        listed = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise StartupRefused(f"{where} is not YAML: {_one_line(error)}") from None
+    if not isinstance(listed, list):  # an empty file is one that is being written: [] says that there are no keys
+        raise StartupRefused(f"{where} must be a list of keys: '- name: ...' begins each of them, [] is an empty list.")
+    if len(listed) > MAX_KEYS:
+        raise StartupRefused(f"{where} has {len(listed)} keys; at most {MAX_KEYS} are taken.")
+    keys: list[Key] = []
+    mistakes: list[str] = []
+    for number, entry in enumerate(listed, 1):
+        try:
+            keys.append(_key(_KeyEntry.model_validate(entry)))
+        except ValidationError as error:
+            mistakes += [f"{where}, {_called(number, entry)}: {said}" for said in _sentences(error)]
+        except StartupRefused as error:
+            mistakes.append(f"{where}, {_called(number, entry)}: {error.message}")
+    mistakes += [f"{where}: {said}" for said in _doubles(keys)]
+    if mistakes:
+        raise StartupRefused("\n".join(mistakes))
+    return tuple(keys)
+
+
+def _key(entry: _KeyEntry) -> Key:
+    scopes = frozenset(entry.scopes)
+    everything = ("*",) if Scope.ADMIN in scopes else ()
+    return Key(
+        name=entry.name,
+        digest=bytes.fromhex(entry.hash.removeprefix(_HASH)),
+        scopes=scopes,
+        owner=entry.owner or entry.name,
+        adapters=everything if entry.adapters is None else tuple(entry.adapters),
+        sources=AllowList(entry.sources),
+        limits=Limits(**entry.limits.model_dump()),
+    )
+
+
+def _called(number: int, entry: object) -> str:
+    name = entry.get("name") if isinstance(entry, Mapping) else None
+    return f"key {number} ({name!r:.80})" if isinstance(name, str) else f"key {number}"
+
+
+def _sentences(error: ValidationError) -> Iterator[str]:
+    """What is wrong, without the value of a hash: it might be a key that was put there by mistake."""
+    for problem in error.errors():
+        field = ".".join(map(str, problem["loc"])) or "the entry"
+        if problem["type"] == "extra_forbidden":
+            yield f"{field} is not known here; known are {', '.join(_known(problem['loc']))}."
+        elif problem["type"] == "model_type":
+            yield "it must have the fields of a key: name, hash, scopes, ..."
+        elif field == "hash" and problem["type"] != "missing":
+            yield "hash must be sha256: and 64 hex digits, as graft keys add writes it; never the key itself."
+        else:
+            yield f"{field}: {problem['msg'].removeprefix('Value error, ')}."
+
+
+def _known(location: Sequence[str | int]) -> list[str]:
+    return list((_LimitsEntry if location[0] == "limits" else _KeyEntry).model_fields)
+
+
+def _doubles(keys: Sequence[Key]) -> Iterator[str]:
+    names, digests = Counter(key.name for key in keys), Counter(key.digest for key in keys)
+    yield from (f"two keys are called {name!r}." for name, count in names.items() if count > 1)
+    for digest in (digest for digest, count in digests.items() if count > 1):
+        shared = ", ".join(key.name for key in keys if key.digest == digest)
+        yield f"the keys {shared} have one hash: make each its own."
+
+
+# Changing
+
+
+def with_key(text: str, entry: Mapping[str, Any], where: str) -> str:
+    """The text with one more key at its end. Raises BadRequest for such a key, StartupRefused for such a file."""
+    listed = yaml.safe_dump([dict(entry)], sort_keys=False, allow_unicode=True)
+    body = "" if not parse_keys(text or "[]", where) else text.rstrip("\n") + "\n\n"
+    try:
+        parse_keys(body + listed, where)
+    except StartupRefused as error:
+        raise BadRequest(f"The key cannot be added: {error.message}") from None
+    return body + listed
+
+
+def without_key(text: str, name: str, where: str) -> str:
+    """The text without the lines of one key. Raises NotFound, and StartupRefused for a file that is none."""
+    keys = parse_keys(text, where)
+    if name not in {key.name for key in keys}:
+        raise NotFound(f"{where} has no key {name!r:.80}; graft keys list shows those that there are.")
+    if len(keys) == 1:
+        return "[]\n"
+    document = yaml.compose(text, Loader=yaml.SafeLoader)
+    assert isinstance(document, yaml.SequenceNode)
+    nodes = document.value
+    at = next(index for index, key in enumerate(keys) if key.name == name)
+    lines = text.splitlines(keepends=True)
+    first = nodes[at].start_mark.line
+    last = nodes[at + 1].start_mark.line if at + 1 < len(nodes) else len(lines)
+    rest = "".join(lines[:first] + lines[last:])
+    if _names(rest) != {key.name for key in keys} - {name}:
+        raise BadRequest(f"{where} has keys that share a line: remove {name!r} by hand.")
+    return rest
+
+
+def _names(text: str) -> set[str] | None:
+    """Of the keys in a text; None for a text that is no list of keys."""
+    try:
+        return {key.name for key in parse_keys(text, "")}
+    except StartupRefused:
+        return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces the file in one step, readable by its owner alone: a server that looks meanwhile sees one or the other.
+
+    Raises BadRequest where it cannot be written.
+    """
+    path = path.resolve()  # of a link the file
+    try:
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.exists():
+                os.chmod(draft, path.stat().st_mode & 0o777)
+            os.replace(draft, path)
+        except BaseException:
+            os.unlink(draft)
+            raise
+    except OSError as error:
+        raise BadRequest(f"{path} cannot be written: {error.strerror or error}.") from None
+
+
+def hash_text(digest: bytes) -> str:
+    """A digest as the file has it."""
+    return _HASH + digest.hex()
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error))[:300]

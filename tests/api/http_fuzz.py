@@ -1,0 +1,288 @@
+"""A fuzz of the HTTP face: requests that are almost right, or not at all, and what must hold of every answer.
+
+All choices come from one `Random`, so that a seed and a number bring a case back:
+
+    python -m tests.api.http_fuzz --cases 5000 --seed 7
+    python -m tests.api.http_fuzz --cases 1 --seed 7 --first 1234
+"""
+
+import argparse
+import copy
+import json
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tests.api.adapter_files import lora_files
+
+KEY = "secret-of-fuzz"
+HIDDEN = "acme-treasure"  # an adapter of another owner: no answer may name it
+PATIENCE_S = 120
+GOOD_FAULTS = {501, 502, 503, 504, 507}  # a 5xx that says what it is; a 500 is a finding
+
+_SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+_FUNCTION = {"name": "look", "description": "x", "parameters": {"type": "object", "properties": {"q": {}}}}
+_BODIES: Sequence[tuple[str, dict[str, Any]]] = (
+    ("/v1/completions", {"prompt": "Hi", "max_tokens": 2, "temperature": 0.5, "stop": ["x"], "n": 2, "logprobs": 1}),
+    ("/v1/completions", {"prompt": [[5, 6], [7]], "max_tokens": 1, "stream": True, "logit_bias": {"5": 3}}),
+    ("/v1/completions", {"prompt": "Hi", "max_tokens": 2, "structured_outputs": {"choice": ["a", "b"]}}),
+    ("/v1/completions", {"prompt": "Hi", "max_tokens": 1, "adapter": [{"name": "mine", "weight": 0.5}, "public"]}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "adapter": "mine"}),
+    (
+        "/v1/chat/completions",
+        {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+            "tools": [{"type": "function", "function": _FUNCTION}],
+            "tool_choice": "auto",
+            "max_tokens": 2,
+        },
+    ),
+    (
+        "/v1/chat/completions",
+        {
+            "messages": [{"role": "user", "content": "Hi"}],
+            "max_tokens": 2,
+            "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": _SCHEMA}},
+        },
+    ),
+    ("/tokenize", {"prompt": "Hi", "add_special_tokens": False}),
+    ("/detokenize", {"tokens": [5, 6, 7]}),
+    ("/v1/adapters", {"name": "fetched", "source": "hf://org/repo", "wait": True}),
+    ("/v1/adapters/merge", {"name": "mine", "adapters": [{"name": "mine", "weight": 1.0}, {"name": "public"}]}),
+    ("/v1/load_lora_adapter", {"lora_name": "mine", "lora_path": "/etc"}),
+    ("/v1/unload_lora_adapter", {"lora_name": "nobody"}),
+    ("/v1/adapters/mine/rollback", {"version": "0123456789"}),
+)  # fmt: skip
+_PATHS = (
+    "/v1/models", f"/v1/models/{HIDDEN}", "/v1/adapters", f"/v1/adapters/{HIDDEN}", "/v1/adapters/mine/versions",
+    f"/v1/adapters/{HIDDEN}/fetch", "/v1/adapters?limit=0", "/v1/adapters?after=%00", "/health", "/metrics", "/load",
+    "/openapi.json", "/v1/../health", "/%2e%2e/etc/passwd", "//", "/v1/adapters/%ff", "/v1/adapters/..%2f..",
+)  # fmt: skip
+_ODD: Sequence[Any] = (
+    None, True, -1, 0, 1, 2**31, 2**63, 2**64, -(2**70), 1e308, -0.0, "", "x", "\x00", "\ud800", "a" * 5000, "\u202e",
+    [], {}, [[]], [None], {"": ""}, [1, "a"], {"name": HIDDEN}, HIDDEN, "../../etc/passwd", "{{7*7}}", "<script>", "*",
+    "@", "mine@", "mine@000000", ["mine"] * 20, [0] * 5000, "name\nx: y",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is sent, and how much of the answer is read before the client leaves (None: all of it)."""
+
+    kind: str
+    sent: bytes
+    reads: int | None = None
+
+
+def make(seed: int, number: int) -> Case:
+    """The case of a number."""
+    random = Random(f"{seed} {number}")
+    kind = random.choice(list(_KINDS))
+    sent, reads = _KINDS[kind](random)
+    return Case(kind, sent, reads)
+
+
+def _json(random: Random) -> tuple[bytes, int | None]:
+    path, body = copy.deepcopy(random.choice(_BODIES))
+    for _ in range(random.randint(0, 3)):
+        _mutate(random, body)
+    return _request(random, "POST", path, json.dumps(body).encode()), None
+
+
+def _mutate(random: Random, value: Any) -> None:
+    """One change somewhere in a JSON value."""
+    while isinstance(value, dict | list) and value:
+        key = random.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        if not isinstance(value[key], dict | list) or not value[key] or random.random() < 0.4:
+            break
+        value = value[key]
+    if not isinstance(value, dict | list) or not value:
+        return
+    change = random.randrange(4)
+    if change == 0:
+        value[key] = copy.deepcopy(random.choice(_ODD))
+    elif change == 1 and isinstance(value, dict):
+        value[random.choice(["x", "adapter", "model", "n", "seed", "guided_json", "", "cache_salt"])] = random.choice(
+            _ODD
+        )
+    elif change == 2:
+        del value[key]
+    else:
+        value[key] = _nested(random.choice([3, 70, 500]), value[key])
+
+
+def _nested(depth: int, inside: Any) -> Any:
+    for _ in range(depth):
+        inside = {"a": inside} if depth % 2 else [inside]
+    return inside
+
+
+def _bytes(random: Random) -> tuple[bytes, int | None]:
+    """A body that is no JSON, or that is not all there."""
+    path, body = random.choice(_BODIES)
+    content = bytearray(json.dumps(body).encode())
+    for _ in range(random.randint(1, 8)):
+        at = random.randrange(len(content) + 1)
+        content[at : at + random.randint(0, 3)] = random.randbytes(random.randint(0, 3))
+    if random.random() < 0.3:
+        content = bytearray(
+            random.choice([b"[" * 100_000, b'{"a":' * 5000, b"1" * 10_000, b"\xff\xfe", b"NaN", b"{}{}"])
+        )
+    declared = len(content) + random.choice([0, 0, 0, 1, 1000])
+    return _request(random, "POST", path, bytes(content), declared), None
+
+
+def _heads(random: Random) -> tuple[bytes, int | None]:
+    """A head that is odd."""
+    odd = [
+        b"content-length: 5\r\ncontent-length: 6", b"transfer-encoding: chunked\r\ncontent-length: 3",
+        b"transfer-encoding: gzip, chunked", b"content-encoding: gzip", b"expect: 100-continue", b"upgrade: websocket",
+        b"connection: upgrade\r\nupgrade: h2c", b"x: " + b"y" * random.choice([10, 5000, 60_000]),
+        b"\r\n".join(b"x-%d: y" % n for n in range(random.choice([50, 150]))), b"x-request-id: \x01",
+        b"range: bytes=0-1", b"host: a\r\nhost: b", b"authorization: Bearer", b"authorization: Basic xyz",
+        b"content-type: multipart/form-data; boundary=" + b"b" * 300,
+        b" folded: x", b"no colon", b"x-request-id: " + b"a" * 200, b"origin: null", b"if-none-match: *", b"x:\x00",
+        b"endpoint-load-metrics-format: JSON", b"content-type: application/json; charset=utf-16", b"content-length: -1",
+        b"content-length: 99999999999999999999", b"accept-encoding: " + b"gzip," * 500,
+    ]  # fmt: skip
+    method = random.choice(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "PATCH", "get", "A" * 50])
+    target = random.choice([*_PATHS, *(path for path, _ in _BODIES), "*", "http://x/health", "/" + "a" * 9000])
+    lines = [f"{method} {target} HTTP/{random.choice(['1.1', '1.1', '1.0', '2.0', '9'])}".encode(), b"host: x"]
+    lines += random.sample(odd, random.randint(1, 3))
+    lines += [f"authorization: Bearer {random.choice([KEY, KEY, KEY, 'x', ''])}".encode(), b"connection: close"]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + random.choice([b"", b"{}", b"3\r\nabc\r\n0\r\n\r\n"]), None
+
+
+def _form(random: Random) -> tuple[bytes, int | None]:
+    """An upload whose form is damaged."""
+    files = lora_files(random.randrange(3))
+    parts = [
+        (b'form-data; name="name"', b"mine"),
+        (b'form-data; name="config"; filename="adapter_config.json"', files.config),
+        (b'form-data; name="weights"; filename="../../x"', files.weights),
+    ]
+    for _ in range(random.randint(0, 3)):
+        at = random.randrange(len(parts))
+        disposition, content = parts[at]
+        parts[at] = random.choice(
+            [
+                (disposition, content[: random.randrange(len(content) + 1)]),
+                (disposition, random.randbytes(50) + content),
+                (disposition, content.replace(b'"r"', b'"R"')),
+                (b'form-data; name="' + random.choice([b"", b"x", b"name", b"\xff", b"a" * 5000]) + b'"', content),
+                (b"attachment", content),
+                (b'form-data; name="name"', random.choice([b"../x", b"", b"a" * 2000, HIDDEN.encode(), b"\xff"])),
+            ]
+        )
+    random.shuffle(parts)
+    body = b"".join(b"--b\r\ncontent-disposition: " + said + b"\r\n\r\n" + data + b"\r\n" for said, data in parts)
+    body += random.choice([b"--b--\r\n", b"--b--", b"", b"--b", b"--c--\r\n"])
+    if random.random() < 0.2:
+        body = random.randbytes(random.randrange(200)) + body
+    path = random.choice(["/v1/adapters", "/v1/adapters?replace=true", "/v1/adapters?replace=x"])
+    return _request(random, "POST", path, body, kind="multipart/form-data; boundary=b"), None
+
+
+def _tar(random: Random) -> tuple[bytes, int | None]:
+    """A tar that is none."""
+    body = random.choice([b"", b"\x1f\x8b" + random.randbytes(200), b"\0" * 1024, random.randbytes(2000), b"a" * 513])
+    name = random.choice(["mine", HIDDEN, "..", "x" * 80, "%00"])
+    return _request(random, "PUT", f"/v1/adapters/{name}", body, kind="application/x-tar"), None
+
+
+def _leaver(random: Random) -> tuple[bytes, int | None]:
+    """A stream whose reader leaves after some bytes, or at once."""
+    body = {"prompt": "Hi", "max_tokens": random.choice([1, 20, 100]), "n": random.choice([1, 4]), "stream": True}
+    body |= {"ignore_eos": True, "adapter": random.choice([None, "mine", "public"])}
+    return _request(random, "POST", "/v1/completions", json.dumps(body).encode()), random.choice([0, 1, 300, 2000])
+
+
+_KINDS: dict[str, Callable[[Random], tuple[bytes, int | None]]] = {
+    "json": _json, "bytes": _bytes, "heads": _heads, "form": _form, "tar": _tar, "leaver": _leaver,
+}  # fmt: skip
+
+
+def _request(
+    random: Random, method: str, path: str, body: bytes, declared: int | None = None, kind: str = "application/json"
+) -> bytes:
+    head = f"{method} {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\nconnection: close\r\n"
+    if declared is None and random.random() < 0.1:
+        size = random.randint(1, max(len(body), 1))
+        chunks = [body[at : at + size] for at in range(0, len(body), size)]
+        framed = b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
+        return f"{head}content-type: {kind}\r\ntransfer-encoding: chunked\r\n\r\n".encode() + framed
+    length = len(body) if declared is None else declared
+    return f"{head}content-type: {kind}\r\ncontent-length: {length}\r\n\r\n".encode() + body
+
+
+def run(address: tuple[str, int], case: Case) -> str:
+    """Sends a case and judges the answer: the status as text, "left" or "closed". Raises AssertionError."""
+    with closing(socket.create_connection(address, timeout=PATIENCE_S)) as connection:
+        try:
+            connection.sendall(case.sent)
+            if case.reads is not None:
+                connection.recv(case.reads or 1) if case.reads else None
+                return "left"
+            connection.shutdown(socket.SHUT_WR) if _is_cut_short(case) else None
+            received = bytearray()
+            while part := connection.recv(1 << 16):
+                received += part
+        except ConnectionError:  # the server had answered, and does not listen to the rest
+            return "closed"
+    return _judged(case, bytes(received)) if received else "closed"
+
+
+def _is_cut_short(case: Case) -> bool:
+    """Whether the server might wait for more."""
+    return case.kind in ("bytes", "heads")
+
+
+def _judged(case: Case, received: bytes) -> str:
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 "), f"this is no HTTP: {received[:200]!r}"
+    status = int(head[9:12])
+    assert status < 500 or status in GOOD_FAULTS, f"answered with {received[:600]!r}"
+    if status < 400 or HIDDEN.encode() not in case.sent:  # a refusal repeats what it refuses
+        assert HIDDEN.encode() not in received, received[:600]
+    has_body = not case.sent.startswith(b"HEAD ") and b"chunked" not in head
+    if status >= 400 and has_body and b"application/json" in head:
+        error = json.loads(body)["error"]
+        assert error["message"], body
+    return str(status)
+
+
+def main() -> int:
+    """A server with keys, `--cases` cases, and what came of them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    from tests.api.test_http_fuzz import served, sound
+
+    begun_s, outcomes, findings = time.monotonic(), Counter[str](), 0
+    with tempfile.TemporaryDirectory() as scratch, served(Path(scratch)) as live:
+        for number in range(given.first, given.first + given.cases):
+            case = make(given.seed, number)
+            try:
+                outcomes[f"{case.kind} {run(live.address, case)}"] += 1
+            except (AssertionError, TimeoutError, ValueError) as finding:
+                findings += 1
+                sys.stdout.write(f"case {number}: {case.kind}: {case.sent[:300]!r}: {finding!r}\n")
+        sound(live)
+    for outcome, count in sorted(outcomes.items()):
+        sys.stdout.write(f"{outcome:20} {count}\n")
+    sys.stdout.write(f"{given.cases} cases, {findings} findings, {time.monotonic() - begun_s:.0f} s\n")
+    return int(findings > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

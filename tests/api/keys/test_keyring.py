@@ -1,0 +1,76 @@
+"""The keys in force: found by their secret, and read again when their file changes."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from server.api.keys.keyring import SINGLE, Keyring
+from server.ground.errors import StartupRefused
+from tests.api.keys.tenants import entry, secret_of, write_keys
+
+
+def found(keyring: Keyring, name: str) -> str | None:
+    key = keyring.find(secret_of(name))
+    return key.name if key is not None else None
+
+
+def test_a_key_is_found_by_its_secret_alone(tmp_path: Path) -> None:
+    keyring = Keyring(write_keys(tmp_path / "keys.yaml", entry("one"), entry("two")), single="sesame")
+    assert found(keyring, "one") == "one"
+    assert found(keyring, "two") == "two"
+    single = keyring.find("sesame")
+    assert single is not None
+    assert (single.name, single.is_operator, len(single.scopes)) == (SINGLE, True, 4)
+    for wrong in ("", "secret-of-on", "secret-of-one ", "SESAME", entry("one")["hash"]):
+        assert keyring.find(wrong) is None
+    assert secret_of("one") not in repr(keyring.keys)
+    assert "digest" not in repr(keyring.keys)
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    file = write_keys(tmp_path / "keys.yaml", entry("one"))
+    keyring = Keyring(file)
+    changes: list[list[str]] = []
+    keyring.watch(lambda keys: changes.append([key.name for key in keys]))
+    keyring.refresh()
+    assert changes == []
+    write_keys(file, entry("two"), entry("three"))
+    keyring.refresh()
+    assert (found(keyring, "one"), found(keyring, "two")) == (None, "two")
+    assert changes == [["two", "three"]]
+
+
+def test_a_broken_file_keeps_the_old_keys_and_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = write_keys(tmp_path / "keys.yaml", entry("one"))
+    keyring = Keyring(file)
+    for broken in ("", "[", "- name: x"):
+        file.write_text(broken)
+        caplog.clear()
+        with caplog.at_level(logging.ERROR):
+            keyring.refresh()
+            keyring.refresh()
+        assert [record.message[:26] for record in caplog.records] == ["the keys stay as they were"]
+        assert found(keyring, "one") == "one"
+    file.unlink()
+    keyring.refresh()
+    assert found(keyring, "one") == "one"
+    write_keys(file, entry("two"))
+    keyring.refresh()
+    assert (found(keyring, "one"), found(keyring, "two")) == (None, "two")
+
+
+def test_an_empty_list_takes_every_key_away(tmp_path: Path) -> None:
+    file = write_keys(tmp_path / "keys.yaml", entry("one"))
+    keyring = Keyring(file, single="sesame")
+    write_keys(file)
+    keyring.refresh()
+    assert found(keyring, "one") is None
+    assert keyring.find("sesame") is not None
+
+
+def test_a_server_does_not_start_without_any_key(tmp_path: Path) -> None:
+    with pytest.raises(StartupRefused, match="graft keys add"):
+        Keyring(write_keys(tmp_path / "keys.yaml"))
+    with pytest.raises(StartupRefused, match="cannot be read"):
+        Keyring(tmp_path / "none.yaml", single="sesame")
