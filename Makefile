@@ -15,7 +15,7 @@ TESTED := $(BIN)/python -m pytest
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all lint format types check bench load gpu demo clean python-is-new-enough
+.PHONY: help serve test test-all lint format types audit check bench load gpu demo clean python-is-new-enough
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -40,6 +40,9 @@ format: $(VENV)/.test  ## rewrite the files as lint wants them
 
 types: $(VENV)/.test  ## mypy, strict
 	$(BIN)/mypy
+
+audit: $(VENV)/.test  ## known vulnerabilities in what is installed, where the service that lists them can be reached
+	@.ci/audit $(BIN)
 
 check: lint types test  ## what CI runs
 
