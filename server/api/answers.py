@@ -119,6 +119,7 @@ async def begin(
             f"{services.max_queued} at once: split the request.",
             param="n" if body.n > 1 else "prompt",
         )
+    _check_priority(body)
     _check_model_has(services, body)
     parts = chosen_parts(services, body.model, body.adapters)
     asked = asked_of(body, forced)
@@ -201,6 +202,16 @@ def sampling(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+
+
+def _check_priority(body: GenerationBody) -> None:
+    """Raises BadRequest for an owner's request that wants to come before those of others."""
+    if body.priority < 0 and current_asker().owner is not None:
+        raise BadRequest(
+            "'priority' below 0 comes before everybody's requests, and is for keys with the scope admin: send 0, or "
+            "more to let others go first.",
+            param="priority",
+        )
 
 
 def _check_model_has(services: Services, body: GenerationBody) -> None:

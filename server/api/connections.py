@@ -55,7 +55,7 @@ class WatchedConnection(H11Protocol):
         if len(self.connections) > self.patience.max_connections and not self._displace():
             transport.write(_FULL)
             transport.close()
-        self._start("head", self.patience.head_s, self._end)
+        self._follow_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in self._timers.values():
@@ -94,7 +94,10 @@ class WatchedConnection(H11Protocol):
     # The watch
 
     def _follow_request(self) -> None:
-        """After each event: which of the two clocks of a request runs."""
+        """After each event: which clocks run."""
+        if self.transport.is_closing():  # which waits until the client has taken the rest
+            self._start("answer", self.patience.answer_s, self._end)
+            return
         state = self.conn.their_state
         if state is h11.IDLE and self.timeout_keep_alive_task is None:  # else uvicorn's clock for idle ones runs
             self._start("head", self.patience.head_s, self._end)
@@ -106,17 +109,19 @@ class WatchedConnection(H11Protocol):
             self._stop("body")
 
     def _check_body(self) -> None:
-        """At the end of a window. While the server itself does not read, nobody is slow."""
+        """At the end of a window. While the server itself does not read, nobody is slow.
+
+        What still comes after the answer is of no use, and gets one window.
+        """
         is_slow = self._num_body_bytes < self.patience.body_bytes and not self.flow.read_paused
-        self._num_body_bytes = 0
-        if is_slow:
+        if is_slow or self.is_idle:
             self._end()
         else:
             self._start("body", self.patience.body_s, self._check_body)
 
     def _start(self, name: str, delay_s: float, end: Callable[[], None]) -> None:
         """Does nothing while that clock runs: what a client sends meanwhile buys it no time."""
-        if name in self._timers or self.transport.is_closing():
+        if name in self._timers:
             return
 
         def ring() -> None:

@@ -116,7 +116,7 @@ def _mutate(random: Random, value: Any) -> None:
     elif change == 2:
         del value[key]
     else:
-        value[key] = _nested(random.choice([3, 70, 500]), value[key])
+        value[key] = _nested(random.choice([3, 70, 200]), value[key])
 
 
 def _nested(depth: int, inside: Any) -> Any:

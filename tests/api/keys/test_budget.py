@@ -112,6 +112,7 @@ def limited(settings: Callable[..., Settings], tmp_path_factory: pytest.TempPath
         entry("few", limits={"tokens_per_minute": 50}),
         entry("few-a-day", limits={"tokens_per_day": 5}),
         entry("free"),
+        entry("operator", ["infer", "admin"]),
     )
     with serving(settings(api_keys=file)) as live:
         yield live
@@ -150,6 +151,13 @@ def test_a_spent_day_is_not_waited_out_by_clients(limited: Live) -> None:
     assert refused.status_code == 429
     assert int(refused.headers["retry-after"]) <= DAY_S
     assert (refused.headers["x-should-retry"] == "false") == (int(refused.headers["retry-after"]) > 60)
+
+
+def test_nobody_goes_before_others_but_the_operator(limited: Live) -> None:
+    refused = Tenant(limited, "free").complete(priority=-1)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "priority")
+    assert Tenant(limited, "free").complete(priority=5).status_code == 200
+    assert Tenant(limited, "operator").complete(priority=-1).status_code == 200
 
 
 def test_requests_at_once_are_counted_until_their_end(limited: Live, monkeypatch: pytest.MonkeyPatch) -> None:
