@@ -18,7 +18,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-_TALKATIVE = ("uvicorn.error", "python_multipart.multipart")  # which warn of each odd request
+_TALKATIVE = ("asyncio", "python_multipart.multipart", "uvicorn.error")  # which warn of each odd client
 _MINUTE_S = 60.0
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: text/plain; charset=utf-8\r\nretry-after: 1\r\n"

@@ -246,6 +246,7 @@ def _is_cut_short(case: Case) -> bool:
 
 
 def _judged(case: Case, received: bytes) -> str:
+    received = received.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
     head, _, body = received.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 "), f"this is no HTTP: {received[:200]!r}"
     status = int(head[9:12])

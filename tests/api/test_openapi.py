@@ -90,7 +90,7 @@ def test_it_says_with_which_statuses_clients_are_told_whether_to_come_again(docu
         for operation in operations.values()
         for status, answer in operation["responses"].items()
     ]
-    assert {status for status, headers in answers if "x-should-retry" in headers} == {409, 412, 503, 504, 507}
+    assert {status for status, headers in answers if "x-should-retry" in headers} == {409, 412, 429, 503, 504, 507}
     assert {status for status, _ in answers if status >= 400} == set(_STATUS_WORDS)
 
 
