@@ -39,8 +39,27 @@ class KVCache:
         self.block_size = block_size
         self.num_blocks = num_blocks
         # Zeros, not empty: decode gives weight 0 to what lies past a sequence's end, and it must be a number.
-        self.keys = [torch.zeros(num_blocks, h, block_size, d, dtype=dtype, device=device) for h, d in shapes]
-        self.values = [torch.zeros(num_blocks, h, block_size, d, dtype=dtype, device=device) for h, d in shapes]
+        both = [torch.zeros(2, num_blocks, h, block_size, d, dtype=dtype, device=device) for h, d in shapes]
+        self.keys = [tensor[0] for tensor in both]
+        self.values = [tensor[1] for tensor in both]
+        self._rows = [tensor.view(-1, tensor.shape[-1]) for tensor in both]
+
+    def store(self, layer: int, keys_values: torch.Tensor, rows: torch.Tensor) -> None:
+        """Writes keys and values side by side, (tokens, 2 * kv_heads, head_dim), to what `rows_of` gave."""
+        self._rows[layer].index_put_((rows,), keys_values)
+
+    def rows_of(self, kv_heads: int, blocks: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """Where the keys of each token and then its values lie, in any layer of so many heads: (tokens, 2 * kv_heads).
+
+        blocks, offsets (tokens,).
+        """
+        heads = torch.arange(kv_heads, device=blocks.device)
+        keys = (blocks[:, None] * kv_heads + heads) * self.block_size + offsets[:, None]
+        return torch.cat((keys, keys + self.num_blocks * kv_heads * self.block_size), dim=1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys[0].dtype
 
     @staticmethod
     def block_bytes(shapes: list[tuple[int, int]], block_size: int, dtype: torch.dtype) -> int:
@@ -67,6 +86,7 @@ class PagedAttention:
         self.kernels: ModuleType | None = None  # `server.ops.kernels`, where they run
         self.sites: Mapping[int, OpSite] = {}  # where keys and values are edited, by layer
         self.observer: Callable[[int, int, int], None] | None = None  # (layer, kv_heads, head_dim)
+        self._options: dict[int, dict[str, Any]] = {}  # by layer: scaling, window and softcap, as it has asked for them
 
     def forward(
         self,
@@ -83,6 +103,7 @@ class PagedAttention:
         context = self._scope.current
         assert context is not None, "attention outside of a step"
         layer: int = module.layer_idx  # type: ignore[assignment]
+        options = self._options[layer] = {"scaling": scaling, "window": window, "softcap": softcap}
         if self.observer is not None:
             _refuse_unlike(module, key, value)
             self.observer(layer, key.shape[1], key.shape[3])
@@ -95,8 +116,24 @@ class PagedAttention:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         store = store_kv if self.kernels is None else self.kernels.store_kv
         store(k, v, keys, values, batch.blocks, batch.offsets)
-        options: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap}
         return self._attend(q, k, v, keys, values, context, options)[None]
+
+    def decode(self, layer: int, query: torch.Tensor, keys_values: torch.Tensor, context: StepContext) -> torch.Tensor:
+        """What `forward` gives in a step of decodes alone, without ops: query (tokens, heads, width), keys and then
+        values (tokens, 2 * kv_heads, width), in the dtype of the cache -> (tokens, heads, width).
+
+        The values are made finite in place. The layer must have called `forward` before, which says how it attends.
+        """
+        assert self.cache is not None
+        assert context.attention.decode is not None
+        batch, kv_heads = context.attention, keys_values.shape[1] // 2
+        rows = context.kv_rows.get(kv_heads)
+        if rows is None:
+            rows = context.kv_rows[kv_heads] = self.cache.rows_of(kv_heads, batch.blocks, batch.offsets)
+        keys_values[:, kv_heads:].nan_to_num_()
+        self.cache.store(layer, keys_values, rows)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        return decode_attention(query, keys, values, context.attention.decode, **self._options[layer])
 
     def _with_ops(
         self, k: torch.Tensor, v: torch.Tensor, site: OpSite, ops: BatchOps

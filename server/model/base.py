@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from server.ground.errors import StartupRefused
 from server.model.architectures import SERVED
 from server.model.attention import IMPLEMENTATION, KVCache, PagedAttention, attach
+from server.model.compact import DecodeAttentions
 from server.model.context import AttentionBatch, Scope, StepContext
 from server.model.fingerprint import fingerprint
 from server.model.lean_loading import lean_loading
@@ -33,7 +34,7 @@ from server.model.rope import attach_rope
 from server.model.site_table import SiteTable
 from server.model.sites import BaseSite
 from server.model.size import BaseSize, kv_dtype
-from server.ops import PrefillSpan, TokenLayout
+from server.ops import DecodeBatch, PrefillSpan, TokenLayout
 
 log = logging.getLogger(__name__)
 
@@ -186,6 +187,21 @@ class Base:
         self.sites.fuse()
         with self._refusing("cannot run with the weights of its linears fused"):
             self._check_fused(packed, self._probe(rows))
+            self._compact(rows)
+
+    def _compact(self, rows: list[torch.Tensor]) -> None:
+        """Computes norms and attention with fewer operators where that gives the same; elsewhere all stays as it is."""
+        expected = self._decode_probe(rows)
+        num_norms = self.sites.compact_norms()
+        attentions = DecodeAttentions(self.model, self.attention, self.scope)
+        error = _difference(expected, self._decode_probe(rows))
+        if not error <= self._rounding_limit:
+            attentions.remove()
+            log.warning(
+                "%s: attention with fewer operators differs (relative difference %.1e, limit %.0e) and is not used",
+                self._class_name, error, self._rounding_limit,
+            )  # fmt: skip
+        log.info("fewer operators in %d norms and %d attentions", num_norms, len(attentions))
 
     @contextmanager
     def _refusing(self, what: str) -> Iterator[None]:
@@ -280,7 +296,6 @@ class Base:
         self, rows: list[torch.Tensor], observer: Callable[[BaseSite, torch.Tensor], None] | None = None
     ) -> torch.Tensor:
         """Logits (tokens, vocabulary) float32 of whole sequences packed into one pass, on a cache of their own."""
-        block_size = 16
         lengths = [len(row) for row in rows]
         blocks = torch.cat([torch.full((n,), i, device=self.device) for i, n in enumerate(lengths)])
         positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])
@@ -292,7 +307,7 @@ class Base:
         attention = AttentionBatch(blocks, positions, None, 0, tuple(spans))
         context = StepContext(attention, layout, layout, None)
         if self.kv_shapes:
-            self.attention.cache = KVCache(self.kv_shapes, len(rows), block_size, self.kv_dtype, self.device)
+            self.attention.cache = self._probe_cache(len(rows))
         for site in self.sites.sites:
             site.observer = observer
         try:
@@ -302,6 +317,30 @@ class Base:
             self.attention.cache = None
             for site in self.sites.sites:
                 site.observer = None
+
+    def _probe_cache(self, num_blocks: int) -> KVCache:
+        return KVCache(self.kv_shapes, num_blocks, 16, self.kv_dtype, self.device)
+
+    def _decode_probe(self, rows: list[torch.Tensor]) -> torch.Tensor:
+        """Logits (rows, vocabulary) float32 of two decodes of each row's first token, one after the other.
+
+        The second attends to two tokens, so that positions count.
+        """
+        num, device = len(rows), self.device
+        numbers = torch.arange(num, device=device)
+        layout = TokenLayout(torch.zeros(num, dtype=torch.long, device=device), num, ())
+        self.attention.cache = self._probe_cache(num)
+        try:
+            for position in (0, 1):
+                offsets = torch.full((num,), position, device=device)
+                zeros = torch.zeros_like(offsets)
+                decode = DecodeBatch(offsets + 1, numbers, numbers, zeros, ((0, num, 0),), True, None, position + 1)
+                context = StepContext(AttentionBatch(numbers, offsets, decode, num, ()), layout, layout, None)
+                ids = torch.stack([row[position] for row in rows])
+                logits = self.forward(ids, offsets, numbers, context)
+        finally:
+            self.attention.cache = None
+        return logits.float()
 
 
 def _difference(expected: torch.Tensor, found: torch.Tensor) -> float:

@@ -94,6 +94,7 @@ class StepContext:
     shrunk: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     stack_shrunk: dict[int, tuple[torch.Tensor, StackHidden]] = field(default_factory=dict)
     fused: dict[int, FusedOutput] = field(default_factory=dict)
+    kv_rows: dict[int, torch.Tensor] = field(default_factory=dict)  # by kv heads: where the step's tokens are cached
 
 
 class Scope:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from server.model.compact import compact_norm
 from server.model.context import Scope
 from server.model.site import SiteKind
 from server.model.sites import BaseSite
@@ -40,6 +41,12 @@ class NormSite(BaseSite):
     @cached_property
     def _bare(self) -> nn.Module:
         return self._with_weight(1.0 - self.weight_offset)
+
+    def compact(self) -> bool:
+        """Computes the norm with one operator from now on; False where that would not give the same."""
+        forward = compact_norm(self.module, self._base)
+        self._base = forward or self._base
+        return forward is not None
 
     @property
     def _probe(self) -> torch.Tensor:

@@ -210,6 +210,19 @@ def scale_shift(x: torch.Tensor, scales: torch.Tensor, shifts: torch.Tensor, lay
     return shifted.addcmul_(x.float(), scales.index_select(0, layout.adapters)).to(x.dtype)
 
 
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotary embedding, in place, of heads whose halves are pairs (Su et al. 2021, arXiv:2104.09864, as in Llama).
+
+    x (tokens, heads, width), cos and sin (tokens, 1, width); the first half of sin is negated.
+
+    Semantics:
+        for i in range(width):
+            y[..., i] = cos[..., i] * x[..., i] + sin[..., i] * x[..., (i + width // 2) % width]
+    """
+    other = torch.roll(x, x.shape[-1] // 2, dims=-1)
+    x.mul_(cos).addcmul_(other, sin)
+
+
 def store_kv(
     keys: torch.Tensor,
     values: torch.Tensor,

@@ -1,0 +1,145 @@
+"""Parts of stock models computed with fewer operators: RMS norms, and the rotary attention of decodes.
+
+Owns what stands for what, and the proof at load that it gives the same. A step of few tokens is hundreds of operators
+of a few microseconds each, so their number is its time. Knows nothing about adapters, nor about sequences.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+
+from server.model.attention import PagedAttention, is_attention
+from server.model.context import Scope, StepContext
+from server.ops import rotate
+
+_ROTARY = (modeling_llama.LlamaAttention, modeling_mistral.MistralAttention, modeling_qwen2.Qwen2Attention)
+_ROTARY_FUNCTIONS = ("apply_rotary_pos_emb", "rotate_half")
+
+
+_Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+def compact_norm(norm: nn.Module, stock: _Forward) -> _Forward | None:
+    """A forward of one operator for an RMS norm whose own is `stock`; None for any other norm.
+
+    y = weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, arXiv:1910.07467). Tried on rows of several sizes:
+    it must be within the rounding of the norm's own dtype.
+    """
+    weight: Any = norm.weight
+    eps = next((e for name in ("variance_epsilon", "eps") if isinstance(e := getattr(norm, name, None), float)), None)
+    if eps is None or weight.is_meta:
+        return None
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, weight.shape, weight, eps) if x.dtype is weight.dtype else stock(x)
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([[0.0], [1e-3], [1.0], [1e3]])
+    rows = (torch.randn(4, len(weight), generator=generator) * sizes + sizes / 4).to(weight.device, weight.dtype)
+    limit = 4 * torch.finfo(weight.dtype).eps
+    with torch.inference_mode():
+        own = stock(rows)
+        is_same = own.dtype is weight.dtype and torch.allclose(forward(rows), own, rtol=limit, atol=limit * 1e-3)
+    return forward if is_same else None
+
+
+@dataclass(slots=True)
+class _Angles:
+    """The rotary embedding of a step, as `rotate` wants it; the same for all layers that are given the same."""
+
+    given: torch.Tensor
+    cos: torch.Tensor  # (tokens, 1, width) float32
+    sin: torch.Tensor  # the same, its first half negated
+
+
+class DecodeAttentions:
+    """The attention modules of a base that are Llama's by their code, with a forward of their own for decodes.
+
+    Keys and values of a step are rotated together, in the dtype of the cache, and stored at once. A step that does
+    anything else - prefills, ops at keys and values, kernels - takes the module's own forward.
+    """
+
+    def __init__(self, model: nn.Module, attention: PagedAttention, scope: Scope) -> None:
+        self._attention = attention
+        self._scope = scope
+        self._angles: _Angles | None = None
+        self._modules = [module for module in model.modules() if is_attention(module) and _is_rotary(module)]
+        for module in self._modules:
+            module.forward = self._forward_of(module)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def remove(self) -> None:
+        """Gives the modules their own forward back."""
+        for module in self._modules:
+            del module.forward
+        self._modules = []
+
+    def _forward_of(self, module: Any) -> Callable[..., Any]:
+        stock = module.forward
+
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            context = self._scope.current
+            angles = kwargs.get("position_embeddings")
+            if context is None or angles is None or not self._can_serve(context):
+                return stock(hidden_states, *args, **kwargs)
+            return module.o_proj(self._attend(module, hidden_states, angles, context)), None
+
+        return forward
+
+    def _can_serve(self, context: StepContext) -> bool:
+        batch = context.attention
+        is_decode = batch.decode is not None and not batch.prefills
+        return is_decode and context.ops is None and self._attention.cache is not None
+
+    def _attend(
+        self, module: Any, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], context: StepContext
+    ) -> torch.Tensor:
+        """(1, tokens, hidden) -> (1, tokens, heads * width)."""
+        assert self._attention.cache is not None
+        num_tokens, width, dtype = x.shape[1], module.head_dim, self._attention.cache.dtype
+        q, k, v = module.q_proj(x), module.k_proj(x), module.v_proj(x)
+        num_kv = k.shape[-1] // width
+        heads = torch.cat((q, k, v), dim=-1).to(dtype).view(num_tokens, -1, width)
+        turns = self._turns(angles, dtype)
+        rotate(heads[:, :-num_kv], turns.cos, turns.sin)
+        query, keys_values = heads[:, : -2 * num_kv], heads[:, -2 * num_kv :]
+        out = self._attention.decode(module.layer_idx, query, keys_values, context)
+        return out.to(x.dtype).view(1, num_tokens, -1)
+
+    def _turns(self, angles: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype) -> _Angles:
+        if self._angles is None or self._angles.given is not angles[0]:
+            cos, sin = (t[0, :, None].to(dtype) for t in angles)
+            half = sin.shape[-1] // 2
+            self._angles = _Angles(angles[0], cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1))
+        return self._angles
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    """Whether a module's forward is that of Llama, Mistral or Qwen 2, to the letter, as it is in their many copies."""
+    forward = _code(type(module).forward)
+    return any(
+        forward == _code(known.forward)
+        and all(_rotary_function(type(module), name) == _rotary_function(known, name) for name in _ROTARY_FUNCTIONS)
+        for known in _ROTARY
+    )
+
+
+def _rotary_function(attention: type[nn.Module], name: str) -> str | None:
+    return _code(inspect.unwrap(attention.forward).__globals__.get(name))
+
+
+def _code(function: Any) -> str | None:
+    try:
+        return inspect.getsource(inspect.unwrap(function))
+    except (OSError, TypeError):  # made at run time, or no function: nobody knows what it does
+        return None
