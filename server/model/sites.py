@@ -154,6 +154,8 @@ class BaseSite:
             product, is_done = self._plain(scale(flat, edits.in_scale, layout)), False
         else:
             product, is_done = self._product(x, context, group, layout, is_own=is_own)
+            if is_done and edits.out_scale is None and edits.out_shift is None:
+                return product
         y = product.view(-1, self.d_out)
         if edits.has_rows and not is_done:
             self._add_low_rank(y, x, group, layout, context)
@@ -197,9 +199,7 @@ class BaseSite:
         if known is None or known.input is not x:
             output = self.fused(x)
             is_joint = group is not None and group.is_joint
-            if is_joint:
-                assert group is not None
-                assert group.stack is not None
+            if group is not None and group.stack is not None and is_joint:
                 hidden = self._stack_hidden(x, group.stack, layout, context)
                 pieces = (0, len(group.stack.owners))
                 expand_stack(output.view(-1, output.shape[-1]), hidden, group.stack, pieces, layout)

@@ -126,6 +126,18 @@ class Stack:
     owner_index: torch.Tensor | None = None  # (pieces,) the same; None where piece i is the whole output of member i
     mid_scale: torch.Tensor | None = None  # (adapters, 1, members with rows * rank) float32
     mid_shift: torch.Tensor | None = None  # the same
+    # Views as the products want them: a view costs as much to make as a small operator.
+    down_columns: torch.Tensor = field(init=False)  # (adapters, d_in, members with rows * rank)
+    up_pieces: torch.Tensor = field(init=False)  # (adapters * pieces, rank, width)
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether the pieces are few enough to be one product."""
+        return len(self.owners) <= _MAX_PIECES
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "down_columns", self.down.transpose(1, 2))
+        object.__setattr__(self, "up_pieces", self.up.view(-1, *self.up.shape[2:]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +172,13 @@ class GroupEdits:
     mid_shift: torch.Tensor | None = None  # (S, rows) float32, zero for foreign rows; None when 0 everywhere
     offsets: tuple[int, ...] = (0,)
     columns: tuple[torch.Tensor | slice | None, ...] = ()  # rows of each adapter, over all members
+    is_joint: bool = field(init=False)  # whether the low-rank parts of all members can be added at once, side by side
 
-    @property
-    def is_joint(self) -> bool:
-        """Whether the low-rank parts of all members can be added to their outputs, side by side, at once."""
-        if self.stack is None or len(self.stack.owners) > _MAX_PIECES:
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_joint", self._is_joint())
+
+    def _is_joint(self) -> bool:
+        if self.stack is None or not self.stack.is_coarse:
             return False
         return all(
             edits is not None and edits.has_rows and edits.in_scale is None and edits.up_scale is None

@@ -4,12 +4,15 @@ Owns the arithmetic. Knows nothing about how rows are stored, what a method is, 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
 from server.ops.edits import GroupEdits, Lanes, Run, SiteEdits, Stack, TokenLayout
+
+_MAX_TURNED_PLACES = 128  # of lanes, whose outputs are copied once more to make one product of all pieces
 
 
 def shrink(x: torch.Tensor, group: GroupEdits, layout: TokenLayout) -> torch.Tensor:
@@ -78,12 +81,14 @@ def expand(y: torch.Tensor, h: torch.Tensor, edits: SiteEdits, layout: TokenLayo
             part.addcmul_(h[run.start : run.end, columns] @ edits.up[columns], edits.up_scale[run.adapter])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StackHidden:
     """The hidden activations of a step's tokens at a group with a matrix per adapter, all its members side by side."""
 
     lanes: torch.Tensor | None  # (lanes, length, members with rows * rank)
     runs: tuple[torch.Tensor, ...]  # (tokens of the run, members with rows * rank) of each run after the lanes
+    # (places, pieces * width): what the lanes give for all members at once, where one of them has been asked for.
+    outputs: torch.Tensor | None = None
 
 
 def shrink_stack(x: torch.Tensor, stack: Stack, layout: TokenLayout) -> StackHidden:
@@ -93,14 +98,19 @@ def shrink_stack(x: torch.Tensor, stack: Stack, layout: TokenLayout) -> StackHid
 
 
 def _shrink_lanes(x: torch.Tensor, stack: Stack, lanes: Lanes) -> torch.Tensor:
-    rows = x[: lanes.num_tokens] if lanes.is_ordered else x.index_select(0, lanes.tokens)
+    rows = _first(x, lanes.num_tokens) if lanes.is_ordered else x.index_select(0, lanes.tokens)
     inputs = rows.to(stack.down.dtype).view(lanes.num, lanes.length, -1)
-    h = torch.bmm(inputs, stack.down.transpose(1, 2))
+    h = torch.bmm(inputs, stack.down_columns)
     if stack.mid_scale is not None:
         h *= stack.mid_scale
     if stack.mid_shift is not None:
         h += stack.mid_shift
     return h
+
+
+def _first(x: torch.Tensor, num: int) -> torch.Tensor:
+    """x[:num] without an operator where that is all of it."""
+    return x if x.shape[0] == num else x[:num]
 
 
 def _shrink_run(x: torch.Tensor, stack: Stack, run: Run) -> torch.Tensor:
@@ -124,10 +134,28 @@ def expand_stack(
 
     `hidden` from `shrink_stack`; up_scale (S, pieces * width).
     """
-    is_whole = pieces == (0, len(stack.owners)) and up_scale is None
-    if is_whole and hidden.lanes is not None and hidden.lanes.shape[1] == 1 and layout.lanes is not None:
-        _add_lanes(y, _all_pieces(hidden.lanes, stack), layout.lanes)
-        hidden = StackHidden(None, hidden.runs)
+    width = stack.up.shape[3]
+    in_lanes = hidden.lanes
+    if in_lanes is not None and layout.lanes is not None and _is_short(in_lanes, stack):
+        if hidden.outputs is None:
+            hidden.outputs = _all_pieces(in_lanes, stack)
+        out = hidden.outputs[:, pieces[0] * width : pieces[1] * width]
+        _add_lanes(y, out, layout.lanes, None if up_scale is None else (up_scale, layout))
+        in_lanes = None
+    if in_lanes is not None or hidden.runs:
+        _expand_members(y, in_lanes, hidden.runs, stack, pieces, layout, up_scale)
+
+
+def _expand_members(
+    y: torch.Tensor,
+    in_lanes: torch.Tensor | None,
+    in_runs: Sequence[torch.Tensor],
+    stack: Stack,
+    pieces: tuple[int, int],
+    layout: TokenLayout,
+    up_scale: torch.Tensor | None,
+) -> None:
+    """As `expand_stack`, a product for each member."""
     width = stack.up.shape[3]
     for first, last in stack.spans:
         if first == last or not pieces[0] <= first < pieces[1]:
@@ -136,11 +164,11 @@ def expand_stack(
         member = slice(at, at + stack.rank)
         columns = slice((first - pieces[0]) * width, (last - pieces[0]) * width)
         scales = None if up_scale is None else up_scale[:, columns]
-        if hidden.lanes is not None and layout.lanes is not None:
+        if in_lanes is not None and layout.lanes is not None:
             up = _up_of(stack.up[:, first:last])
-            out = torch.bmm(hidden.lanes[:, :, member], up).view(-1, up.shape[2])
+            out = torch.bmm(in_lanes[:, :, member], up).view(-1, up.shape[2])
             _add_lanes(y[:, columns], out, layout.lanes, None if scales is None else (scales, layout))
-        for run, h in zip(layout.runs_after_lanes, hidden.runs, strict=True):
+        for run, h in zip(layout.runs_after_lanes, in_runs, strict=True):
             out = h[:, member] @ _up_of(stack.up[run.adapter - 1, first:last])
             if scales is not None:
                 out *= scales[run.adapter]
@@ -152,12 +180,23 @@ def _up_of(pieces: torch.Tensor) -> torch.Tensor:
     return pieces.transpose(-3, -2).flatten(-2)
 
 
+def _is_short(h: torch.Tensor, stack: Stack) -> bool:
+    """Whether one product for all pieces saves more than turning its outputs round costs; lanes of one need none."""
+    return stack.is_coarse and (h.shape[1] == 1 or h.shape[0] * h.shape[1] <= _MAX_TURNED_PLACES)
+
+
 def _all_pieces(h: torch.Tensor, stack: Stack) -> torch.Tensor:
-    """One batched product for all outputs of lanes of one token: h (lanes, 1, ...) -> (lanes, pieces * width)."""
-    num = h.shape[0]
-    by_member = h.view(num, -1, 1, stack.rank)
-    by_piece = by_member if stack.owner_index is None else by_member.index_select(1, stack.owner_index)
-    return torch.bmm(by_piece.reshape(-1, 1, stack.rank), stack.up.flatten(0, 1)).view(num, -1)
+    """One batched product for all outputs of lanes: h (lanes, length, ...) -> (lanes * length, pieces * width)."""
+    num, length = h.shape[:2]
+    if length == 1:
+        if stack.owner_index is not None:
+            h = h.view(num, -1, stack.rank).index_select(1, stack.owner_index)
+        return torch.bmm(h.view(-1, 1, stack.rank), stack.up_pieces).view(num, -1)
+    h = h.view(num, length, -1, stack.rank).transpose(1, 2)
+    if stack.owner_index is not None:
+        h = h.index_select(1, stack.owner_index)
+    out = torch.bmm(h.reshape(-1, length, stack.rank), stack.up_pieces)
+    return out.view(num, -1, length, out.shape[2]).transpose(1, 2).reshape(num * length, -1)
 
 
 def _add_lanes(
@@ -170,8 +209,8 @@ def _add_lanes(
         out.masked_fill_(lanes.bare, 0)
     if scaled is not None:
         up_scale, layout = scaled
-        out *= up_scale.index_select(0, layout.adapters[: lanes.num_tokens])
-    y[: lanes.num_tokens] += out.to(y.dtype)  # cast first: a sum of two dtypes takes three passes
+        out = out * up_scale.index_select(0, layout.adapters[: lanes.num_tokens])
+    _first(y, lanes.num_tokens).add_(out.to(y.dtype))  # cast first: a sum of two dtypes takes three passes
 
 
 def embed_low_rank(
