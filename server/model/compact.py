@@ -28,7 +28,7 @@ _Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 def compact_norm(norm: nn.Module, stock: _Forward) -> _Forward | None:
-    """A forward of one operator for an RMS norm whose own is `stock`; None for any other norm.
+    """A forward of few operators for an RMS norm whose own is `stock`; None for any other norm.
 
     y = weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, arXiv:1910.07467). Tried on rows of several sizes:
     it must be within the rounding of the norm's own dtype.
@@ -38,8 +38,10 @@ def compact_norm(norm: nn.Module, stock: _Forward) -> _Forward | None:
     if eps is None or weight.is_meta:
         return None
 
+    compact = _fused_norm(weight, eps) if weight.is_cuda else _norm_by_length(weight, eps)
+
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, weight.shape, weight, eps) if x.dtype is weight.dtype else stock(x)
+        return compact(x) if x.dtype is weight.dtype else stock(x)
 
     generator = torch.Generator().manual_seed(0)
     sizes = torch.tensor([[0.0], [1e-3], [1.0], [1e3]])
@@ -49,6 +51,23 @@ def compact_norm(norm: nn.Module, stock: _Forward) -> _Forward | None:
         own = stock(rows)
         is_same = own.dtype is weight.dtype and torch.allclose(forward(rows), own, rtol=limit, atol=limit * 1e-3)
     return forward if is_same else None
+
+
+def _fused_norm(weight: torch.Tensor, eps: float) -> _Forward:
+    return lambda x: F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _norm_by_length(weight: torch.Tensor, eps: float) -> _Forward:
+    """sqrt(n) * weight * x / sqrt(||x||^2 + n * eps): on a CPU, where PyTorch's fused norm is a dozen operators."""
+    width = len(weight)
+    scaled, least = weight.float() * width**0.5, torch.tensor(width * eps)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        exact = x.float()
+        length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+        return (exact * torch.rsqrt(torch.addcmul(least, length, length))).mul_(scaled).to(x.dtype)
+
+    return forward
 
 
 @dataclass(slots=True)

@@ -99,7 +99,7 @@ class SiteTable:
                     site.fused = fused
 
     def compact_norms(self) -> int:
-        """Computes norms with one operator where that gives the same; returns how many."""
+        """Computes norms with fewer operators where that gives the same; returns how many."""
         return sum(site.compact() for site in self.sites if isinstance(site, NormSite))
 
     @property

@@ -43,7 +43,7 @@ class NormSite(BaseSite):
         return self._with_weight(1.0 - self.weight_offset)
 
     def compact(self) -> bool:
-        """Computes the norm with one operator from now on; False where that would not give the same."""
+        """Computes the norm with fewer operators from now on; False where that would not give the same."""
         forward = compact_norm(self.module, self._base)
         self._base = forward or self._base
         return forward is not None

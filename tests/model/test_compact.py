@@ -33,7 +33,7 @@ def sequences() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Qwen2RMSNorm])
-def test_an_rms_norm_is_one_operator_within_the_rounding_of_its_dtype(
+def test_an_rms_norm_of_fewer_operators_is_within_the_rounding_of_its_dtype(
     kind: type[nn.Module], dtype: torch.dtype
 ) -> None:
     norm = kind(WIDTH).to(dtype)
