@@ -39,6 +39,7 @@ from server.api.keys.keyring import Keyring
 from server.api.services import BaseInfo, ChatOptions, HttpOptions, Services
 from server.engine.blocks import BlockPool
 from server.engine.engine import Engine
+from server.engine.recording import CudaRecorder, Recorder
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.ground.config import Settings
@@ -64,7 +65,7 @@ _BLOCK_SIZE = {"cpu": 128, "cuda": 64}
 _GARBAGE_INTERVAL_S = 3600.0
 _KEYS_INTERVAL_S = 1.0  # within which a key that was taken out of its file is refused
 _KV_PART = {"cpu": 0.25, "cuda": 1.0}  # of what the base and the adapters leave of the memory share
-_GRAPH_BYTES = {"cpu": 0, "cuda": 256 << 20}  # a reserve: what capturing decode steps takes is known afterwards
+_GRAPH_BYTES = 256 << 20  # a reserve: what recording decode steps takes is known afterwards
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,13 +253,33 @@ def _engine(
     limits, reuses = _limits(settings, max_context), _reuses_prefixes(settings, base)
     scheduler = Scheduler(limits, blocks, registry, tokenizer.eos_ids, reuses_prefixes=reuses)
     with _fitting("the KV cache", "--kv-memory"):
-        runner = Runner(base, adapters, blocks.num_blocks, blocks.block_size, kernels)
+        runner = Runner(
+            base,
+            adapters,
+            blocks.num_blocks,
+            blocks.block_size,
+            kernels,
+            recorder=_recorder(settings, base.device),
+            max_recorded=limits.max_sequences,
+            max_context=scheduler.max_total_tokens,
+        )
+    if runner.graphs is not None:
+        runner.graphs.record_all(lambda done, total: log.info("recorded %d of %d sizes of decode steps", done, total))
     metrics.watch(lambda: _memory(base, adapters, runner))
     overlaps = settings.overlap == "on" or (settings.overlap == "auto" and base.device.type == "cuda")
     engine = Engine(
         scheduler, blocks, runner, tokenizer, metrics.step, overlaps=overlaps, max_step_s=settings.step_timeout
     )
     return scheduler, runner, engine
+
+
+def _recorder(settings: Settings, device: torch.device) -> Recorder | None:
+    """What makes graphs of decode steps; None where they are launched kernel by kernel."""
+    return CudaRecorder(device) if _makes_graphs(settings, device) else None
+
+
+def _makes_graphs(settings: Settings, device: torch.device) -> bool:
+    return device.type == "cuda" and settings.ops == "triton" and settings.graphs == "auto"
 
 
 def _read_template(path: Path | None) -> str | None:
@@ -413,7 +434,7 @@ def _plan(settings: Settings, size: BaseSize, device: torch.device, loaded_bytes
     block_size = min(settings.block_size or _BLOCK_SIZE[device.type], -(-max_context // 8) * 8)
     needs = MemoryNeeds(
         base_bytes=size.base_bytes,
-        graph_bytes=_GRAPH_BYTES[device.type],
+        graph_bytes=_GRAPH_BYTES if _makes_graphs(settings, device) else 0,
         adapter_bytes=settings.adapter_memory,
         workspace_bytes=workspace_bytes(size.config, settings.max_batch_tokens, settings.max_sequences),
         block_bytes=KVCache.block_bytes(size.kv_shapes, block_size, size.kv_dtype),

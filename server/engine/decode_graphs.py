@@ -77,14 +77,18 @@ class DecodeGraphs:
     def record_all(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Makes those of the bare base, the largest first: the others then find its memory. Those with adapters are
         made when they are first wanted, as they depend on what adapters edit."""
-        started = time.perf_counter()
+        started, reserved_bytes = time.perf_counter(), self._reserved_bytes()
         for done, size in enumerate(reversed(self._sizes)):
             progress(done, len(self._sizes))
             if self._fault is None:
                 self._find(size, has_adapters=False)
         progress(len(self._sizes), len(self._sizes))
         if self._fault is None:
-            log.info("recorded decode steps of %s sequences in %.1f s", self._sizes, time.perf_counter() - started)
+            took_s, took_mib = time.perf_counter() - started, (self._reserved_bytes() - reserved_bytes) / (1 << 20)
+            log.info("decode steps of %s sequences are graphs: %.1f s, %.0f MiB", self._sizes, took_s, took_mib)
+
+    def _reserved_bytes(self) -> int:
+        return torch.cuda.memory_reserved(self._base.device) if self._base.device.type == "cuda" else 0
 
     def can_run(self, items: Listing[ScheduledSequence]) -> bool:
         """Whether a step is of single tokens that all choose a next one, and of nothing that only a prefill knows."""

@@ -336,6 +336,11 @@ class Settings(BaseSettings):
             "whether a step is prepared while the device computes the one before; auto: with a GPU",
         ),
     ] = "auto"
+    graphs: Annotated[
+        Literal["auto", "off"],
+        BeforeValidator(_on_or_off),
+        Flag("limits", "{auto,off}", "whether decode steps are CUDA graphs; auto: with a GPU and --ops triton"),
+    ] = "auto"
 
     config: Annotated[UserPath | None, Flag("process", "FILE", "YAML file with any of these settings as keys")] = None
     ops: Annotated[
