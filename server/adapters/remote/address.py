@@ -91,6 +91,12 @@ class AllowList:
         """Raises StartupRefused for a prefix that is none."""
         self._prefixes = tuple(_prefix(text) for text in prefixes)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AllowList) and self._prefixes == other._prefixes
+
+    def __hash__(self) -> int:
+        return hash(self._prefixes)
+
     def check(self, address: Address) -> None:
         """Raises Forbidden for an address under none of the prefixes, whatever is there."""
         if not self._prefixes:

@@ -1,10 +1,12 @@
 """The keys in force: found by their secret, and read again when their file changes."""
 
+import json
 import logging
 from pathlib import Path
 
 import pytest
 
+from server.adapters.audit import LOGGER
 from server.api.keys.keyring import SINGLE, Keyring
 from server.ground.errors import StartupRefused
 from tests.api.keys.tenants import entry, secret_of, write_keys
@@ -39,6 +41,17 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     keyring.refresh()
     assert (found(keyring, "one"), found(keyring, "two")) == (None, "two")
     assert changes == [["two", "three"]]
+
+
+def test_the_audit_log_tells_which_keys_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    same = entry("same", adapters=["x-*"], sources=["hf://acme/"], limits={"adapters": 3})
+    file = write_keys(tmp_path / "keys.yaml", same, entry("other", sources=["hf://acme/"]), entry("gone"))
+    keyring = Keyring(file)
+    write_keys(file, entry("new"), entry("other", sources=["hf://beta/"]), same)
+    with caplog.at_level(logging.INFO, LOGGER):
+        keyring.refresh()
+    line = json.loads(caplog.records[-1].message)
+    assert (line["added"], line["removed"], line["changed"]) == (["new"], ["gone"], ["other"])
 
 
 def test_a_broken_file_keeps_the_old_keys_and_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
