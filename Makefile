@@ -13,6 +13,8 @@ INSTALLED_FROM := pyproject.toml constraints.txt
 TESTED := $(BIN)/python -m pytest
 # A process for each core, up to four: each loads PyTorch. A file's tests stay together, with what they share.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
+# promtool and prometheus, for the tests of deploy/: those of the machine, or Debian's package, unpacked beside the clients.
+PROMETHEUS := .clients/prometheus/.tried
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-all lint format types audit check bench load gpu demo clean python-is-new-enough
@@ -23,10 +25,10 @@ help:  ## list the targets
 serve: $(VENV)/.serve  ## install what serving needs and start the server on the built-in demo
 	@$(BIN)/graft serve $(ARGS)
 
-test: $(VENV)/.test  ## the tests, without those marked slow or gpu
+test: $(VENV)/.test $(PROMETHEUS)  ## the tests, without those marked slow or gpu
 	$(TESTED) $(SIDE_BY_SIDE) -m "not slow and not gpu" $(ARGS)
 
-test-all: $(VENV)/.test  ## the tests with the slow ones; installs clients into .clients (docs/clients.md)
+test-all: $(VENV)/.test $(PROMETHEUS)  ## the tests with the slow ones; installs clients into .clients (docs/clients.md)
 	$(TESTED) $(SIDE_BY_SIDE) -m "not gpu" $(ARGS)
 
 lint: $(VENV)/.test  ## ruff, formatting, and the contract that imports go down the floors
@@ -79,6 +81,14 @@ $(VENV)/.train: $(INSTALLED_FROM) | python-is-new-enough
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) -e '.[train]'
 	@touch $@ $(VENV)/.serve
+
+# Tried once: where it cannot be had, its tests are skipped. `rm` this file to try again.
+$(PROMETHEUS):
+	@mkdir -p $(@D)
+	@command -v promtool >/dev/null || { cd $(@D) && { apt-get download -q prometheus || \
+	  { apt-get update -q && apt-get download -q prometheus; }; } && dpkg -x prometheus_*.deb . && rm prometheus_*.deb; } \
+	  || echo "Prometheus cannot be installed here: the tests that need it are skipped (Debian's package: prometheus)" >&2
+	@touch $@
 
 python-is-new-enough:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -19,6 +19,10 @@ _STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 1
 _STEP_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
+RESULTS = ("stored", "unchanged", "rejected", "failed", "abandoned")  # of an upload or a merge
+_OUTCOMES = ("done", "failed", "cancelled")
+_FINISH_REASONS = ("stop", "length", "abort", "error")
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -30,14 +34,15 @@ class Family:
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()  # of a histogram
     is_watched: bool = False
+    values: tuple[str, ...] = ()  # of its only label: each is there from the start, so that its first event is a rise
 
 
-def _counter(name: str, text: str, *labels: str) -> Family:
-    return Family(name, "counter", text, labels)
+def _counter(name: str, text: str, *labels: str, values: tuple[str, ...] = ()) -> Family:
+    return Family(name, "counter", text, labels, values=values)
 
 
-def _histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Family:
-    return Family(name, "histogram", text, labels, buckets)
+def _histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str, values: tuple[str, ...] = ()) -> Family:
+    return Family(name, "histogram", text, labels, buckets, values=values)
 
 
 def _gauge(name: str, text: str, *labels: str) -> Family:
@@ -63,7 +68,7 @@ SEQUENCES = (
     _gauge("graft_sequences_running", "Sequences that take part in steps now."),
     _gauge("graft_sequences_waiting", "Accepted sequences that no step has taken yet, and preempted ones."),
     _gauge("graft_sequences_short_of_room", "Those of them whose adapter finds no room on the device."),
-    _counter("graft_sequences_finished_total", "Sequences that ended.", "finish_reason"),
+    _counter("graft_sequences_finished_total", "Sequences that ended.", "finish_reason", values=_FINISH_REASONS),
     _counter("graft_prompt_tokens_total", "Prompt tokens of sequences that ended."),
     _counter("graft_output_tokens_total", "Tokens generated."),
     _histogram("graft_time_to_first_token_seconds", "From submission to a sequence's first token.", _FIRST_TOKEN_S),
@@ -140,6 +145,7 @@ ADAPTERS = (
         "Moves of adapters that succeeded: store_to_host or host_to_device.",
         _SHORT_S,
         "transition",
+        values=("store_to_host", "host_to_device"),
     ),
     _total(
         "graft_adapter_overflows_total", "Steps in which the output with an adapter overflowed, each adapter counted."
@@ -180,10 +186,10 @@ EACH_ADAPTER = (
 )
 
 ARRIVALS = (
-    _counter("graft_uploads_total", "Uploads by result: stored, unchanged, rejected, failed or abandoned.", "result"),
-    _counter("graft_merges_total", "Merges by result: stored, unchanged, rejected, failed or abandoned.", "result"),
+    _counter("graft_uploads_total", "Uploads that ended, by how.", "result", values=RESULTS),
+    _counter("graft_merges_total", "Merges that ended, by how.", "result", values=RESULTS),
     _histogram("graft_merge_seconds", "Merges that were stored, their wait included.", _LONG_S),
-    _counter("graft_adapter_fetches_total", "Fetches from a source that ended: done, failed or cancelled.", "outcome"),
+    _counter("graft_adapter_fetches_total", "Fetches from a source that ended, by how.", "outcome", values=_OUTCOMES),
     _counter("graft_adapter_fetched_bytes_total", "Bytes fetched from sources, those of failed fetches counted."),
     _gauge("graft_adapter_fetches_running", "Adapters being fetched from a source."),
     _gauge("graft_adapter_fetches_waiting", "Adapters that wait to be fetched."),

@@ -62,10 +62,17 @@ class Metrics:
         ProcessCollector(registry=self.registry)
 
     def _counter(self, family: Family) -> Counter:
-        return Counter(family.name, family.text, family.labels, registry=self.registry)
+        counter = Counter(family.name, family.text, family.labels, registry=self.registry)
+        for value in family.values:
+            counter.labels(value)
+        return counter
 
     def _histogram(self, family: Family) -> Histogram:
-        return Histogram(family.name, family.text, family.labels, buckets=family.buckets, registry=self.registry)
+        labels, buckets = family.labels, family.buckets
+        histogram = Histogram(family.name, family.text, labels, buckets=buckets, registry=self.registry)
+        for value in family.values:
+            histogram.labels(value)
+        return histogram
 
     def _observe(self, name: str, value: float) -> None:
         self._histograms[name].observe(value)

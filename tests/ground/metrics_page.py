@@ -32,7 +32,10 @@ def _table(families: Iterable[Family]) -> str:
 
 
 def _labels(family: Family) -> str:
-    return ": " + ", ".join(f"`{label}`" for label in family.labels) if family.labels else ""
+    if not family.labels:
+        return ""
+    values = " = " + ", ".join(family.values) if family.values else ""
+    return ": " + ", ".join(f"`{label}`" for label in family.labels) + values
 
 
 def written(page: str) -> str:
