@@ -151,7 +151,7 @@ def _memory(settings: Settings, options: BaseOptions) -> Iterator[Finding]:
         yield Finding("memory", "plan", error.message, State.MISSING)
         return
     if found is None:
-        yield Finding("memory", "plan", "unknown until the base's files are on this machine", State.NOTE)
+        yield Finding("memory", "plan", "unknown: the base's files are not on this machine, or do not tell", State.NOTE)
         return
     for name, num_bytes, why in found.rows():
         at_least = "at least " if name == "base" else ""

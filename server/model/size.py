@@ -89,7 +89,8 @@ def workspace_bytes(config: PreTrainedConfig, max_tokens: int, max_rows: int) ->
     """
     text: Any = config.get_text_config()
     hidden = int(text.hidden_size)
-    inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    inner = int(max(inner) if isinstance(inner, list | tuple) else inner)  # some models have one for each layer
     return 4 * (max_tokens * (4 * hidden + 3 * inner) + max_rows * 5 * int(text.vocab_size))
 
 
