@@ -183,7 +183,9 @@ def _store(settings: Settings) -> Finding:
             open_store(settings, create=True).close()
             return Finding("places", "store", f"{settings.store} answers")
         return _folder(settings.store)
-    except (GraftError, OSError) as error:
+    except GraftError as error:
+        return Finding("places", "store", error.message, State.MISSING)
+    except OSError as error:
         return Finding("places", "store", f"--store {settings.store}: {error}", State.MISSING)
 
 
