@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         save_model(folder / "model")
-        _save_adapters(folder, workload)
+        save_adapters(folder, workload)
         for base in arguments.quantize:
             rows += _measure(folder, base, arguments, workload, console)
     console.print(_table(rows))
@@ -115,7 +115,7 @@ def _measure(folder: Path, base: str, arguments: argparse.Namespace, workload: W
     )
     runs: dict[tuple[str, str], Callable[[], float]] = {}
     for label, names in _mixes(workload.num_streams).items():
-        runs["graftserve", label] = lambda names=names: _run_engine(server, names, workload)  # type: ignore[misc]
+        runs["graftserve", label] = lambda names=names: run_engine(server, names, workload)  # type: ignore[misc]
     if not arguments.no_peers:
         runs |= _peers(folder, base, server, workload)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
@@ -160,13 +160,13 @@ def _mixes(num_streams: int) -> dict[str, list[str | None]]:
     }
 
 
-def _prompts(workload: Workload) -> torch.Tensor:
+def prompts_of(workload: Workload) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     shape = (workload.num_streams, workload.num_prompt_tokens)
     return torch.randint(8, VOCAB_SIZE, shape, generator=generator)
 
 
-def _run_engine(server: Server, names: Sequence[str | None], workload: Workload) -> float:
+def run_engine(server: Server, names: Sequence[str | None], workload: Workload) -> float:
     """Seconds from the first submission to the last token of all streams."""
 
     async def stream(number: int, name: str | None, prompt: list[int]) -> None:
@@ -178,7 +178,7 @@ def _run_engine(server: Server, names: Sequence[str | None], workload: Workload)
                 raise delta.error
 
     async def all_streams() -> None:
-        prompts = _prompts(workload).tolist()
+        prompts = prompts_of(workload).tolist()
         await asyncio.gather(*(stream(i, name, prompts[i]) for i, name in enumerate(names)))
 
     started = time.perf_counter()
@@ -209,7 +209,7 @@ def _peers(folder: Path, base: str, server: Server, workload: Workload) -> dict[
     for name in names[1:]:
         mixed.load_adapter(str(folder / "adapters" / name), adapter_name=name)
     mixed.eval()
-    prompts = _prompts(workload).to(device)
+    prompts = prompts_of(workload).to(device)
 
     def generate(model: Any, extra: Mapping[str, Any]) -> float:
         started = time.perf_counter()
@@ -258,7 +258,7 @@ def save_model(folder: Path) -> None:
     tokenizer(tokenizer_object=words, bos_token="w0", eos_token="w1").save_pretrained(folder)
 
 
-def _save_adapters(folder: Path, workload: Workload) -> None:
+def save_adapters(folder: Path, workload: Workload) -> None:
     """PEFT adapters with random weights on all linears, one LoRA per stream and one of each method in turn."""
     try:
         from peft import IA3Config, LoraConfig, PeftConfig, VeraConfig, get_peft_model
