@@ -1,6 +1,6 @@
-"""Everything built from the settings, ground to roof, on one page. Read this first.
+"""Everything built from the settings, ground to roof. Read this first.
 
-Owns the wiring, and the sizes that are computed from the base and the machine. Knows nothing of how any part works.
+Owns the wiring. Knows nothing of how any part works, nor how its sizes are found (`sizing.py`).
 """
 
 import logging
@@ -44,28 +44,28 @@ from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.ground.config import Settings
 from server.ground.errors import GraftError, StartupRefused
-from server.ground.machine import ram
-from server.ground.memory_plan import MemoryNeeds, MemoryPlan, plan
+from server.ground.memory_plan import MemoryPlan
 from server.ground.metrics import Metrics, Watched
 from server.ground.vllm_names import vllm_names
-from server.model.attention import KVCache
 from server.model.base import Base
 from server.model.chat_template import MAX_TEMPLATE_CHARS
 from server.model.grammar import Grammars
-from server.model.pretrained import BaseOptions
-from server.model.quantize import Quantization
-from server.model.size import BaseSize, expected_size, workspace_bytes
 from server.model.tokenizer import Tokenizer
 from server.ops import load_kernels
+from server.sizing import (
+    base_options,
+    context_limit,
+    device_memory,
+    device_named,
+    expected_plan,
+    makes_graphs,
+    plan_memory,
+)
 
 log = logging.getLogger(__name__)
 
-# On a CPU decode reads a block in one product, so a sequence should need few of them.
-_BLOCK_SIZE = {"cpu": 128, "cuda": 64}
 _GARBAGE_INTERVAL_S = 3600.0
 _KEYS_INTERVAL_S = 1.0  # within which a key that was taken out of its file is refused
-_KV_PART = {"cpu": 0.25, "cuda": 1.0}  # of what the base and the adapters leave of the memory share
-_GRAPH_BYTES = 256 << 20  # a reserve: what recording decode steps takes is known afterwards
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class Server:
 def assemble(settings: Settings) -> Server:
     """Loads the base and builds every part. Raises StartupRefused with a sentence that says what to change."""
     allowed, keyring = _allowed_sources(settings), _keyring(settings)
-    kernels = load_kernels(settings.ops, _device(settings.device))
+    kernels = load_kernels(settings.ops, device_named(settings.device))
     base, memory = _base(settings)
     tokenizer = Tokenizer.load(settings.model, base.eos_ids, _read_template(settings.chat_template))
     _check_template(settings, tokenizer)
@@ -189,8 +189,8 @@ def _base(settings: Settings) -> tuple[Base, MemoryPlan]:
     base = Base.load(options)
     if base.note:
         log.info(base.note)
-    _max_context(settings, base)  # refuses a longer one than the base reads
-    memory = _plan(settings, base.size, base.device, base.weight_bytes)
+    context_limit(settings, base)  # refuses a longer one than the base reads
+    memory = plan_memory(settings, base.size, base.device, base.weight_bytes)
     log.info("memory of the %s:\n%s", base.device.type, memory.table())
     return base, memory
 
@@ -248,7 +248,7 @@ def _engine(
     memory: MemoryPlan,
 ) -> tuple[Scheduler, Runner, Engine]:
     """What runs the steps, with the cache and the budgets that it runs them under."""
-    max_context = _max_context(settings, base)
+    max_context = context_limit(settings, base)
     blocks = BlockPool(memory.num_blocks, memory.needs.block_tokens)
     limits, reuses = _limits(settings, max_context), _reuses_prefixes(settings, base)
     scheduler = Scheduler(limits, blocks, registry, tokenizer.eos_ids, reuses_prefixes=reuses)
@@ -275,11 +275,7 @@ def _engine(
 
 def _recorder(settings: Settings, device: torch.device) -> Recorder | None:
     """What makes graphs of decode steps; None where they are launched kernel by kernel."""
-    return CudaRecorder(device) if _makes_graphs(settings, device) else None
-
-
-def _makes_graphs(settings: Settings, device: torch.device) -> bool:
-    return device.type == "cuda" and settings.ops == "triton" and settings.graphs == "auto"
+    return CudaRecorder(device) if makes_graphs(settings, device) else None
 
 
 def _read_template(path: Path | None) -> str | None:
@@ -346,12 +342,6 @@ def _rescans(settings: Settings, registry: Registry, store: AdapterStore, keyrin
         yield Rescan(lambda: collect_garbage(store), _GARBAGE_INTERVAL_S, what=store.location)
 
 
-def base_options(settings: Settings) -> BaseOptions:
-    """What base to load, and how. Raises StartupRefused for a device that is not there."""
-    dtype, device = _dtype(settings.dtype), _device(settings.device)
-    return BaseOptions(settings.model, Quantization(settings.quantize), dtype, device)
-
-
 def served_base(settings: Settings, name: str, fingerprint: str | None) -> ServedBase:
     """The base as adapters are compared with it: by its name, what it was loaded from, and the names it serves as."""
     names = (name, settings.model, *settings.served_model_name)
@@ -365,19 +355,6 @@ def _fitting(what: str, flag: str) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         raise StartupRefused(f"{what} does not fit into memory ({error}); lower {flag}") from error
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise StartupRefused("--device cuda: torch sees no GPU here; use --device cpu, or install torch with CUDA")
-    return torch.device(name)
-
-
-def _dtype(name: str) -> torch.dtype | None:
-    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    return dtypes.get(name)  # None for "auto": the base decides
 
 
 def _sources(settings: Settings) -> list[Source]:
@@ -411,40 +388,6 @@ def _refuse_shared_names(names: tuple[str, ...], registry: Registry) -> None:
         raise StartupRefused(f"{shared[0]!r} names the base and an adapter; give the base another --served-model-name")
 
 
-def _max_context(settings: Settings, base: Base) -> int:
-    if settings.max_context is not None and settings.max_context > base.max_context:
-        raise StartupRefused(
-            f"--max-context {settings.max_context}: {base.name} reads at most {base.max_context} tokens; lower it"
-        )
-    return settings.max_context or base.max_context
-
-
-def expected_plan(settings: Settings, options: BaseOptions) -> MemoryPlan | None:
-    """The plan for a base that is not loaded, of at least its size; None where that cannot be told from its files.
-
-    Raises StartupRefused for what cannot fit, and for a model that is not there.
-    """
-    size = expected_size(options)
-    return None if size is None else _plan(settings, size, options.device, 0)
-
-
-def _plan(settings: Settings, size: BaseSize, device: torch.device, loaded_bytes: int) -> MemoryPlan:
-    """Raises StartupRefused with the dial to turn where it does not come out. Of the base, `loaded_bytes` are there."""
-    max_context = settings.max_context or size.max_context
-    block_size = min(settings.block_size or _BLOCK_SIZE[device.type], -(-max_context // 8) * 8)
-    needs = MemoryNeeds(
-        base_bytes=size.base_bytes,
-        graph_bytes=_GRAPH_BYTES if _makes_graphs(settings, device) else 0,
-        adapter_bytes=settings.adapter_memory,
-        workspace_bytes=workspace_bytes(size.config, settings.max_batch_tokens, settings.max_sequences),
-        block_bytes=KVCache.block_bytes(size.kv_shapes, block_size, size.kv_dtype),
-        block_tokens=block_size,
-        max_blocks=settings.max_sequences * -(-max_context // block_size),
-        kv_bytes=settings.kv_memory,
-    )
-    return plan(needs, free_bytes(device) + loaded_bytes, settings.memory_share, _KV_PART[device.type])
-
-
 def _limits(settings: Settings, max_context: int) -> SchedulerLimits:
     return SchedulerLimits(
         max_sequences=settings.max_sequences,
@@ -464,19 +407,6 @@ def _reuses_prefixes(settings: Settings, base: Base) -> bool:
         log.info("%s: its RoPE depends on a sequence's length, so blocks of one are not reused in another", base.name)
         return False
     return True
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be taken: of the GPU's memory, or of the RAM."""
-    if device.type == "cpu":
-        return ram().available_bytes
-    torch.cuda.empty_cache()  # what loading has freed counts
-    return torch.cuda.mem_get_info(device)[0]
-
-
-def device_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes of the device that are free, and all that it has; of a CPU those of the machine."""
-    return torch.cuda.mem_get_info(device) if device.type == "cuda" else (ram().available_bytes, ram().total_bytes)
 
 
 def _banner(server: Server) -> str:

@@ -20,7 +20,6 @@ from server import __version__
 from server.adapters.remote.address import AllowList
 from server.adapters.remote.places import check_installed
 from server.adapters.store.open_store import open_store
-from server.assemble import base_options, expected_plan, free_bytes
 from server.cli.serve import bind
 from server.ground.config import Settings
 from server.ground.errors import GraftError
@@ -29,6 +28,7 @@ from server.model.fused import can_pack
 from server.model.pretrained import BaseOptions, default_dtype, read_config, stored_quantization
 from server.model.quantize import Quantization, holds_dequantized
 from server.ops import load_kernels
+from server.sizing import base_options, expected_plan, free_bytes
 
 _VERSIONED = ("torch", "transformers", "bitsandbytes", "safetensors", "accelerate", "peft", "triton")
 # extra, the packages that it brings, and what it gives

@@ -88,7 +88,7 @@ def _made(given: dict[str, object], settings: Settings, target: Path) -> "Merged
     # Imported here: they bring torch.
     from server.adapters.merging.merge import MAX_RANK, merge
     from server.adapters.merging.recipe import recipe_for
-    from server.assemble import base_options
+    from server.sizing import base_options
 
     flags = {name: given[name] for name in ("rank", "density", "seed", "majority_sign") if name in given}
     recipe = recipe_for(str(given["strategy"]), max_rank=MAX_RANK, **flags)  # type: ignore[arg-type]
@@ -116,9 +116,9 @@ def _ingredient(text: str, settings: Settings) -> Ingredient:
 
 def _base(settings: Settings, *, loads_weights: bool) -> "MergeBase":
     from server.adapters.merging.merge import MergeBase
-    from server.assemble import base_options
     from server.model.dense import DenseBase
     from server.model.outline import outline
+    from server.sizing import base_options
 
     options = base_options(settings)
     if not loads_weights:

@@ -22,13 +22,14 @@ from server.adapters.registry import Registered, Registry
 from server.adapters.served_base import BaseClaim
 from server.adapters.store.adapter_store import AdapterStore
 from server.adapters.store.folder_store import Incoming, Store, content_files, folder_digest
-from server.assemble import base_options, served_base
+from server.assemble import served_base
 from server.ground.config import Settings
 from server.ground.errors import AdapterRejected, Conflict
 from server.model.base import Base
 from server.model.outline import Outline, outline
 from server.model.site import Site
 from server.model.site_table import SiteTable
+from server.sizing import base_options
 
 _NAME = "adapter"  # in a store of its own, where any name will do
 _CHUNK_BYTES = 1 << 20

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from server.assemble import free_bytes
 from server.ground.errors import StartupRefused
+from server.sizing import free_bytes
 
 _BYTES_PER_WEIGHT = {"nf4": 0.52, "int8": 1.0}  # of a quantized linear; NF4 with its nested scales
 _SPARE_BYTES = 1 << 28  # logits of a pass and the arithmetic on them

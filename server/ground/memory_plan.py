@@ -99,17 +99,17 @@ def plan(needs: MemoryNeeds, free_bytes: int, share: float, kv_part: float) -> M
     Without `needs.kv_bytes` the KV cache may take `kv_part` (0 to 1) of what the fixed parts leave. Raises
     StartupRefused with the dial to turn and how far.
     """
+    if needs.kv_bytes is not None and needs.kv_bytes < needs.block_bytes:
+        raise StartupRefused(
+            f"the KV cache has {needs.kv_bytes} bytes, and one block of {needs.block_tokens} tokens takes "
+            f"{needs.block_bytes}: raise --kv-memory"
+        )
     budget = int(free_bytes * share)
     rest = budget - needs.fixed_bytes
     if rest < needs.block_bytes:
         raise _too_small(needs, free_bytes, share)
     kv_bytes = max(int(kv_part * rest), needs.block_bytes) if needs.kv_bytes is None else needs.kv_bytes
     num_blocks = min(needs.max_blocks, kv_bytes // needs.block_bytes)
-    if num_blocks < 1:
-        raise StartupRefused(
-            f"the KV cache has {kv_bytes} bytes, and one block of {needs.block_tokens} tokens takes "
-            f"{needs.block_bytes}: raise --kv-memory"
-        )
     if num_blocks * needs.block_bytes > rest:
         raise StartupRefused(
             f"--kv-memory asks for {_mib(num_blocks * needs.block_bytes)}, and the rest leaves {_mib(rest)} of "
@@ -140,6 +140,8 @@ def _too_small(needs: MemoryNeeds, free_bytes: int, share: float) -> StartupRefu
 
 def _or_raise_share(wanted: int, free_bytes: int) -> str:
     least = math.ceil(1000 * wanted / free_bytes) / 1000 if free_bytes else math.inf
+    if least < 1 and int(free_bytes * least) < wanted:  # a product that comes out a hair too low
+        least = round(least + 0.001, 3)
     return f", or raise --memory-share to {least:g}" if least <= 1 else ", or free memory"
 
 
