@@ -92,6 +92,7 @@ class Content:
     num_unloads: int = 0  # that wait for its residencies to end; no new one begins meanwhile
     is_promoting: bool = False  # a thread of its own is to put it on the device
     is_copying: bool = False  # it is on its way there, beside the steps
+    copy_failure: GraftError | None = None  # of the last copy there; for one of those who wait for it
     must_reserve_inline: bool = False  # that has failed: who asks next is to know at once whether there is room
     refused_at: int | None = None  # the number of easings when it last found no room on the device
     load_s: float | None = None  # the shortest load from the store

@@ -20,6 +20,7 @@ from server.adapters.host_adapter import HostAdapter
 from server.adapters.merging.mixing import Mixed, Part, mix
 from server.adapters.method import Lowered
 from server.adapters.room import Device, measure
+from server.adapters.store.folder_store import unreadable
 from server.adapters.workers import Workers
 from server.ground.errors import AdapterNotFound, AdapterRejected, BadRequest, GenerationFailed, GraftError, Overloaded
 
@@ -92,16 +93,12 @@ class Loader:
             raise fresh(content.failure)
 
     def lower(self, folder: Path, weight: float = 1.0) -> Lowered:
-        """Reads and lowers a folder. Raises AdapterRejected where the disk fails, and what `load` raises."""
+        """Reads and lowers a folder. Raises StoreUnreachable where the disk fails, and what `load` raises."""
         try:
             return self._load(folder) if weight == 1 else self._load(folder, weight)
         except OSError as error:
             _log.warning("The adapter in %s cannot be read: %s", folder, error)
-            raise AdapterRejected(
-                f"The adapter's files cannot be read ({error.strerror or error}): check the server's disk, or upload "
-                f"the adapter again.",
-                param="adapter",
-            ) from error
+            raise unreadable(error) from error
 
     def put(self, digest: str, lowered: Lowered | Mixed) -> tuple[HostAdapter, Sizes]:
         """Keeps a lowered adapter on the host. Raises AdapterRejected if host or device is too small for it."""

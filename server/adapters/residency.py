@@ -4,6 +4,7 @@ Owns slots and residency holds. Knows nothing about names, files or requests.
 """
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Iterable
@@ -19,9 +20,12 @@ from server.adapters.loader import Loader, ObserveLoad, reload_s
 from server.adapters.room import Device, never_fits, pinned_full
 from server.adapters.workers import Workers
 from server.ground.errors import Overloaded
+from server.model.exhaustion import free_device_memory, is_out_of_memory
 
 COPIED_INLINE_BYTES = 4 << 20  # an adapter up to this is put on the device between two steps, in some milliseconds
 _COPIED_BYTES_PER_S = 2e9  # from host to device, about: what a reload costs of an adapter that is on the host
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +102,14 @@ class Residency:
             return is_there
         if _is_large(content) and self._hand_to_copier(content):
             return False
-        try:
-            return self._copy(content)
-        except (RuntimeError, MemoryError) as error:  # the device's: its memory is full, or it is lost
-            raise Overloaded(f"The adapter could not be put on the device: {error}") from error
+        return self._copy(content)
 
     def _hand_to_copier(self, content: Content) -> bool:
         """What has its room is copied beside the steps. False at the end of the server."""
         with self._books.lock:
             if self._copiers.is_closed:
                 return False
-            self._copiers.submit(self._finish_copy, content)
+            self._copiers.submit(self._finish_copy_for_steps, content)
             self._begin_copying(content)
             return True
 
@@ -117,6 +118,9 @@ class Residency:
         if content.num_unloads == 0 and content.refused_at == self._books.num_easings:
             return None  # nothing has changed that could make room
         content.refused_at = None
+        failure, content.copy_failure = content.copy_failure, None
+        if failure is not None:
+            raise failure
         if content.num_unloads or content.is_promoting or content.is_copying or content.is_loading:
             return None  # a load's end tells what the adapter takes; what is on the host before is not yet known
         adapter = self._on_host(content)
@@ -132,6 +136,7 @@ class Residency:
         """
         with self._books.lock:
             content = self._held_content(version)
+            content.copy_failure = None  # one that nobody has waited for
             is_away = content.slot is None and not content.is_promoting and self._host.holds(content.digest)
             if is_away and _is_large(content) and not self._copiers.is_closed:
                 self._promote(content, is_early=True)
@@ -142,13 +147,16 @@ class Residency:
         content.is_promoting = True
 
     def _bring_beside_steps(self, content: Content, *, is_early: bool) -> None:
-        is_there = False
+        is_there, failure = False, None
         try:
             is_there = self.bring(content, is_early=is_early)
+        except Overloaded as error:
+            failure = None if is_early else error
         finally:
             with self._books.lock:
                 content.is_promoting = False
                 content.must_reserve_inline = not is_there and not is_early
+                content.copy_failure = failure
 
     def lacks_room(self, version: AdapterVersion) -> bool:
         """`Registry.lacks_room`."""
@@ -194,18 +202,47 @@ class Residency:
                 self._books.ease()
             self.purge(content)  # what was deleted meanwhile
 
+    def _finish_copy_for_steps(self, content: Content) -> None:
+        """As `_finish_copy`; who waits for it asks again at the next step, and is then told of a failure."""
+        try:
+            self._finish_copy(content)
+        except Overloaded as error:
+            with self._books.lock:
+                content.copy_failure = error
+
     def _copy(self, content: Content) -> bool:
-        """Copies, and ends the placement, whether that went well or not."""
+        """Copies, and ends the placement, whether that went well or not. Raises Overloaded where the device fails."""
         begun_s = time.perf_counter()
         is_copied = False
         try:
-            self._device.copy(content.digest)
+            self._fill(content)
             is_copied = True
         finally:
             is_there = self._end_placement(content, is_copied=is_copied)
         if is_there:
             self._observe("host_to_device", time.perf_counter() - begun_s)
         return is_there
+
+    def _fill(self, content: Content) -> None:
+        """Copies; where that runs out of memory, once more with what can be given back, an idle adapter's too."""
+        if self._is_filled(content):
+            return
+        free_device_memory()
+        with self._placing:
+            self._evict_one()
+        if not self._is_filled(content):
+            raise Overloaded("There was no memory to put the adapter on the device: ask again when less is running.")
+
+    def _is_filled(self, content: Content) -> bool:
+        """Copies; False where there was no memory. Raises Overloaded for what else a device may say."""
+        try:
+            self._device.copy(content.digest)
+        except (RuntimeError, MemoryError) as error:
+            _log.warning("An adapter could not be put on the device: %s", error)
+            if not is_out_of_memory(error):
+                raise Overloaded(f"The adapter could not be put on the device: {error}") from error
+            return False
+        return True
 
     def _begin_copy(self, content: Content, *, is_early: bool) -> bool:
         """Takes the room for what is on the host, once another thread's copy of it has ended. Whether there is
@@ -237,8 +274,10 @@ class Residency:
                 return False
             try:
                 slot = self._device.place(content.digest)
-            except BaseException:
+            except BaseException as error:
                 self._device.abandon(content.digest)
+                if isinstance(error, RuntimeError | MemoryError):  # the device's: its memory is full, or it is lost
+                    raise Overloaded(f"The adapter could not be put on the device: {error}") from error
                 raise
             with self._books.lock:
                 self._note_slot(content, slot)

@@ -9,6 +9,7 @@ from typing import Any
 
 from server.adapters.asker import current_asker
 from server.adapters.registry import Lease, Portion
+from server.api import notes
 from server.api.errors import echo
 from server.api.generation import Generation, submit_all
 from server.api.keys.budget import current_budget
@@ -133,6 +134,7 @@ async def begin(
     salt = own_salt(body.cache_salt, shares_prefixes=services.http.shares_prefixes)
     await look_elsewhere(services, (spec for spec, _ in parts))
     leases = lease_all(services, parts, num_sequences, is_model=body.adapter is None)
+    notes.current().adapter = None if leases[0] is None else str(leases[0].version)
     request_id = f"{id_prefix}-{uuid.uuid4().hex}"
     repeated = [prompt for prompt in prompts for _ in range(body.n)]
     choices = [_nth_choice(one, j) for one in _for_this_model(services, body, params) for j in range(body.n)]

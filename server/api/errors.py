@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
+from server.api import notes
 from server.api.disconnect import ClientGone
 from server.ground.errors import BadRequest, Conflict, GraftError, Overloaded, RateLimited, RequestTimedOut, StorageFull
 
@@ -30,6 +31,7 @@ _ALTERNATIVES = ("int", "str")  # as pydantic calls them; its other words for th
 
 
 def error_object(error: GraftError) -> dict[str, Any]:
+    notes.current().error = error.code
     param = None if error.param is None else _encodable(error.param)
     body = {"message": _encodable(error.message), "type": error.type, "param": param, "code": error.code}
     return {"error": body}

@@ -6,6 +6,7 @@ Owns its moments and its counts. Knows nothing about who reads the deltas.
 import time
 from collections.abc import Sequence
 
+from server.api import notes
 from server.api.keys.budget import Budget
 from server.engine.sequence import Delta, FinishReason
 from server.ground.metrics import Metrics
@@ -42,6 +43,7 @@ class Progress:
         else:
             self._metrics.observe_next_tokens(num_new, now_s - self._heard_s)
         self._metrics.count_output_tokens(num_new)
+        notes.current().num_output_tokens += num_new
         self._metrics.adapters.count_tokens(self._adapters, num_output=num_new)
         if self._budget is not None:
             self._budget.spend_tokens(num_new)
@@ -51,6 +53,7 @@ class Progress:
     def finish(self, reason: FinishReason, last: Delta) -> None:
         """It has ended, or its reader has all that it wants, with the delta `last`."""
         self._metrics.count_finished(reason, last.num_prompt_tokens)
+        notes.current().num_prompt_tokens += last.num_prompt_tokens
         self._metrics.adapters.count_tokens(self._adapters, num_prompt=last.num_prompt_tokens)
         if reason is FinishReason.ERROR:
             self._metrics.adapters.count_failure(self._adapters)

@@ -14,6 +14,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from server.api import notes
 from server.api.disconnect import ClientGone, until_gone
 from server.api.errors import error_object, error_response, internal_error, log_failure
 from server.ground.errors import GraftError
@@ -50,7 +51,7 @@ class EventStream(Response):
         try:
             await until_gone(receive, self._answer(scope, receive, send))
         except ClientGone:
-            pass  # nobody is left to be told
+            notes.current().error = "client_gone"  # nobody is left to be told
         finally:
             self._close()
 

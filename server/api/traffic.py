@@ -8,7 +8,10 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import REASON, error_response, internal_error
+from server.api import notes
+from server.api.auth import key_name
+from server.api.errors import REASON, STATUS_CLIENT_GONE, error_response, internal_error
+from server.api.notes import Notes
 from server.ground.metrics import Metrics
 
 _LOG = logging.getLogger(__name__)
@@ -25,7 +28,7 @@ class Traffic:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        request_id = _request_id(scope)
+        request_id, noted = _request_id(scope), notes.begin()
         scope["request_id"] = request_id  # for log lines further in
         started_s = time.perf_counter()
         status = 0
@@ -46,11 +49,31 @@ class Traffic:
             await error_response(internal_error())(scope, receive, send_with_id)
         finally:
             duration_s = time.perf_counter() - started_s
-            self._metrics.observe_request(_route(scope), status or 499, duration_s)
+            self._metrics.observe_request(_route(scope), status or STATUS_CLIENT_GONE, duration_s)
             if REASON in scope:
                 self._metrics.count_rejection(scope[REASON])
-            shown = (request_id, scope["method"], scope["path"], status or 499, duration_s)
-            _LOG.debug("request %s: %s %r was answered with %d after %.3f s", *shown)
+            _log_request(scope, noted, status or STATUS_CLIENT_GONE, duration_s)
+
+
+def _log_request(scope: Scope, noted: Notes, status: int, duration_s: float) -> None:
+    """One line per request, without anything that its client has said but the path; probes and looks in detail only."""
+    level = logging.DEBUG if scope["method"] in ("GET", "HEAD", "OPTIONS") else logging.INFO
+    outcome = noted.error or ("client_gone" if status == STATUS_CLIENT_GONE else "ok")
+    fields = {
+        "request_id": scope["request_id"],
+        "key": key_name(scope),
+        "method": scope["method"],
+        "path": scope["path"],
+        "status": status,
+        "outcome": outcome,
+        "seconds": round(duration_s, 4),
+        "adapter": noted.adapter,
+        "prompt_tokens": noted.num_prompt_tokens,
+        "output_tokens": noted.num_output_tokens,
+    }
+    asked = f"adapter {noted.adapter or 'none'}, {noted.num_prompt_tokens} + {noted.num_output_tokens} tokens"
+    shown = (scope["request_id"], scope["method"], scope["path"], status, duration_s, outcome, asked)
+    _LOG.log(level, "request %s: %s %r was answered with %d after %.3f s: %s, %s", *shown, extra={"fields": fields})
 
 
 def _request_id(scope: Scope) -> str:

@@ -25,6 +25,7 @@ from server.adapters import audit
 from server.api.connections import Patience, watched
 from server.cli.command import Command, quieten_libraries, say
 from server.cli.flags import add_settings
+from server.cli.logs import configure_logging
 from server.cli.open_files import room_for
 from server.ground import config
 from server.ground.config import Settings
@@ -80,9 +81,7 @@ def _serve(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def _configure_output(settings: Settings) -> None:
-    logging.basicConfig(
-        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    configure_logging(settings.log_level, settings.log_format)
     quieten_libraries()
     if settings.audit_log is not None:
         _write_audit_log(settings.audit_log)

@@ -361,6 +361,10 @@ class Settings(BaseSettings):
     audit_log: Annotated[
         UserPath | None, Flag("process", "FILE", "file for the audit log, a line of JSON per change", default="stderr")
     ] = None
+    log_format: Annotated[
+        Literal["text", "json"],
+        Flag("process", "{text,json}", "how lines of the log are written"),
+    ] = "text"
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Flag("process", "{debug,info,warning,error}", "how much is written to stderr"),

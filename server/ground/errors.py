@@ -17,13 +17,14 @@ Owns the tree below and the wording rules (name the field, the limit, the remedy
     ├── UnsupportedMediaType 415  a body that is not declared as what the route reads
     ├── StorageFull          507  the store's quota or its disk has no room for an upload
     ├── AdapterFailed        424  the output with the adapter overflowed: no number could be told
-    │   └── AdapterQuarantined 424 it has done so too often, and is served to nobody
+    │   ├── AdapterQuarantined 424 it has done so too often, and is served to nobody
+    │   └── AdapterDamaged   424  its files in the store are not those that were stored
     ├── GenerationFailed     500  the engine failed while the request ran
     │   ├── OutOfMemory      500  the request needs more memory than there is, even alone
     │   └── RequestTimedOut  504  the request took longer than --request-timeout
     ├── RateLimited          429  a key has used what its limits allow; carries Retry-After
     ├── Overloaded           503  the queue is full or too slow; carries Retry-After
-    │   └── StoreUnreachable 503  the object store that adapters are kept in does not answer, or denies access
+    │   └── StoreUnreachable 503  the store that adapters are kept in does not answer, or denies access
     │   └── AdapterOnItsWay  503  the adapter is being fetched for the first time
     ├── SourceFailed         502  the place that an adapter is fetched from failed
     └── StartupRefused        -   the server cannot start with these settings
@@ -150,6 +151,10 @@ class AdapterFailed(GraftError):
 
 class AdapterQuarantined(AdapterFailed):
     code = "adapter_quarantined"
+
+
+class AdapterDamaged(AdapterFailed):
+    code = "adapter_damaged"
 
 
 class OutOfMemory(GenerationFailed):

@@ -26,6 +26,7 @@ from server.adapters.registry import FAILURE_MEMORY_S, AdapterInfo, Lease, Regis
 from server.adapters.sources import FolderSource, LocalFolder, Source
 from server.adapters.store.folder_store import Store
 from server.ground.errors import (
+    AdapterDamaged,
     AdapterNotFound,
     AdapterRejected,
     BadRequest,
@@ -265,14 +266,14 @@ def test_a_failing_load_fails_its_requesters_and_nothing_else(build: Build, capl
     assert house.admit(good)
     errors = []
     for _ in range(2):
-        with pytest.raises(AdapterRejected, match="OTHER is not served") as caught:
+        with pytest.raises(AdapterDamaged, match="are damaged") as caught:
             house.admit(bad)
         errors.append(caught.value)
     assert errors[0] is not errors[1], "each requester has an error of its own"
     [logged] = [text for text in caplog.messages if "could not be loaded" in text]
     assert str(bad.version) in logged
-    assert "OTHER is not served" in logged
-    with pytest.raises(AdapterRejected):
+    assert "are damaged" in logged
+    with pytest.raises(AdapterDamaged):
         house.registry.lease("bad")
     assert house.registry.stats().load_failures_total == 1
     assert house.registry.check_integrity() == ()
@@ -282,13 +283,13 @@ def test_a_failure_is_forgotten_after_a_while(build: Build) -> None:
     house = build({"legal": 1})
     weights = house.store.folder("legal", house.store.current("legal")) / WEIGHTS_FILE
     weights.rename(weights.with_suffix(".away"))
-    with pytest.raises(AdapterRejected, match="cannot be read"):
+    with pytest.raises(AdapterDamaged, match=r"legal@[0-9a-f]{12} in the store are damaged"):
         house.registry.verify("legal")
     weights.with_suffix(".away").rename(weights)
     house.now_s += FAILURE_MEMORY_S / 2
-    with pytest.raises(AdapterRejected):
+    with pytest.raises(AdapterDamaged):
         house.registry.lease("legal")
-    assert len(house.loaded) == 1
+    assert house.registry.stats().load_failures_total == 1
     house.now_s += FAILURE_MEMORY_S
     with house.registry.lease("legal") as lease:
         assert house.admit(lease) == 1

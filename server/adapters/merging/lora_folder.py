@@ -5,6 +5,8 @@ matrices come from.
 """
 
 import json
+import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ from secrets import token_hex
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from server.adapters.format.content import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
@@ -75,7 +78,10 @@ def write_lora(
     base_model: str | None,
     fan_in_fan_out: bool,
 ) -> None:
-    """Writes config, weights and manifest; equal input gives equal bytes. `sites` are all of the base."""
+    """Writes config, weights and manifest; equal input gives equal bytes. `sites` are all of the base.
+
+    Raises OSError.
+    """
     has_shift = any(part.shift is not None for part in parts)
     tensors: dict[str, torch.Tensor] = {}
     for part in parts:
@@ -86,7 +92,17 @@ def write_lora(
     }
     _write_json(folder / CONFIG_FILE, config)
     _write_json(folder / MANIFEST_FILE, manifest)
-    save_file(tensors, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+    _write_tensors(folder / WEIGHTS_FILE, tensors)
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    try:
+        save_file(tensors, str(path), metadata={"format": "pt"})
+    except SafetensorError as error:
+        said = re.search(r"\(os error (\d+)\)", str(error))  # what the system says is in its words alone
+        if said is None:
+            raise
+        raise OSError(int(said[1]), os.strerror(int(said[1]))) from error
 
 
 def _tensors(part: Part, *, has_shift: bool) -> Iterator[tuple[str, torch.Tensor]]:

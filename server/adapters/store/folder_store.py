@@ -37,6 +37,7 @@ from typing import Any, BinaryIO, Self
 from server.adapters.format.content import CONFIG_FILE, CONTENT_FILES, MANIFEST_FILE, REQUIRED_FILES, WEIGHTS_FILE
 from server.adapters.store.quota import Claim, StoreLimits, StoreRoom
 from server.ground.errors import (
+    AdapterDamaged,
     AdapterNotFound,
     AdapterRejected,
     BadRequest,
@@ -44,6 +45,7 @@ from server.ground.errors import (
     GraftError,
     StartupRefused,
     StorageFull,
+    StoreUnreachable,
     TooLarge,
 )
 
@@ -123,6 +125,22 @@ def folder_digest(folder: Path) -> FolderDigest:
     """Reads and hashes a whole adapter folder. Raises AdapterRejected where a file is missing."""
     files = {path.name: _file_digest(path) for path in content_files(folder)}
     return FolderDigest(version_digest(files), sum(file.num_bytes for file in files.values()))
+
+
+def folder_signature(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """What changes when the files do, without reading them: name, inode, bytes, mtime_ns. () where there is none."""
+    with suppress(FileNotFoundError):
+        stats = ((path.name, path.stat()) for path in sorted(folder.iterdir()))
+        return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    return ()
+
+
+def unreadable(error: OSError) -> StoreUnreachable:
+    """What to raise where the operating system does not give an adapter's files: it may do so again."""
+    return StoreUnreachable(
+        f"The adapter's files cannot be read ({error.strerror or error}): ask again; if that does not help, the "
+        f"server's disk needs a look."
+    )
 
 
 def base_model_of(folder: Path) -> str | None:
@@ -232,6 +250,7 @@ class Store:
         self.root = root.resolve()
         self.room = StoreRoom(self.root, limits or StoreLimits())
         self._incoming_root = self.root / INCOMING_FOLDER
+        self._sound: dict[Path, int] = {}  # by folder, the signature of files that were held to its digest
         with self._exclusive():
             self._clear_incoming()
             for name in self._entry_names():
@@ -277,8 +296,35 @@ class Store:
         """Nothing is brought here from elsewhere."""
 
     def reading(self, folder: Path) -> AbstractContextManager[None]:
-        """Around the reading of a version's files, which are always there."""
+        """Around the reading of a version's files, which are first held to its digest.
+
+        Raises StoreUnreachable where the disk does not give them, AdapterDamaged where they are not what was stored.
+        """
+        if folder.parent.parent == self.root and _DIGEST.fullmatch(folder.name) and not self._is_sound(folder):
+            raise AdapterDamaged(
+                f"The files of {folder.parent.name}@{folder.name[:12]} in the store are damaged: upload the adapter "
+                f"again, or roll it back to an earlier version.",
+                param="adapter",
+            )
         return nullcontext()
+
+    def _is_sound(self, folder: Path) -> bool:
+        """Whether the files are those of the version; read once, unless they change. Raises StoreUnreachable."""
+        try:
+            signature = hash(folder_signature(folder))
+            if self._sound.get(folder) == signature:
+                return True
+            is_sound = folder_digest(folder).digest == folder.name
+        except AdapterRejected:
+            is_sound = False
+        except OSError as error:
+            _log.warning("The adapter in %s cannot be read: %s", folder, error)
+            raise unreadable(error) from error
+        if is_sound:
+            self._sound[folder] = signature
+        elif not folder.parent.is_dir():
+            raise StoreUnreachable(f"The adapter store {self.root} is not there: mount it again, or restore it.")
+        return is_sound
 
     # Writing
 
@@ -303,7 +349,7 @@ class Store:
         """
         check_name(name)
         digest = incoming.digest()
-        with _disk_errors(self.root):
+        with disk_errors(self.root):
             incoming.write_record(dataclasses.replace(record, content_bytes=incoming.num_bytes))
             with self._exclusive():
                 with self.room.settling(incoming.claim):
@@ -324,7 +370,7 @@ class Store:
 
     def make_current(self, name: str, digest: str) -> None:
         """Makes a version that the name has already the one that it means. Raises AdapterNotFound."""
-        with _disk_errors(self.root), self._exclusive():
+        with disk_errors(self.root), self._exclusive():
             self.folder(name, digest)
             index = self._read_index(name)
             if index.current == digest:
@@ -338,7 +384,7 @@ class Store:
 
         Raises AdapterNotFound.
         """
-        with _disk_errors(self.root), self._exclusive():
+        with disk_errors(self.root), self._exclusive():
             versions = self._stored_name(name).versions
             with ExitStack() as on_failure:
                 doomed = self._scratch_locked(on_failure)
@@ -349,6 +395,8 @@ class Store:
                     os.rename(doomed.folder / "name" / digest, scratch.version_folder)
                 on_failure.pop_all()
         doomed.remove()
+        for digest, _ in kept:
+            self._sound.pop(self.root / name / digest, None)
         return tuple(Discarded(digest, scratch) for digest, scratch in kept)
 
     def delete(self, name: str) -> None:
@@ -365,7 +413,7 @@ class Store:
 
         Raises AdapterNotFound, and Conflict for the current one.
         """
-        with _disk_errors(self.root), self._exclusive():
+        with disk_errors(self.root), self._exclusive():
             folder = self.folder(name, digest)
             index = self._read_index(name)
             if index.current == digest:
@@ -378,6 +426,7 @@ class Store:
                 self._write_index(self.root / name, index.without(digest), scratch)
                 os.rename(folder, scratch.version_folder)
                 on_failure.pop_all()
+        self._sound.pop(folder, None)
         return Discarded(digest, scratch)
 
     # The steps of a change; each runs under the store's lock
@@ -396,8 +445,9 @@ class Store:
             ) from broken
         if _is_intact(self.root / name / index.current):
             if index.current == digest:
-                return False
-            if not replace:
+                if self._is_sound(self.root / name / digest):
+                    return False
+            elif not replace:
                 raise taken(name, index.current)
         self._install_next(incoming, name, digest, index)
         return True
@@ -414,7 +464,7 @@ class Store:
     def _install_next(self, incoming: "Incoming", name: str, digest: str, index: _Index) -> None:
         """A further version comes first, unlisted, and then the index that lists it."""
         target = self.root / name / digest
-        is_added = digest not in index.versions or not _is_intact(target)
+        is_added = digest not in index.versions or not (_is_intact(target) and self._is_sound(target))
         if is_added:
             if os.path.lexists(target):
                 os.rename(target, incoming.scratch.folder / "replaced")
@@ -444,7 +494,7 @@ class Store:
         _sync_folder(folder)
 
     def _scratch(self) -> "_Scratch":
-        with _disk_errors(self.root), self._exclusive():
+        with disk_errors(self.root), self._exclusive():
             return self._scratch_locked(ExitStack())
 
     def _scratch_locked(self, ending: ExitStack) -> "_Scratch":
@@ -538,7 +588,7 @@ class Incoming:
         self.scratch = scratch
         self.claim = claim
         self.folder = scratch.version_folder
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             self.folder.mkdir()
         self.num_bytes = 0
         self._max_bytes = max_bytes
@@ -550,7 +600,7 @@ class Incoming:
             raise BadRequest(f"{filename!r} is no file of an adapter: send {', '.join(CONTENT_FILES)}.", param="file")
         if (self.folder / filename).exists():
             raise BadRequest(f"{filename} was sent twice: send each file once.", param="file")
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             return IncomingFile(self, self.folder / filename)
 
     @property
@@ -634,12 +684,12 @@ class IncomingFile:
         self._incoming.count(len(chunk))
         self._sha256.update(chunk)
         self._num_bytes += len(chunk)
-        with _disk_errors(self._path):
+        with disk_errors(self._path):
             self._file.write(chunk)
 
     def close(self) -> None:
         """Makes the file durable and takes it into the upload's digest."""
-        with _disk_errors(self._path), self._file:
+        with disk_errors(self._path), self._file:
             _sync_file(self._file)
         self._incoming.finish_file(self._path.name, FileDigest(self._num_bytes, self._sha256.digest()))
 
@@ -704,7 +754,7 @@ def try_lock(folder: Path) -> int | None:
 
 
 @contextmanager
-def _disk_errors(where: Path) -> Iterator[None]:
+def disk_errors(where: Path) -> Iterator[None]:
     """Turns the operating system's refusals into a sentence."""
     try:
         yield

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from server.adapters.store.folder_store import Incoming, Store, folder_digest, try_lock
+from server.adapters.store.folder_store import Incoming, Store, folder_digest, folder_signature, try_lock
 from server.adapters.store.quota import StoreLimits
 from server.ground.errors import AdapterRejected, StartupRefused
 
@@ -93,7 +93,7 @@ class VersionCache:
                 raise
         else:
             with self._lock:
-                self._sound[digest] = _signature(folder)
+                self._sound[digest] = folder_signature(folder)
         incoming.discard()
         self._make_room(0, besides=digest)
 
@@ -124,7 +124,7 @@ class VersionCache:
 
     def _is_sound(self, digest: str) -> bool:
         """Whether the files are those of the version; read once, unless they change."""
-        signature = _signature(self.folder(digest))
+        signature = folder_signature(self.folder(digest))
         with self._lock:
             if self._sound.get(digest) == signature:
                 return True
@@ -139,7 +139,7 @@ class VersionCache:
 
     def _make_room(self, num_bytes: int, *, besides: str | None = None) -> None:
         """Evicts until the cache and the disk have room for some bytes more, or nothing is left to evict."""
-        sizes = {folder: sum(size for _, _, size, _ in _signature(folder)) for folder in self._by_last_use()}
+        sizes = {folder: sum(size for _, _, size, _ in folder_signature(folder)) for folder in self._by_last_use()}
         total = sum(sizes.values())
         for folder, size in sizes.items():
             free = shutil.disk_usage(self._versions).free
@@ -167,11 +167,3 @@ class VersionCache:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
         return True
-
-
-def _signature(folder: Path) -> _Signature:
-    """What changes when the files do, without reading them; that of an empty folder where there is none."""
-    with suppress(FileNotFoundError):
-        stats = ((path.name, path.stat()) for path in sorted(folder.iterdir()))
-        return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-    return ()
