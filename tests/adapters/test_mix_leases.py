@@ -13,7 +13,7 @@ from server.adapters.format.content import CONFIG_FILE
 from server.adapters.method import Edit, Lowered
 from server.adapters.registry import FAILURE_MEMORY_S, Lease
 from server.adapters.sources import FolderSource
-from server.ground.errors import AdapterNotFound, AdapterRejected, BadRequest
+from server.ground.errors import AdapterDamaged, AdapterNotFound, AdapterRejected, BadRequest
 from tests.adapters.folders import WIDTH, load_folder, tensors_from, write_folder
 from tests.adapters.test_registry import PATIENCE_S, ROW_BYTES, Build, House, build
 
@@ -283,9 +283,9 @@ def test_a_broken_part_fails_the_mix_by_name_and_nothing_else(build: Build, capl
     (house.store.folder("bad", house.store.current("bad")) / CONFIG_FILE).write_text('{"peft_type": "OTHER"}')
     with lease(house, ("a", 0.5), ("bad", 0.5)) as mixed, house.registry.lease("a") as good:
         house.admit(good)
-        with pytest.raises(AdapterRejected, match=r"bad@[0-9a-f]{12}, weight 0\.5: .*OTHER is not served"):
+        with pytest.raises(AdapterDamaged, match=r"bad@[0-9a-f]{12} in the store are damaged"):
             house.admit(mixed)
-        with pytest.raises(AdapterRejected):
+        with pytest.raises(AdapterDamaged):
             house.registry.lease_mix([("bad", 0.5), ("a", 0.5)])
         house.registry.retire(good.version)
     assert any("a@" in text and "bad@" in text for text in caplog.messages)

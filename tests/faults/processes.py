@@ -93,8 +93,8 @@ class Process:
             self.end()
 
     def lines(self) -> list[dict[str, Any]]:
-        """Its log; what it says to people beside it is left out."""
-        return [json.loads(line) for line in self.log.read_text().splitlines() if not line.startswith("graft: ")]
+        """Its log; what it says to people beside it, and libraries' progress, is left out."""
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
 
     def said(self) -> str:
         return self.log.read_text()

@@ -27,6 +27,7 @@ from tests.faults.test_inside import code_of, files_of, version_of
 pytestmark = pytest.mark.slow
 LONG = [Case(adapter, "The old boat", 400) for adapter in (None, *ADAPTERS)]
 ENDLESS = [Case(adapter, "The old boat", 1000) for adapter in (None, *ADAPTERS)]
+_NUM_COMPARED = 60  # characters: beyond a sentence's end that is ignored two tokens may be as likely as one another
 Start = Callable[..., Process]
 
 
@@ -65,14 +66,16 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def test_sigterm_lets_what_runs_finish(start: Start) -> None:
     process = start()
-    right = [each.ended() for each in begin(process, LONG)]
+    right = [each.ended().text[:_NUM_COMPARED] for each in begin(process, LONG)]
     streams = begin(process, LONG)
     process.send(signal.SIGTERM)
     await_status(process, "/ready", 503)
     with process.client() as http:
         assert http.get("/health").status_code == 200
         assert code_of(http.post("/v1/completions", json={"prompt": "A"})) == (503, "overloaded")
-    assert [each.ended() for each in streams] == right
+    ends = [each.ended() for each in streams]
+    assert [end.code for end in ends] == [None] * len(ends)
+    assert [end.text[:_NUM_COMPARED] for end in ends] == right
     assert process.end() == 0
     assert list((process.store / INCOMING_FOLDER).iterdir()) == []
 
@@ -172,7 +175,7 @@ def test_it_is_killed_in_the_middle_of_an_upload(world: Process, right: Mapping[
         content = tar_of(files)
         head = f"PUT /v1/adapters/torn HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
         connection.sendall(head.encode() + content[: len(content) // 2])
-        await_that(lambda: any((world.store / INCOMING_FOLDER).rglob(CONFIG_FILE)))
+        await_that(lambda: any((world.store / INCOMING_FOLDER).glob("*/version")))
         world.send(signal.SIGKILL)
         world.end()
     assert list((world.store / INCOMING_FOLDER).iterdir()) != []
@@ -231,7 +234,7 @@ def test_it_starts_again_with_an_index_that_is_cut(world: Process, right: Mappin
     finally:
         world.kill()
         index.write_bytes(whole)
-    world.start()
+        world.start()
     check_whole(world, right, "shout", "merged", "comes-and-goes")
 
 
