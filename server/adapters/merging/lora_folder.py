@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from server.adapters.format.content import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
-from server.ground.errors import BadRequest, GraftError
+from server.adapters.store.folder_store import FULL_DISK
+from server.ground.errors import BadRequest, GraftError, StorageFull
 from server.model.site import Site, SiteKind
 
 _PREFIX = "base_model.model."
@@ -62,10 +63,11 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def _unwritable(target: Path, error: OSError) -> GraftError:
-    return GraftError(
+    kind, code = (StorageFull, "disk_full") if error.errno in FULL_DISK else (GraftError, "out_unwritable")
+    return kind(
         f"{target} cannot be written ({error.strerror or error}): free some space, mend its permissions, or give "
         "another folder.",
-        code="out_unwritable",
+        code=code,
     )
 
 

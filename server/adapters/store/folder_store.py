@@ -58,7 +58,7 @@ _CHUNK_BYTES = 1 << 20
 _MAX_TEXT_FILE_BYTES = 1 << 20  # of a config or a manifest; a larger one is refused when it is loaded
 _MAX_TEXT_CHARS = 1024  # of a name in it that is looked at before it is checked
 # What the system says of a full disk, a spent quota of its own and a file that may grow no further.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _log = logging.getLogger(__name__)
 
@@ -349,7 +349,7 @@ class Store:
         """
         check_name(name)
         digest = incoming.digest()
-        with disk_errors(self.root):
+        with _disk_errors(self.root):
             incoming.write_record(dataclasses.replace(record, content_bytes=incoming.num_bytes))
             with self._exclusive():
                 with self.room.settling(incoming.claim):
@@ -370,7 +370,7 @@ class Store:
 
     def make_current(self, name: str, digest: str) -> None:
         """Makes a version that the name has already the one that it means. Raises AdapterNotFound."""
-        with disk_errors(self.root), self._exclusive():
+        with _disk_errors(self.root), self._exclusive():
             self.folder(name, digest)
             index = self._read_index(name)
             if index.current == digest:
@@ -384,7 +384,7 @@ class Store:
 
         Raises AdapterNotFound.
         """
-        with disk_errors(self.root), self._exclusive():
+        with _disk_errors(self.root), self._exclusive():
             versions = self._stored_name(name).versions
             with ExitStack() as on_failure:
                 doomed = self._scratch_locked(on_failure)
@@ -413,7 +413,7 @@ class Store:
 
         Raises AdapterNotFound, and Conflict for the current one.
         """
-        with disk_errors(self.root), self._exclusive():
+        with _disk_errors(self.root), self._exclusive():
             folder = self.folder(name, digest)
             index = self._read_index(name)
             if index.current == digest:
@@ -494,7 +494,7 @@ class Store:
         _sync_folder(folder)
 
     def _scratch(self) -> "_Scratch":
-        with disk_errors(self.root), self._exclusive():
+        with _disk_errors(self.root), self._exclusive():
             return self._scratch_locked(ExitStack())
 
     def _scratch_locked(self, ending: ExitStack) -> "_Scratch":
@@ -588,7 +588,7 @@ class Incoming:
         self.scratch = scratch
         self.claim = claim
         self.folder = scratch.version_folder
-        with disk_errors(self.folder):
+        with _disk_errors(self.folder):
             self.folder.mkdir()
         self.num_bytes = 0
         self._max_bytes = max_bytes
@@ -600,7 +600,7 @@ class Incoming:
             raise BadRequest(f"{filename!r} is no file of an adapter: send {', '.join(CONTENT_FILES)}.", param="file")
         if (self.folder / filename).exists():
             raise BadRequest(f"{filename} was sent twice: send each file once.", param="file")
-        with disk_errors(self.folder):
+        with _disk_errors(self.folder):
             return IncomingFile(self, self.folder / filename)
 
     @property
@@ -684,12 +684,12 @@ class IncomingFile:
         self._incoming.count(len(chunk))
         self._sha256.update(chunk)
         self._num_bytes += len(chunk)
-        with disk_errors(self._path):
+        with _disk_errors(self._path):
             self._file.write(chunk)
 
     def close(self) -> None:
         """Makes the file durable and takes it into the upload's digest."""
-        with disk_errors(self._path), self._file:
+        with _disk_errors(self._path), self._file:
             _sync_file(self._file)
         self._incoming.finish_file(self._path.name, FileDigest(self._num_bytes, self._sha256.digest()))
 
@@ -754,12 +754,12 @@ def try_lock(folder: Path) -> int | None:
 
 
 @contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
+def _disk_errors(where: Path) -> Iterator[None]:
     """Turns the operating system's refusals into a sentence."""
     try:
         yield
     except OSError as error:
-        kind, code = (StorageFull, "disk_full") if error.errno in _FULL else (GraftError, "store_unwritable")
+        kind, code = (StorageFull, "disk_full") if error.errno in FULL_DISK else (GraftError, "store_unwritable")
         raise kind(
             f"The adapter store cannot be written at {where} ({error.strerror or error}): free some space or mend its "
             f"permissions, or start with another --store.",
