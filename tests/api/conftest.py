@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ class Live:
     store: Path
     http: httpx.Client
     openai: OpenAI
+    connections: Collection[Any]  # that are open, as the server sees it
 
     @property
     def address(self) -> tuple[str, int]:
@@ -123,7 +124,7 @@ def serving(settings: Settings, patience: Patience = UNHURRIED) -> Iterator[Live
             httpx.Client(base_url=url, headers=headers, timeout=120) as http,
             OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120) as openai,
         ):
-            yield Live(server, url, settings.store, http, openai)
+            yield Live(server, url, settings.store, http, openai, listener.server_state.connections)
     finally:
         listener.should_exit = True
         thread.join()

@@ -1,10 +1,11 @@
 """Clients that are slow, silent, gone or many: what they hold ends, and the others are served meanwhile."""
 
 import asyncio
+import json
 import logging
 import socket
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -38,6 +39,15 @@ def is_ended(connection: socket.socket) -> bool:
     with suppress(ConnectionError):
         read_all(connection)  # beyond its time limit the test fails
     return True
+
+
+@contextmanager
+def deaf_client(live: Live) -> Iterator[socket.socket]:
+    """A connection that takes little before it is read."""
+    with closing(socket.socket()) as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(live.address)
+        yield deaf
 
 
 def received_from(connection: socket.socket) -> bytes:
@@ -100,16 +110,28 @@ def test_a_body_that_stops_or_drips_ends_the_connection_and_leaves_nothing(impat
     eventually(lambda: not list(impatient.store.glob(".incoming/*")))
 
 
+def test_answers_that_nobody_reads_are_ended(impatient: Live) -> None:
+    asked = 200  # of some 100 KB each: more than the system buffers of a connection
+    with deaf_client(impatient) as deaf:
+        deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * asked)
+        own = deaf.getsockname()
+        assert deaf.recv(4) == b"HTTP"  # it has begun
+        eventually(lambda: own not in {connection.client for connection in tuple(impatient.connections)})
+        received = b"HTTP" + b"".join(iter(lambda: received_from(deaf), b""))
+        assert 0 < received.count(b"HTTP/1.1 200") < asked
+
+
+@pytest.mark.slow
 def test_a_stream_that_nobody_reads_is_ended(impatient: Live) -> None:
-    body = b'{"prompt": "Hi", "max_tokens": 200, "n": 32, "logprobs": 20, "ignore_eos": true, "stream": true}'
+    # Some megabytes at little cost: more than the system buffers of a connection.
+    asked = {"prompt": [*range(5, 245)], "echo": True, "logprobs": 20, "max_tokens": 1, "n": 32, "stream": True}
+    body = json.dumps(asked).encode()
 
     def num_answered() -> float:
         return impatient.metric("graft_requests_total", route="/v1/completions")
 
     before = num_answered()
-    with closing(socket.socket()) as deaf:
-        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        deaf.connect(impatient.address)
+    with deaf_client(impatient) as deaf:
         deaf.sendall(HEAD + f"content-length: {len(body)}\r\n\r\n".encode() + body)
         eventually(lambda: num_answered() > before)
         assert impatient.server.engine.stats().num_in_flight == 0
