@@ -90,4 +90,4 @@ def test_nine_of_ten_functions_fit_on_a_screen() -> None:
 def test_every_test_lies_where_its_subject_lies() -> None:
     floors = {path.name for path in (ROOT / "server").iterdir() if path.is_dir() and path.name != "__pycache__"}
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and any(path.glob("test_*.py"))}
-    assert folders <= floors | {"demo", "examples", "faults", "load_tests"}
+    assert folders <= floors | {"demo", "deploy", "examples", "faults", "load_tests"}
