@@ -75,7 +75,7 @@ async def work(url: str, adapters: Sequence[str], duration_s: float) -> None:
     while time.perf_counter() - begun < duration_s:
         wave += 1
         loop = ClosedLoop(url, num_streams=4 + 8 * (wave % 3), num_prompt_tokens=24, max_tokens=16)
-        names = dice.choices(adapters, weights, k=48)
+        names = dice.choices(adapters, weights, k=16)
         await loop.run([*names, "no-such-adapter"], f"wave {wave}")
 
 
