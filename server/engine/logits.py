@@ -19,6 +19,7 @@ import torch
 
 from server.engine.sampler import SamplingRow
 from server.engine.token_rules import TokenRules
+from server.ops.sending import send
 
 _Ruled = Sequence[tuple[int, TokenRules]]  # (row, its rules)
 
@@ -41,23 +42,27 @@ class _Cells:
 
     def __init__(self, tokens: Iterable[tuple[int, "array[int]"]], device: torch.device) -> None:
         listed = [(row, ids) for row, ids in tokens if ids]
-        self._lengths = torch.tensor([len(ids) for _, ids in listed], device=device)
+        self._num = sum(len(ids) for _, ids in listed)
+        self._lengths = send(torch.tensor([len(ids) for _, ids in listed]), device)
         self._device = device
         self.is_empty = not listed
-        self.rows = [row for row, _ in listed]
+        self.rows = send(torch.tensor([row for row, _ in listed], dtype=torch.int64), device)
         if listed:
-            self.at = self.spread(self.rows), _joined((ids for _, ids in listed), device)
+            self.at = (
+                self.rows.repeat_interleave(self._lengths, output_size=self._num),
+                _joined((ids for _, ids in listed), device),
+            )
 
     def spread(self, values: Sequence[float]) -> torch.Tensor:
         """One value per row, repeated for each token of the row."""
-        return torch.tensor(values, device=self._device).repeat_interleave(self._lengths)
+        return send(torch.tensor(values), self._device).repeat_interleave(self._lengths, output_size=self._num)
 
 
 def _joined(arrays: Iterable["array[int] | array[float]"], device: torch.device) -> torch.Tensor:
     """A copy of all of them, one after another (not empty)."""
     listed = list(arrays)
     dtype = torch.int64 if listed[0].typecode == "q" else torch.float32
-    return torch.frombuffer(bytearray().join(listed), dtype=dtype).to(device)
+    return send(torch.frombuffer(bytearray().join(listed), dtype=dtype), device)
 
 
 def _keep_allowed(logits: torch.Tensor, ruled: _Ruled) -> None:

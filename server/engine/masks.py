@@ -12,6 +12,7 @@ from llguidance import LLExecutor
 from server.engine.constraint import Constraint
 from server.engine.runner import StepLogits
 from server.engine.sequence import Batch, SequenceStatus
+from server.ops.sending import send
 
 _BITS = 32
 
@@ -68,8 +69,8 @@ class StepMasks:
         rows = [row for row, name in enumerate(ids) if name in self._number]
         words = self._filled.result()[[self._number[ids[row]] for row in rows]]
         masked, device = logits.sampled.clone(), logits.sampled.device
-        is_allowed = _bits(words.to(device))[:, : masked.shape[-1]]
-        at = torch.tensor(rows, device=device)
+        is_allowed = _bits(send(words, device))[:, : masked.shape[-1]]
+        at = send(torch.tensor(rows), device)
         masked[at] = masked[at].masked_fill(~is_allowed, -torch.inf)
         return masked
 

@@ -11,6 +11,7 @@ import torch
 
 from server.engine.sequence import TokenLogprobs
 from server.engine.token_rules import TokenRules
+from server.ops.sending import send
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,8 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     # Two ways that may answer one random number differently, so a row's way must not depend on its neighbours.
     for of_way in ([i for i in drawn if _is_cut(rows[i])], [i for i in drawn if not _is_cut(rows[i])]):
         if of_way:
-            greedy[of_way] = _draw(logits[of_way].float(), [rows[i] for i in of_way])
+            at = send(torch.tensor(of_way), logits.device)
+            greedy[at] = _draw(logits[at].float(), [rows[i] for i in of_way])
     return greedy
 
 
@@ -52,7 +54,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     device = logits.device
 
     def column(values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+        return send(torch.tensor(values, dtype=torch.float64), device)[:, None]
 
     # Very small temperatures would overflow; relative to the maximum they cannot.
     logits = logits - logits.amax(dim=-1, keepdim=True)
