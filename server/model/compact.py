@@ -31,11 +31,11 @@ def compact_norm(norm: nn.Module, stock: _Forward) -> _Forward | None:
     """A forward of few operators for an RMS norm whose own is `stock`; None for any other norm.
 
     y = weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, arXiv:1910.07467). Tried on rows of several sizes:
-    it must be within the rounding of the norm's own dtype.
+    it must be within the rounding of the norm's own dtype. Float32, which is asked for to be exact, stays as it is.
     """
     weight: Any = norm.weight
     eps = next((e for name in ("variance_epsilon", "eps") if isinstance(e := getattr(norm, name, None), float)), None)
-    if eps is None or weight.is_meta:
+    if eps is None or weight.is_meta or weight.dtype is torch.float32:
         return None
 
     compact = _fused_norm(weight, eps) if weight.is_cuda else _norm_by_length(weight, eps)

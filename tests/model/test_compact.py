@@ -31,7 +31,7 @@ def sequences() -> list[torch.Tensor]:
     return list(torch.randint(0, VOCAB_SIZE, (3, 2), generator=torch.Generator().manual_seed(5)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Qwen2RMSNorm])
 def test_an_rms_norm_of_fewer_operators_is_within_the_rounding_of_its_dtype(
     kind: type[nn.Module], dtype: torch.dtype
@@ -46,7 +46,14 @@ def test_an_rms_norm_of_fewer_operators_is_within_the_rounding_of_its_dtype(
     torch.testing.assert_close(forward(x.double()), norm(x.double()), rtol=0, atol=0)  # any other dtype is its own
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm(WIDTH), GemmaRMSNorm(WIDTH)], ids=lambda norm: type(norm).__name__)
+def test_a_norm_in_float32_stays_as_it_is() -> None:
+    norm = LlamaRMSNorm(WIDTH)
+    assert compact_norm(norm, norm.forward) is None
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(WIDTH).bfloat16(), GemmaRMSNorm(WIDTH).bfloat16()], ids=lambda norm: type(norm).__name__
+)
 def test_a_norm_of_another_formula_stays_as_it_is(norm: nn.Module) -> None:
     norm.get_parameter("weight").data.normal_()
     assert compact_norm(norm, norm.forward) is None
