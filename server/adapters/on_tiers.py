@@ -4,29 +4,17 @@ Owns the gathering of a name's versions into one value. Knows nothing about who 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import itemgetter
 
 from server.adapters.books import Books
 from server.adapters.catalog import Copy
 from server.adapters.host import HostTier
 from server.adapters.residency import Residency
+from server.ground.adapter_series import AdapterState
 
 
-@dataclass(frozen=True, slots=True)
-class OnTiers:
-    """An adapter that host or device has, all its versions together; the mixes that it is in are not counted."""
-
-    name: str
-    method: str  # of its current version if that is there, else of another
-    rank: int
-    is_pinned: bool
-    host_bytes: int | None  # tensors that it shares counted in full; None: it is not there
-    device_bytes: int | None
-
-
-def on_tiers(books: Books, host: HostTier, residency: Residency) -> tuple[OnTiers, ...]:
-    """In no order. Its cost is that of these adapters, however many there are in the store."""
+def on_tiers(books: Books, host: HostTier, residency: Residency) -> tuple[AdapterState, ...]:
+    """In no order, without sequences; mixes are left out. Its cost is theirs, however many there are in the store."""
     on_host = set(host.digests())
     with books.lock:
         known = books.catalog.contents
@@ -39,16 +27,16 @@ def on_tiers(books: Books, host: HostTier, residency: Residency) -> tuple[OnTier
     return tuple(_gathered(name, copies, on_host) for name, copies in by_name.items())
 
 
-def _gathered(name: str, copies: Sequence[Copy], on_host: set[str]) -> OnTiers:
+def _gathered(name: str, copies: Sequence[Copy], on_host: set[str]) -> AdapterState:
     """Of the copies of a name whose contents are on host or device, the current one last."""
     contents = [copy.content for copy in copies]
     host = [one.sizes.host_bytes for one in contents if one.sizes is not None and one.digest in on_host]
     device = [one.sizes.device_bytes for one in contents if one.sizes is not None and one.slot is not None]
     facts = contents[-1].facts
-    return OnTiers(
+    return AdapterState(
         name=name,
         method=facts.method if facts is not None else "",
-        rank=facts.rank if facts is not None else 0,
+        rank=facts.rank if facts is not None else None,
         is_pinned=any(copy.is_pinned for copy in copies),
         host_bytes=sum(host) if host else None,
         device_bytes=sum(device) if device else None,

@@ -28,7 +28,7 @@ from server.adapters.host import HostTier
 from server.adapters.in_place import InPlace
 from server.adapters.lease import Lease, Leases
 from server.adapters.loader import FAILURE_MEMORY_S, Load, Loader, ObserveLoad
-from server.adapters.on_tiers import OnTiers, on_tiers
+from server.adapters.on_tiers import on_tiers
 from server.adapters.positions import Reach
 from server.adapters.quarantine import Quarantine
 from server.adapters.residency import Residency
@@ -39,10 +39,11 @@ from server.adapters.store.adapter_store import AdapterStore
 from server.adapters.store.folder_store import Incoming
 from server.adapters.versions import Versions, claim_of
 from server.adapters.workers import Workers
+from server.ground.adapter_series import AdapterState
 from server.ground.errors import GraftError
 
 __all__ = [
-    "FAILURE_MEMORY_S", "MAX_WAIT_S", "NUM_COPIERS", "AdapterInfo", "Device", "Lease", "Loaded", "OnTiers", "Portion",
+    "FAILURE_MEMORY_S", "MAX_WAIT_S", "NUM_COPIERS", "AdapterInfo", "Device", "Lease", "Loaded", "Portion",
     "Registered", "Registry",
     "RegistryStats", "Unloaded", "claim_of",
 ]  # fmt: skip
@@ -406,7 +407,7 @@ class Registry:
             mean_device_bytes=sum(sizes) / len(sizes) if sizes else None,
         )
 
-    def on_tiers(self) -> tuple[OnTiers, ...]:
+    def on_tiers(self) -> tuple[AdapterState, ...]:
         """The adapters that host or device has, each name once. Its cost is theirs, however many the store has."""
         return on_tiers(self._books, self._host, self._residency)
 

@@ -4,6 +4,7 @@ Owns which number each metric is. Knows nothing about how a scrape is answered.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from server.adapters.adapter_info import RegistryStats
 from server.api.services import Services
@@ -90,15 +91,9 @@ def _adapter_states(services: Services) -> Iterator[AdapterState]:
     in_flight = services.engine.in_flight()
     for adapter in services.registry.on_tiers():
         uses = in_flight.pop(adapter.name, None)
-        yield AdapterState(
-            name=adapter.name,
-            method=adapter.method,
-            rank=adapter.rank,
-            is_pinned=adapter.is_pinned,
-            host_bytes=adapter.host_bytes,
-            device_bytes=adapter.device_bytes,
-            num_running=uses.num_running if uses is not None else 0,
-            num_waiting=uses.num_waiting if uses is not None else 0,
-        )
+        if uses is None:
+            yield adapter
+        else:
+            yield replace(adapter, num_running=uses.num_running, num_waiting=uses.num_waiting)
     for name, uses in in_flight.items():  # that are still on their way, or in a mix alone
         yield AdapterState(name, num_running=uses.num_running, num_waiting=uses.num_waiting)

@@ -8,7 +8,7 @@ import torch
 from server.adapters.host import HostTier
 from server.adapters.registry import Registry
 from server.adapters.store.folder_store import Record, Store
-from server.ground.adapter_series import SERIES_PER_ADAPTER, AdapterState
+from server.ground.adapter_series import SERIES_PER_ADAPTER
 from server.ground.metrics import Metrics
 from server.ground.vllm_names import vllm_names
 from tests.adapters.folders import incoming_from, load_folder, write_folder
@@ -34,13 +34,7 @@ def test_the_series_stay_under_the_cap(tmp_path: Path, num_adapters: int) -> Non
     registry = Registry(filled(tmp_path, num_adapters), (), host, device, load_folder)
     metrics = Metrics(CAP, lambda families: vllm_names(families, "base"))
 
-    def states() -> tuple[AdapterState, ...]:
-        return tuple(
-            AdapterState(one.name, one.method, one.rank, one.is_pinned, one.host_bytes, one.device_bytes)
-            for one in registry.on_tiers()
-        )
-
-    metrics.adapters.watch(states, registry.has)
+    metrics.adapters.watch(registry.on_tiers, registry.has)
     most = 0
     for number, name in enumerate(registry.names()):
         with registry.lease(name) as lease:
