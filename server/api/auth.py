@@ -131,9 +131,3 @@ def _asker(key: Key | None, request_id: str | None) -> Asker:
 
 
 _REFUSAL = Unauthorized("The API key is missing or wrong. Send it as the header Authorization: Bearer <key>.")
-
-
-def key_name(scope: Scope) -> str | None:
-    """The name of the key that a request came with; None where it had none that is known."""
-    key: Key | None = scope.get(_KEY)
-    return None if key is None else key.name

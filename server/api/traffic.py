@@ -9,7 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import notes
-from server.api.auth import key_name
+from server.api.auth import key_of
 from server.api.errors import REASON, STATUS_CLIENT_GONE, error_response, internal_error
 from server.api.notes import Notes
 from server.ground.metrics import Metrics
@@ -57,11 +57,12 @@ class Traffic:
 
 def _log_request(scope: Scope, noted: Notes, status: int, duration_s: float) -> None:
     """One line per request, without anything that its client has said but the path; probes and looks in detail only."""
+    key = key_of(scope)
     level = logging.DEBUG if scope["method"] in ("GET", "HEAD", "OPTIONS") else logging.INFO
     outcome = noted.error or ("client_gone" if status == STATUS_CLIENT_GONE else "ok")
     fields = {
         "request_id": scope["request_id"],
-        "key": key_name(scope),
+        "key": None if key is None else key.name,
         "method": scope["method"],
         "path": scope["path"],
         "status": status,
