@@ -65,7 +65,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def test_sigterm_lets_what_runs_finish(start: Start) -> None:
-    process = start()
+    process = start(drain_timeout="300")
     right = [each.ended().text[:_NUM_COMPARED] for each in begin(process, LONG)]
     streams = begin(process, LONG)
     process.send(signal.SIGTERM)
