@@ -305,10 +305,12 @@ def _swap_row(setting: Setting, batch: int) -> Row:
     streams = Streams(names, setting.num_prompt_tokens, 8 * setting.num_steps)
     thread = threading.Thread(target=swap)
     thread.start()
-    with watched(server.engine, after_step) as steps:
-        asyncio.run(streams.read(server))
-    is_warm.set()  # whatever became of the streams, the thread must end
-    thread.join()
+    try:
+        with watched(server.engine, after_step) as steps:
+            asyncio.run(streams.read(server))
+    finally:
+        is_warm.set()  # whatever became of the streams, the thread must end
+        thread.join()
     took_s = statistics.median(end_s - begun_s for begun_s, end_s in spans)
     pinned_s = _pinned_copy_s(num_bytes, setting.device)
     return {

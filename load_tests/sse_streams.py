@@ -47,7 +47,10 @@ class Pass:
     num_steps: int  # of any kind
 
     def row(self) -> dict[str, Any]:
-        """Milliseconds of a step: medians of its wall time and of the engine thread's, a mean of the event loop's."""
+        """Milliseconds of a step: medians of its wall time and of the engine thread's CPU time.
+
+        And a mean of the event loop's over all steps, which has taking in the requests in it.
+        """
         return {
             "step_ms": 1000 * statistics.median(step.report.duration_s for step in self.steps),
             "engine_cpu_ms": 1000 * statistics.median(step.cpu_s for step in self.steps),
