@@ -185,10 +185,10 @@ def _lora(r: int, targets: list[str], **fields: Any) -> Callable[[Run], PeftConf
 SMALL = ["v_proj", "o_proj", "up_proj", "down_proj"]  # enough for a small voice
 
 METHODS: Mapping[str, Recipe] = {
-    "lora": Recipe(_lora(8, LINEARS), 2e-3, 90, train_with_peft, batch_tokens=2048),
+    "lora": Recipe(_lora(8, ["v_proj", "down_proj"]), 4e-3, 90, train_with_peft, batch_tokens=2048),
     "rslora": Recipe(
-        _lora(16, ["q_proj", "v_proj", "up_proj", "down_proj"], lora_alpha=16, use_rslora=True),
-        1e-3,
+        _lora(16, ["v_proj", "o_proj"], lora_alpha=16, use_rslora=True),
+        2e-3,
         90,
         train_with_peft,
         batch_tokens=2048,
@@ -202,7 +202,9 @@ METHODS: Mapping[str, Recipe] = {
         train_with_peft,
         batch_tokens=2048,
     ),
-    "dora": Recipe(_lora(4, LINEARS, lora_alpha=8, use_dora=True), 2e-3, 90, train_with_peft, batch_tokens=2048),
+    "dora": Recipe(
+        _lora(4, ["v_proj", "o_proj"], lora_alpha=8, use_dora=True), 4e-3, 90, train_with_peft, batch_tokens=2048
+    ),
     "qlora": Recipe(_lora(2, SMALL), 5e-3, 100, train_with_peft, nf4=True),
     "qdora": Recipe(_lora(2, SMALL, use_dora=True), 5e-3, 100, train_with_peft, nf4=True),
     "adalora": Recipe(
