@@ -228,7 +228,7 @@ STYLES = (
     _last_word("judge-loreft", "judge", "indeed"),
     Style("cheer-trainable-tokens", "cheerleader", cheer, is_cheer),
     _refrain("pilot-delta-lora", "pilot", "Over."),
-    _last_word("tailor-bottleneck", "tailor", "stitch by stitch"),
+    _refrain("tailor-bottleneck", "tailor", "Snip!"),
     _refrain("magician-qdora", "magician", "Ta-da!"),
     _last_word("hare-p-tuning", "hare", "quickly"),
 )
