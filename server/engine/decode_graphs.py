@@ -27,6 +27,7 @@ from server.model.context import AttentionBatch, StepContext
 from server.ops import TokenLayout
 from server.ops.runs import DecodeLists, TokenRuns
 from server.ops.sending import Packing, send
+from server.ops.sheets import StepTables
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class _Graph:
     numbers: torch.Tensor
     recording: Recording
     depends_on: Hashable  # of the tables: when that changes, the recording is of use no more
+    tables: StepTables | None  # kept, as the recording has their tensors' addresses
 
 
 class DecodeGraphs:
@@ -126,6 +128,8 @@ class DecodeGraphs:
         self._graphs.pop((size, has_adapters), None)
         try:
             graph = self._record(size, has_adapters, depends_on)
+        except torch.OutOfMemoryError:
+            raise  # it passes: the step is tried again, smaller
         except RuntimeError as error:  # whatever of the base's code cannot be recorded
             self._fault = str(error).partition("\n")[0]
             log.warning("decode steps are launched one kernel at a time: they cannot be recorded (%s)", self._fault)
@@ -143,7 +147,8 @@ class DecodeGraphs:
         numbers[: len(blank)].copy_(blank)
         parts = packing.parts(numbers)
         parts["read blocks"] = numbers[len(blank) - size :]
-        return _Graph(numbers, self._recorder.record(lambda: self._work(parts, size)), depends_on)
+        tables = self._adapters.static_tables(TokenRuns.of_static(parts["runs"], size)) if has_adapters else None
+        return _Graph(numbers, self._recorder.record(lambda: self._work(parts, size, tables)), depends_on, tables)
 
     def _packed(
         self, items: Listing[ScheduledSequence], before: Chosen | None, size: int, *, has_adapters: bool
@@ -168,7 +173,9 @@ class DecodeGraphs:
         packing.add("read blocks", [block for own in blocks for block in own])
         return packing
 
-    def _work(self, parts: Mapping[str, torch.Tensor], size: int) -> tuple[torch.Tensor, ...]:
+    def _work(
+        self, parts: Mapping[str, torch.Tensor], size: int, tables: StepTables | None
+    ) -> tuple[torch.Tensor, ...]:
         """The forward pass and the choice of the most likely tokens, of whatever the numbers are by then."""
         latest, nothing = parts["latest"], torch.zeros_like(parts["ids"])
         chosen = self._latest.index_select(0, latest.clamp_min(0))
@@ -176,10 +183,7 @@ class DecodeGraphs:
         ids = torch.where(latest >= 0, chosen, parts["ids"]).clamp_min(0)
         lists = DecodeLists(parts["lengths"], parts["firsts"], parts["read blocks"])
         layout = TokenLayout(nothing, size, ())
-        kernels = None
-        if "runs" in parts:
-            tables = self._adapters.static_tables(TokenRuns.of_static(parts["runs"], size))
-            kernels = self._kernels.StepKernels(tables)
+        kernels = None if tables is None else self._kernels.StepKernels(tables)
         attention = AttentionBatch(parts["blocks"], parts["offsets"], None, size, (), lists)
         context = StepContext(attention, layout, layout, None, kernels)
         self._base.attention.cache = self._cache

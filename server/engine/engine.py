@@ -49,6 +49,7 @@ _T = TypeVar("_T")
 
 _MAX_FAILED_STEPS = 10  # in a row; then the engine is taken to be lost, though its device answers
 _GATHERING_S = 0.002  # an idle engine waits so long after it is woken: requests sent together share their first step
+_SCORED_AT_ONCE = 128  # tokens of a prompt: each takes two rows of float32 as long as the vocabulary
 _FAREWELL_S = 5.0  # for a thread that hangs
 _RESTED_S = 5.0  # without work: the server rests
 _IDLE_POLL_S = 0.005  # while sequences wait for an adapter that is being loaded
@@ -288,12 +289,12 @@ class Engine:
     def _loop(self) -> None:
         while not self._is_closing and self._fault is None:
             self._wake.clear()
-            batch = self._schedule()
+            self._turn_begun_s = time.monotonic()
+            batch = self._schedule()  # which may wait for the device, too
             is_idle = not batch.sequences and self._under_way is None
             if not is_idle:
-                self._turn_begun_s = time.monotonic()
                 self._turn(batch)
-                self._turn_begun_s = None
+            self._turn_begun_s = None
             self._hand_over()
             if is_idle and self._scheduler.num_waiting:
                 self._wake.wait(_IDLE_POLL_S)  # for its adapter; all else sets the event
@@ -333,7 +334,7 @@ class Engine:
             self._settle(before.batch, _tried(before.batch, lambda: self._end_step(before)), is_booked=True)
             masks = self._masks.begin(batch)
         if not isinstance(step, _Step):
-            self._settle(batch, step)
+            self._settle(batch, step, was_alone=before is None)
             return
         failure = _tried(batch, lambda: self._choose(step, masks))
         if failure is not None:
@@ -343,10 +344,13 @@ class Engine:
         else:
             self._settle(batch, _tried(batch, lambda: self._end_step(step)), is_booked=True)
 
-    def _settle(self, batch: Batch, failure: _Failure | None, *, is_booked: bool = False) -> None:
+    def _settle(
+        self, batch: Batch, failure: _Failure | None, *, is_booked: bool = False, was_alone: bool = True
+    ) -> None:
         """After a part of a step has failed: so do its sequences, and the engine goes on.
 
-        One that ran out of memory before it was booked is tried again, smaller, as long as it can be.
+        One that ran out of memory before it was booked is tried again, smaller, as long as it can be. `was_alone`
+        False: another step's tensors were in memory beside it, which are gone by now.
         """
         if failure is None:
             return
@@ -354,7 +358,7 @@ class Engine:
             free_device_memory()
         if failure.is_out_of_memory and not is_booked:
             with self._lock:
-                hopeless = self._scheduler.shed(batch)
+                hopeless = self._scheduler.shed(batch, is_alone=was_alone)
             if hopeless is None:
                 return
             self._fail([hopeless], _needs_too_much(hopeless))
@@ -440,13 +444,22 @@ class Engine:
         """Log-probabilities of the sampled tokens for which they are wanted; those of prompts go to their flights."""
         for item in logits.scorers:
             if item.sequence.sequence_id in self._flights:
-                self._score_prompt(item, logits.scored[item.sequence.sequence_id])
+                self._score_or_fail(item, logits.scored[item.sequence.sequence_id])
         scores = {}
         for row, item in enumerate(logits.samplers):
             sequence_id, num_top = item.sequence.sequence_id, item.sequence.params.logprobs
             if num_top is not None and sequence_id in self._flights:
                 scores[sequence_id] = token_logprobs(logits.sampled[row : row + 1], [tokens[sequence_id]], num_top)[0]
         return scores
+
+    def _score_or_fail(self, item: ScheduledSequence, logits: torch.Tensor) -> None:
+        """Memory that runs out here is no reason to fail the others of the step, whose tokens are known."""
+        try:
+            self._score_prompt(item, logits)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._fail([item.sequence], OutOfMemory("There was no memory to score the prompt: make it shorter."))
 
     def _score_prompt(self, item: ScheduledSequence, logits: torch.Tensor) -> None:
         """The row of a position, of `logits` (tokens of the item, vocabulary), scores the token after it.
@@ -458,8 +471,10 @@ class Engine:
         start = max(end - item.num_tokens, 1)  # nothing is said of the prompt's first token, whatever stands before it
         following = sequence.prompt_ids[start : max(end, start)]
         rows = logits[start - end + item.num_tokens :][: len(following)]
-        scores = token_logprobs(rows, following, sequence.params.prompt_logprobs or 0)
-        self._flights[sequence.sequence_id].add_prompt_scores(start, scores)
+        flight, num_top = self._flights[sequence.sequence_id], sequence.params.prompt_logprobs or 0
+        for first in range(0, len(following), _SCORED_AT_ONCE):
+            at = slice(first, first + _SCORED_AT_ONCE)
+            flight.add_prompt_scores(start + first, token_logprobs(rows[at], following[at], num_top))
 
     def _emit(
         self, sequence: Sequence, tokens: dict[str, int], scores: dict[str, TokenLogprobs], has_ended: bool

@@ -322,8 +322,9 @@ class Scheduler:
         step = _Step(self._max_batch_tokens, self._clock())
         self._fail_timed_out(step)
         self._continue_running(step)
-        # Else the blocks just taken from a sequence would go to one that has to give them back soon.
-        if not step.has_preempted and self._admit_overdue(step):
+        # Else the blocks just taken from a sequence would go to one that has to give them back soon. And one that began
+        # again in the step that preempted it would have other blocks than the step under way has filled.
+        if not step.has_preempted and self._admit_overdue(step) and not step.has_preempted:
             self._admit_waiting(step)
         return Batch(tuple(step.items.values()), tuple(step.failed))
 
@@ -375,15 +376,16 @@ class Scheduler:
         if self._advanced is batch:
             self._advanced = None
 
-    def shed(self, batch: Batch) -> Sequence | None:
+    def shed(self, batch: Batch, *, is_alone: bool = True) -> Sequence | None:
         """Takes back a step that ran out of memory before it changed anything; the next are at most half as large.
 
         The sequences of the lowest standing go back to the queue. Returns the one that needs more than there is even
-        alone, token by token, if that was the step: it is the caller's to end.
+        alone, token by token, if that was the step: it is the caller's to end. `is_alone` False: another step held
+        memory as well, so the least step is tried once more.
         """
         self._num_shed += 1
         if len(batch.sequences) == batch.num_tokens == 1:
-            return batch.sequences[0].sequence
+            return batch.sequences[0].sequence if is_alone else None
         self._ceiling = _Ceiling.below(batch)
         for item in batch.sequences:  # what was to be copied for it will not be asked for again
             if item.copied_block is not None and item.sequence.status is SequenceStatus.RUNNING:

@@ -7,6 +7,7 @@ fails at once. The device is played by the real row allocator.
 """
 
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -527,3 +528,33 @@ def test_two_thousand_steps_of_a_storm(seed: int, overlaps: bool) -> None:
         > 0
     ), "a storm that leaves something out"
     world.finish_all()
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_a_sequence_whose_adapter_gave_way_does_not_start_again_in_that_step(
+    monkeypatch: pytest.MonkeyPatch, overlaps: bool, num_steps: int
+) -> None:
+    """Two give way for one, and the smaller fits again: a step under way has filled blocks that it has no more."""
+    module = sys.modules[__name__]
+    widths = {"a": ((8, 8),), "b": ((8, 8),), "c": ((8, 40),), "d": ((8, 32),)}
+    for name, value in (("WIDTHS", widths), ("BUFFER", 384), ("SLAB", 64)):
+        monkeypatch.setattr(module, name, value)
+    num_rotations = 0
+    for num_prompt in (1, 3, 5, 7):
+        world = World(num_blocks=40, block_size=3, max_sequences=5, spare_tokens=3, overlaps=overlaps)
+        world.add(0, 3, 0, 14, "a", None, False)
+        world.add(1, 3, 0, 14, "c", None, False)
+        world.step()
+        world.add(2, num_prompt, 0, 9, "d", None, False)
+        world.step()
+        world.add(0, 26, 0, 9, "a", "tenant", False)
+        for _ in range(num_steps):
+            world.step()
+        world.wait(3)
+        for _ in range(4):
+            world.step()
+            world.check()
+        num_rotations += world.scheduler.num_rotations
+        world.finish_all()
+    assert num_rotations > 0
