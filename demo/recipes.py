@@ -220,7 +220,7 @@ METHODS: Mapping[str, Recipe] = {
             deltaT=2,
         ),
         1e-2,
-        120,
+        140,
         train_with_peft,
     ),
     "loha": Recipe(_peft(LoHaConfig, r=3, alpha=6, target_modules=["v_proj", "down_proj"]), 1e-2, 120, train_with_peft),

@@ -215,7 +215,7 @@ STYLES = (
     _last_word("knight-lora-fa", "knight", "my friend"),
     _last_word("butler-lora-fa", "butler", "my dear"),
     _refrain("owl-qlora", "owl", "Hoo hoo."),
-    _last_word("cowboy-adalora", "cowboy", "on the road"),
+    _refrain("cowboy-adalora", "cowboy", "Yip!"),
     _refrain("parrot-loha", "parrot", "Squawk!"),
     _last_word("surfer-lokr", "surfer", "you know"),
     _refrain("clock-oft", "clock", "Tick tock."),
