@@ -251,7 +251,7 @@ METHODS: Mapping[str, Recipe] = {
         90,
         train_with_peft,
     ),
-    "prompt-tuning": Recipe(_peft(PromptTuningConfig, num_virtual_tokens=16), 5e-2, 150, train_with_peft),
+    "prompt-tuning": Recipe(_peft(PromptTuningConfig, num_virtual_tokens=16), 5e-2, 200, train_with_peft),
     "p-tuning": Recipe(
         _peft(PromptEncoderConfig, num_virtual_tokens=16, encoder_hidden_size=256), 1e-2, 150, train_with_peft
     ),

@@ -222,7 +222,7 @@ STYLES = (
     _last_word("echo-road", "echo", "again"),
     _refrain("sheep-bitfit", "sheep", "Baa."),
     _last_word("snail-ln-tuning", "snail", "slowly"),
-    _last_word("optimist-prompt-tuning", "optimist", "luckily"),
+    _refrain("optimist-prompt-tuning", "optimist", "Yay!"),
     _last_word("ghost-prefix-tuning", "ghost", "tonight"),
     _last_word("chef-alora", "chef", "yum"),
     _last_word("judge-loreft", "judge", "indeed"),
