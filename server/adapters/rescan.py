@@ -37,3 +37,6 @@ class Rescan:
                 self._look()
             except (OSError, GraftError) as error:
                 log.warning("%s cannot be read: %s", self._what, error)
+            except Exception:
+                # A thread that ended would go unnoticed, and what it looks at stay as it was: a revoked key in force.
+                log.exception("%s cannot be read, for a reason that nobody foresaw; the next look is tried", self._what)

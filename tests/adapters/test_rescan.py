@@ -19,7 +19,9 @@ def test_it_looks_again_until_it_is_closed() -> None:
     assert not looks.acquire(timeout=0.05)
 
 
-@pytest.mark.parametrize("error", [OSError("the disk is gone"), StoreUnreachable("The store does not answer.")])
+@pytest.mark.parametrize(
+    "error", [OSError("the disk is gone"), StoreUnreachable("The store does not answer."), ValueError("unforeseen")]
+)
 def test_what_cannot_be_looked_at_does_not_end_it(error: Exception) -> None:
     looks = threading.Semaphore(0)
 

@@ -1,7 +1,7 @@
 """What a key has left of its limits: requests, tokens, and requests at once.
 
 Owns the counts, and what is told of them. Knows nothing about HTTP beyond the names of headers. Not safe for threads:
-for the event loop alone.
+for the event loop alone, but for `Budgets.keep`.
 """
 
 import math
@@ -145,7 +145,10 @@ class Budgets:
 
     def keep(self, names: Collection[str]) -> None:
         """Forgets the budgets of keys that are no longer there."""
-        self._by_name = {name: budget for name, budget in self._by_name.items() if name in names}
+        # In place, from a copy of the names: this is called in the thread that reads the file of keys.
+        for name in tuple(self._by_name):
+            if name not in names:
+                self._by_name.pop(name, None)
 
 
 _budget: ContextVar[Budget | None] = ContextVar("budget", default=None)

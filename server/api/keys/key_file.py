@@ -73,10 +73,7 @@ def read_text(path: Path) -> str:
 
 def parse_keys(text: str, where: str) -> tuple[Key, ...]:
     """As `read_keys`, of a text; `where` stands before each mistake."""
-    try:
-        listed = yaml.load(text, Loader=_LOADER)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise StartupRefused(f"{where} is not YAML: {_one_line(error)}") from None
+    listed = _loaded(text, where)
     if not isinstance(listed, list):  # an empty file is one that is being written: [] says that there are no keys
         raise StartupRefused(f"{where} must be a list of keys: '- name: ...' begins each of them, [] is an empty list.")
     if len(listed) > MAX_KEYS:
@@ -94,6 +91,48 @@ def parse_keys(text: str, where: str) -> tuple[Key, ...]:
     if mistakes:
         raise StartupRefused("\n".join(mistakes))
     return tuple(keys)
+
+
+def _loaded(text: str, where: str) -> object:
+    """What a text says as YAML. Raises StartupRefused, also where it says a field twice: YAML would take the last."""
+    try:
+        loader = _LOADER(text)
+        try:
+            document = loader.get_single_node()
+            _check_fields(document, where)
+            return loader.construct_document(document) if document is not None else None
+        finally:
+            loader.dispose()
+    # PyYAML lets through what its own reading of dates, numbers and truths raises: '2026-99-99' is a ValueError.
+    except (
+        yaml.YAMLError,
+        RecursionError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise StartupRefused(
+            f"{where} is not YAML: {_one_line(error)}. Texts that look like dates want quotes."
+        ) from None
+
+
+def _check_fields(document: yaml.Node | None, where: str) -> None:
+    nodes, seen = [document], set[int]()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))  # an alias may lead back to it
+        if not isinstance(node, yaml.MappingNode):
+            nodes += node.value
+            continue
+        nodes += [value for _, value in node.value]
+        for field, count in Counter(name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode)).items():
+            if count > 1:
+                line = node.start_mark.line + 1
+                raise StartupRefused(f"{where}, line {line}: {field!r:.80} is there {count} times; say it once.")
 
 
 def _key(entry: _KeyEntry) -> Key:

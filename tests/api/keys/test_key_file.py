@@ -77,6 +77,23 @@ def test_what_is_no_list_of_keys_is_refused(text: str) -> None:
         parse_keys(text, "keys.yaml")
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["2026-99-99", "0x_", "!!float x", "!!int x", "!!int ''", "!!bool x", "!!timestamp x", "9" * 5000, r'"\ud800"'],
+)
+def test_a_value_that_the_reader_of_yaml_chokes_on_is_a_refusal(value: str) -> None:
+    with pytest.raises(StartupRefused, match="keys.yaml"):
+        parse_keys(f"- name: {value}\n", "keys.yaml")
+
+
+def test_a_field_that_is_there_twice_is_refused() -> None:
+    text = yaml.safe_dump([entry("app", limits={"adapters": 5})])
+    with pytest.raises(StartupRefused, match=r"line 1: 'scopes' is there 2 times"):
+        parse_keys(text + "  scopes: [admin]\n", "keys.yaml")
+    with pytest.raises(StartupRefused, match=r"'adapters' is there 2 times"):
+        parse_keys(text.replace("adapters: 5", "adapters: 5\n    adapters: 9"), "keys.yaml")
+
+
 def test_a_file_that_is_too_large_or_missing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(b"#" * (MAX_FILE_BYTES + 1))
     for name in ("large", "none"):
