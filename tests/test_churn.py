@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from server.assemble import Server
+from server.engine.chosen import Chosen
 from server.engine.flight import GenerationRequest
 from server.engine.runner import StepLogits
 from server.engine.sequence import Batch, SamplingParams
@@ -70,9 +71,9 @@ class Storm:
         """The first step waits until all streams have a request in flight and every adapter has been replaced."""
         run_step, is_open = self.server.runner.run, threading.Event()
 
-        def run_when_open(batch: Batch) -> StepLogits:
+        def run_when_open(batch: Batch, before: Chosen | None = None) -> StepLogits:
             assert is_open.wait(120)
-            return run_step(batch)
+            return run_step(batch, before)
 
         self.server.runner.run = run_when_open  # type: ignore[method-assign]
         await self._upload_all(self.contents[: len(NAMES)])

@@ -67,12 +67,12 @@ async def test_preempted_sequences_in_a_crowd_answer_as_alone(roomy: Server, cro
 async def test_a_failed_step_ends_its_sequences_and_no_others(roomy: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     run, num_steps = roomy.runner.run, 0
 
-    def fail_the_fifth(batch):  # type: ignore[no-untyped-def]
+    def fail_the_fifth(*step):  # type: ignore[no-untyped-def]
         nonlocal num_steps
         num_steps += 1
         if num_steps == 5:
             raise RuntimeError("the device fell off the bus")
-        return run(batch)
+        return run(*step)
 
     monkeypatch.setattr(roomy.runner, "run", fail_the_fifth)
     (failed,) = await answered(roomy, [ask(roomy, 100, WHOLE)])

@@ -163,10 +163,10 @@ def test_a_failed_step_leaves_nothing_behind(
     """The second chunk fails, and the first is not found again."""
     run, num_steps = reusing.server.runner.run, iter(range(99))
 
-    def fail_at_second(batch: Any) -> Any:
+    def fail_at_second(*step: Any) -> Any:
         if next(num_steps) == 1:
             raise RuntimeError("the device fell off the bus")
-        return run(batch)
+        return run(*step)
 
     with monkeypatch.context() as patch:
         patch.setattr(reusing.server.runner, "run", fail_at_second)

@@ -138,7 +138,6 @@ def inspect(folder: Path, rehearsal: Rehearsal, version: StoredVersion | None = 
     try:
         checkpoint = Checkpoint.open(folder)
         content = folder_digest(folder)
-        _check_unchanged(content, version)
         method = method_for(checkpoint.config).name
         tried = rehearsal.try_on(folder)
         method = tried.lowered.method
@@ -168,14 +167,6 @@ def _claim(folder: Path, version: StoredVersion | None) -> BaseClaim:
         return BaseClaim(base_model_of(folder), base_fingerprint_of(folder))
     record = version.record
     return BaseClaim(record.base_model, record.base_fingerprint, record.checked_name, record.checked_fingerprint)
-
-
-def _check_unchanged(content: FolderDigest, version: StoredVersion | None) -> None:
-    if version is not None and content.digest != version.digest:
-        raise AdapterRejected(
-            f"The files of {version.name} in the store are no longer those of its version {version.digest[:12]}: they "
-            f"are {content.digest[:12]} now. Remove the adapter and add it again."
-        )
 
 
 def _scalings(folder: Path, method: str, sites: Mapping[str, Site]) -> dict[str, float]:

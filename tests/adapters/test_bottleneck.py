@@ -125,8 +125,8 @@ def test_a_neighbours_adapter_changes_nothing_where_the_op_is_for_none(tmp_path:
         assert [answer.token_ids for answer in answer_all(server, [*long, *long])] == [*alone, *alone]
 
 
-def test_large_tensors_lie_in_the_devices_buffer_and_mean_the_same(tmp_path: Path) -> None:
-    """Beside a small one of the same numbers: rows of zeros make it large, and nothing else."""
+def test_tensors_of_any_size_lie_in_the_devices_buffer_and_mean_the_same(tmp_path: Path) -> None:
+    """A small one beside one of the same numbers: rows of zeros make it large, and nothing else."""
     small = copied("llama-houlsby", tmp_path / "adapters" / "small")
     large = shutil.copytree(small, tmp_path / "adapters" / "large") / "adapter_model.safetensors"
     save_file({key: padded(key, tensor, 40) for key, tensor in load_file(large).items()}, large)
@@ -134,7 +134,7 @@ def test_large_tensors_lie_in_the_devices_buffer_and_mean_the_same(tmp_path: Pat
         for name in ("small", "large"):
             before = server.adapters.used_bytes
             assert error("llama-houlsby", answer_all(server, [Ask(name, oracle.PROMPT, WHOLE)])[0]) < 1e-5
-            assert (server.adapters.used_bytes > before) == (name == "large")
+            assert server.adapters.used_bytes > before
         both = answer_all(server, [Ask(name, oracle.PROMPT, WHOLE) for name in ("small", "large") * 2])
     assert [error("llama-houlsby", got) < 1e-5 for got in both] == [True] * 4
 

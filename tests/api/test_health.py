@@ -37,7 +37,7 @@ def test_the_load_counts_what_is_in_flight(live: Live, gate: Gate) -> None:
 def test_a_dead_engine_is_told_to_all_who_ask(
     settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(batch: Any) -> Any:
+    def broken(*step: Any) -> Any:
         raise RuntimeError("the device is gone")
 
     with serving(settings()) as live:

@@ -107,7 +107,7 @@ def test_a_failure_in_mid_stream_is_an_error_event_and_no_done(
     live: Live, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = iter([live.server.runner.run] * 3)
-    monkeypatch.setattr(live.server.runner, "run", lambda batch: next(steps, _broken)(batch))
+    monkeypatch.setattr(live.server.runner, "run", lambda *step: next(steps, _broken)(*step))
     request = {**with_logprobs(body), "max_tokens": 100, "adapter": "first"}
     *chunks, last = [json.loads(event) for event in events(live, path, request)]
     assert len(chunks) >= 3
@@ -143,5 +143,5 @@ def test_openais_client_raises_for_a_failure_in_mid_stream(
         list(stream)
 
 
-def _broken(batch: Any) -> Any:
+def _broken(*step: Any) -> Any:
     raise RuntimeError("the device is gone")

@@ -26,7 +26,7 @@ def test_every_answer_has_an_id_of_its_own(live: Live) -> None:
 def test_the_id_leads_to_what_the_log_says_of_a_failure(
     live: Live, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(batch: Any) -> Any:
+    def broken(*step: Any) -> Any:
         raise RuntimeError("the device is gone")
 
     monkeypatch.setattr(live.server.runner, "run", broken)

@@ -115,8 +115,8 @@ class Pen:
     def write(self, *texts: str) -> None:
         self._scripts = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
-    def __call__(self, batch: Any) -> Any:
-        logits = self.unled(batch)
+    def __call__(self, *step: Any) -> Any:
+        logits = self.unled(*step)
         sampled = torch.full(logits.sampled.shape, -1000.0)
         for row, item in zip(sampled, logits.samplers, strict=True):
             script = self._scripts[int(re.sub(r".*-", "", item.sequence.sequence_id))]
