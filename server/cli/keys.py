@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from server.api.keys.key import Key, Scope, digest_of, new_secret
-from server.api.keys.key_file import hash_text, parse_keys, read_text, with_key, without_key, write_text
+from server.api.keys.key_file import changing, hash_text, parse_keys, read_text, with_key, without_key, write_text
 from server.cli.command import say, settings_of
 from server.cli.flags import add_some_settings
 from server.cli.table import columns
@@ -58,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _add(given: argparse.Namespace, path: Path) -> int:
     secret = new_secret()
     entry = _entry(vars(given), hash_text(digest_of(secret)))
-    write_text(path, with_key(read_text(path) if path.exists() else "", entry, str(path)))
+    with changing(path):
+        write_text(path, with_key(read_text(path) if path.exists() else "", entry, str(path)))
     say(f"the key {given.name} is in {path}; this is the only time that it is shown")
     sys.stdout.write(f"{secret}\n")
     return 0
@@ -88,6 +89,7 @@ def _row(key: Key) -> tuple[str, ...]:
 
 
 def _remove(given: argparse.Namespace, path: Path) -> int:
-    write_text(path, without_key(read_text(path), given.name, str(path)))
+    with changing(path):
+        write_text(path, without_key(read_text(path), given.name, str(path)))
     say(f"the key {given.name} is out of {path}; servers that use the file refuse it within a second or two")
     return 0

@@ -1,5 +1,6 @@
 """`graft keys`: a file of keys from nothing, without a secret in it."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,12 @@ def test_without_a_file_the_flag_is_named(capsys: pytest.CaptureFixture[str]) ->
     code, _, error = words(capsys, "list")
     assert code == 2
     assert "--api-keys FILE" in error
+
+
+def test_changes_at_once_are_all_kept(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    names = {f"key-{number}" for number in range(12)}
+    with ThreadPoolExecutor(6) as pool:
+        adding = [("keys", "add", name, "--scope", "infer", "--api-keys", str(file)) for name in names]
+        assert set(pool.map(main, adding)) == {0}
+    assert {key.name for key in read_keys(file)} == names

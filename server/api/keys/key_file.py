@@ -3,11 +3,13 @@
 Owns the format, a YAML list with an entry per key. Knows nothing about who uses the keys.
 """
 
+import fcntl
 import os
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +30,10 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Count = Annotated[int, Field(ge=1, le=2**53)]
 _Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 _Pattern = Annotated[str, Field(pattern=r"^[a-z0-9._*?-]{1,63}$")]
+
+
+class KeysUnreadable(StartupRefused):
+    """The file could not be opened or read; the next try may succeed though nobody changes it."""
 
 
 class _Entry(BaseModel):
@@ -59,13 +65,15 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 
 
 def read_text(path: Path) -> str:
-    """Raises StartupRefused for a file that cannot be read, or that is too large to be one of keys."""
+    """Raises KeysUnreadable for a file that cannot be read, StartupRefused for one that is too large or no text."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
         text = content.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartupRefused(f"--api-keys {path} cannot be read: {error}. graft keys add makes one.") from None
+    except OSError as error:
+        raise KeysUnreadable(f"--api-keys {path} cannot be read: {error}. graft keys add makes one.") from None
+    except UnicodeDecodeError as error:
+        raise StartupRefused(f"--api-keys {path} is not UTF-8: {error}.") from None
     if len(content) > MAX_FILE_BYTES:
         raise StartupRefused(f"--api-keys {path} has more than {MAX_FILE_BYTES} bytes: keep fewer keys.")
     return text
@@ -222,10 +230,31 @@ def _names(text: str) -> set[str] | None:
         return None
 
 
+@contextmanager
+def changing(path: Path) -> Iterator[None]:
+    """Nobody else changes the file meanwhile: for its reading and writing together. Waits for who does.
+
+    Raises BadRequest where its folder cannot be locked. The lock is the folder's, since the file is replaced.
+    """
+    folder = path.resolve().parent
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise BadRequest(f"{path} cannot be written: {folder}: {error.strerror}.") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            raise BadRequest(f"{folder} cannot be locked: {error.strerror}. Keep the keys on a local disk.") from None
+        yield
+    finally:
+        os.close(handle)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces the file in one step, readable by its owner alone: a server that looks meanwhile sees one or the other.
 
-    Raises BadRequest where it cannot be written.
+    One that was there keeps its owner and mode. Raises BadRequest where it cannot be written, or not for its owner.
     """
     path = path.resolve()  # of a link the file
     try:
@@ -236,13 +265,20 @@ def write_text(path: Path, text: str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             if path.exists():
-                os.chmod(draft, path.stat().st_mode & 0o777)
+                _make_like(draft, path.stat())
             os.replace(draft, path)
         except BaseException:
             os.unlink(draft)
             raise
     except OSError as error:
         raise BadRequest(f"{path} cannot be written: {error.strerror or error}.") from None
+
+
+def _make_like(draft: str, old: os.stat_result) -> None:
+    new = os.stat(draft)
+    if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
+        os.chown(draft, old.st_uid, old.st_gid)  # else a server of that user could not read it any more
+    os.chmod(draft, old.st_mode & 0o777)
 
 
 def hash_text(digest: bytes) -> str:

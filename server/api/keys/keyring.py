@@ -12,7 +12,7 @@ from pathlib import Path
 
 from server.adapters.audit import note
 from server.api.keys.key import Key, Scope, digest_of
-from server.api.keys.key_file import read_keys
+from server.api.keys.key_file import KeysUnreadable, read_keys
 from server.ground.errors import StartupRefused
 
 SINGLE = "(api-key)"  # the name of the one that is no file's; no name in a file can be this one
@@ -33,10 +33,11 @@ class Keyring:
         self._single = () if single is None else (_single_key(single),)
         self._secret = secrets.token_bytes(32)
         self._lock = threading.Lock()
-        self._signature: _Signature = None
+        self._signature: _Signature = None  # of the content that was read last
         self._on_change: Callable[[Sequence[Key]], None] = lambda keys: None
         if path is not None:
             self._signature = _signature_of(path)
+        self._tried = self._signature  # of the file at the last look, whether it could be read or not
         keys = (*self._single, *(read_keys(path) if path is not None else ()))
         if not keys:
             raise StartupRefused(f"--api-keys {path} has no key: graft keys add NAME makes one.")
@@ -61,20 +62,27 @@ class Keyring:
         self._on_change = on_change
 
     def refresh(self) -> None:
-        """Reads the file again if it has changed. A broken one changes nothing, and its mistakes are logged once."""
+        """Reads the file again if it has changed. A broken one changes nothing, and its mistakes are logged once.
+
+        One that cannot be opened, as when the process has too many files open, is tried again the next time.
+        """
         if self._path is None:
             return
         with self._lock:
             signature = _signature_of(self._path)
             if signature == self._signature:
                 return
-            self._signature = signature
+            is_new, self._tried = signature != self._tried, signature
             try:
                 keys = read_keys(self._path)
             except StartupRefused as error:
-                note("keys", result=error.code)
-                _log.error("the keys stay as they were: %s", error.message)
+                if not isinstance(error, KeysUnreadable):
+                    self._signature = signature
+                if is_new:
+                    note("keys", result=error.code)
+                    _log.error("the keys stay as they were: %s", error.message)
                 return
+            self._signature = signature
             before, self._keys = self.keys, self._indexed((*self._single, *keys))
         note("keys", **_changes(before, self.keys), result="done")
         self._on_change(self.keys)

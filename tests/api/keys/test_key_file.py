@@ -1,12 +1,13 @@
 """The file of keys: what it may say, and that every mistake in it is named."""
 
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
 from server.api.keys.key import Scope, digest_of, new_secret
-from server.api.keys.key_file import MAX_FILE_BYTES, parse_keys, read_keys, with_key, without_key, write_text
+from server.api.keys.key_file import MAX_FILE_BYTES, changing, parse_keys, read_keys, with_key, without_key, write_text
 from server.ground.errors import BadRequest, NotFound, StartupRefused
 from tests.api.keys.tenants import entry, secret_of
 
@@ -137,5 +138,16 @@ def test_a_written_file_is_its_owners_alone(tmp_path: Path) -> None:
     write_text(file, "[]\n")
     assert file.stat().st_mode & 0o777 == 0o640
     assert [path.name for path in tmp_path.iterdir()] == ["keys.yaml"]
+    with pytest.raises(BadRequest, match="cannot be written"), changing(tmp_path / "none" / "keys.yaml"):
+        pass
     with pytest.raises(BadRequest, match="cannot be written"):
         write_text(tmp_path / "none" / "keys.yaml", "[]\n")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_written_file_keeps_its_owner(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    write_text(file, "[]\n")
+    os.chown(file, 1234, 1235)
+    write_text(file, "[]\n\n")
+    assert (file.stat().st_uid, file.stat().st_gid) == (1234, 1235)

@@ -1,5 +1,6 @@
 """The keys in force: found by their secret, and read again when their file changes."""
 
+import errno
 import json
 import logging
 from pathlib import Path
@@ -71,6 +72,25 @@ def test_a_broken_file_keeps_the_old_keys_and_says_so_once(tmp_path: Path, caplo
     write_keys(file, entry("two"))
     keyring.refresh()
     assert (found(keyring, "one"), found(keyring, "two")) == (None, "two")
+
+
+def test_a_file_that_cannot_be_opened_is_tried_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_keys(tmp_path / "keys.yaml", entry("one"), entry("leaked"))
+    keyring = Keyring(file)
+    write_keys(file, entry("one"))
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        keyring.refresh()
+        keyring.refresh()
+    assert (found(keyring, "leaked"), len(caplog.records)) == ("leaked", 1)
+    keyring.refresh()
+    assert found(keyring, "leaked") is None
 
 
 def test_an_empty_list_takes_every_key_away(tmp_path: Path) -> None:
