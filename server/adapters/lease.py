@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
+from server.adapters.asker import current_asker
 from server.adapters.books import Books
 from server.adapters.catalog import AdapterVersion, Content, Copy, Portion
 from server.adapters.loader import Loader
@@ -107,9 +108,14 @@ class Leases:
         return lease
 
     def forget_mixes(self, spec: str) -> None:
-        """Frees the mixes with the version that `spec` means: those in use when their last lease ends. Blocks."""
+        """Frees the mixes with the version that `spec` means: those in use when their last lease ends. Blocks.
+
+        Raises Forbidden for an adapter that is the operator's alone to change.
+        """
         with self._books.lock:
             copy = self._books.catalog.find(spec)
+            if copy is not None:
+                current_asker().check_owns(copy.version.name, copy.owner)
             over = [] if copy is None else self._forget_mixes(copy.content)
         for mix in over:
             self._residency.purge(mix)

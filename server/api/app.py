@@ -27,11 +27,11 @@ from server.api import (
     tokenize,
     versions,
 )
-from server.api.auth import BudgetCheck, KeyCheck, ScopeCheck
+from server.api.auth import BudgetCheck, KeyCheck, ScopeCheck, key_of
 from server.api.body import BodyLimit
 from server.api.heads import Heads
 from server.api.keys.budget import Budgets
-from server.api.keys.scopes import METRICS_PATH, OPEN_PATHS
+from server.api.keys.scopes import METRICS_PATH, OPEN_PATHS, may_see_metrics
 from server.api.load_report import LoadReport, load_of
 from server.api.openapi import DocumentedApp
 from server.api.origin import OriginCheck
@@ -81,11 +81,15 @@ def _add_middleware(app: FastAPI, services: Services, routes: Sequence[BaseRoute
     if services.http.ignores_unknown_fields:
         app.add_middleware(IgnoredFields)
     open_paths = OPEN_PATHS | ({METRICS_PATH} if services.http.open_metrics else set())
-    app.add_middleware(BodyLimit, max_bytes=services.max_body_bytes, exempt=_reads_its_own_body)
+    app.add_middleware(BodyLimit, max_bytes=services.max_body_bytes, exempt=_reads_its_own_body, open_paths=open_paths)
     if services.keyring is not None:
         app.add_middleware(ScopeCheck, routes=routes, open_paths=open_paths)
     app.add_middleware(TrailingSlash)
-    app.add_middleware(LoadReport, measured=lambda: load_of(services.engine))
+    app.add_middleware(
+        LoadReport,
+        measured=lambda: load_of(services.engine),
+        is_told=lambda scope: services.keyring is None or may_see_metrics(key_of(scope)),
+    )
     if services.keyring is None:
         app.add_middleware(OriginCheck, allowed=services.http.allowed_origins)
     if services.keyring is not None:

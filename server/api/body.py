@@ -1,6 +1,6 @@
 """Request bodies: read whole under a limit before any route sees them, but for the uploads, which read their own."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -10,14 +10,21 @@ from server.api.errors import error_response
 from server.ground.errors import TooLarge
 
 _MAX_DISCARDED_BYTES = 4 * 1024**2
+_MAX_OPEN_BYTES = 4096  # where strangers are answered; no such route wants a body
 
 
 class BodyLimit:
-    """ASGI middleware: 413 for a body above `max_bytes`; requests that are `exempt` by method and path pass unread."""
+    """ASGI middleware: 413 for a body above `max_bytes`; requests that are `exempt` by method and path pass unread.
 
-    def __init__(self, app: ASGIApp, max_bytes: int, exempt: Callable[[str, str], bool]) -> None:
+    The `open_paths` answer those who have no key: they take 4 KiB at most.
+    """
+
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, exempt: Callable[[str, str], bool], open_paths: Collection[str] = ()
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._open_paths = open_paths
         self._is_exempt = exempt
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -34,13 +41,14 @@ class BodyLimit:
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         chunks = body_chunks(receive)
         body = bytearray()
-        is_too_large = declared_bytes(scope) > self._max_bytes
+        max_bytes = min(self._max_bytes, _MAX_OPEN_BYTES) if scope["path"] in self._open_paths else self._max_bytes
+        is_too_large = declared_bytes(scope) > max_bytes
         async for chunk in chunks:
             body += chunk
-            is_too_large = is_too_large or len(body) > self._max_bytes
+            is_too_large = is_too_large or len(body) > max_bytes
             if is_too_large:
                 await discard(chunks)
-                raise TooLarge(f"The body is larger than {self._max_bytes} bytes; send less in one request.")
+                raise TooLarge(f"The body is larger than {max_bytes} bytes; send less in one request.")
         return bytes(body)
 
 

@@ -15,15 +15,18 @@ HEADER = "endpoint-load-metrics"
 
 
 class LoadReport:
-    """ASGI middleware that reports `measured()` with each answer to a request that asks for it."""
+    """ASGI middleware that reports `measured()` with each answer to a request that asks for it and `is_told`."""
 
-    def __init__(self, app: ASGIApp, measured: Callable[[], Mapping[str, float]]) -> None:
+    def __init__(
+        self, app: ASGIApp, measured: Callable[[], Mapping[str, float]], is_told: Callable[[Scope], bool]
+    ) -> None:
         self._app = app
         self._measured = measured
+        self._is_told = is_told
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         form = Headers(scope=scope).get(f"{HEADER}-format", "").upper() if scope["type"] == "http" else ""
-        if form not in ("TEXT", "JSON"):
+        if form not in ("TEXT", "JSON") or not self._is_told(scope):
             return await self._app(scope, receive, send)
 
         async def send_with_report(message: Message) -> None:

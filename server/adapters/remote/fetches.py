@@ -181,7 +181,8 @@ class Fetches:
         """
         with self._lock:
             fetch = self._known(name)
-            if fetch is None or not current_asker().owns(fetch.owner):
+            asker = current_asker()
+            if fetch is None or not (asker.sees(name, fetch.owner) and asker.owns(fetch.owner)):
                 return False
             is_known = self._failures.pop(name, None) is not None
             if name not in self._under_way:

@@ -5,7 +5,7 @@ Knows nothing about keys beyond their scopes.
 
 from collections.abc import Mapping
 
-from server.api.keys.key import Scope
+from server.api.keys.key import Key, Scope
 
 # What probes of the machine need; nothing in their answers is anybody's. They are open as they are written here.
 OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/v2/health/live", "/v2/health/ready", "/version"})
@@ -49,3 +49,8 @@ SCOPES: Mapping[tuple[str, str], frozenset[Scope]] = {
     ("GET", METRICS_PATH): _METRICS,
     ("GET", "/openapi.json"): _ANY,
 }
+
+
+def may_see_metrics(key: Key | None) -> bool:
+    """Whether a key, or a stranger, may be told how busy the server is."""
+    return key is not None and bool(key.scopes & _METRICS)

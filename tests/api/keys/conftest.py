@@ -35,6 +35,7 @@ def tenants(settings: Callable[..., Settings], tmp_path_factory: pytest.TempPath
         entry(
             "acme-ci", ["adapters"], owner="acme", adapters=["acme-*", "public-*"], sources=[f"file://{source}/acme"]
         ),
+        entry("acme-else", ["adapters"], owner="acme", adapters=["else-*"]),
         entry("beta", adapters=["*"]),
         entry("globe", adapters=["public-*", "globe-*"]),
         entry("bare"),

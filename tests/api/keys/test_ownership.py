@@ -205,7 +205,8 @@ def test_a_failed_fetch_is_told_to_its_owner_alone(tenants: Tenants) -> None:
     beta = tenants["beta"]
     for path in ("", "/fetch", "/versions"):
         assert source not in beta.ask("GET", f"/v1/adapters/acme-lost{path}").text
-    assert beta.ask("DELETE", "/v1/adapters/acme-lost/fetch").status_code == 404
+    for other in (beta, tenants["acme-else"]):  # the second is of the same owner, and for other names
+        assert other.ask("DELETE", "/v1/adapters/acme-lost/fetch").status_code == 404
     assert beta.ask("GET", "/v1/adapters").json()["fetches"] == []
     assert ci.ask("DELETE", "/v1/adapters/acme-lost/fetch").status_code == 200
 
@@ -264,3 +265,14 @@ def test_an_owner_has_what_its_key_allows_in_the_store(settings: Callable[..., S
         assert Tenant(live, "bytes").upload("bytes-1", lora_files(4), replace="true").status_code == 507
         assert Tenant(live, "bytes").ask("DELETE", "/v1/adapters/bytes-1").status_code == 200
         assert Tenant(live, "bytes").upload("bytes-4", lora_files(4)).status_code == 201
+
+
+def test_a_refused_unload_frees_no_mix(tenants: Tenants) -> None:
+    acme = tenants["acme"]
+    mix = [{"name": "public-one", "weight": 0.5}, {"name": "hidden-one", "weight": 0.5}]
+    assert acme.complete(adapter=mix).status_code == 200
+    mixes = tenants.live.server.registry._books.catalog.mixes
+    before = list(mixes)
+    assert before
+    assert acme.ask("POST", "/v1/adapters/public-one/unload").status_code == 403
+    assert list(mixes) == before
