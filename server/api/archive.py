@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from server.adapters.asker import current_asker
 from server.adapters.format.content import CONFIG_FILE, CONTENT_FILES, MANIFEST_FILE
 from server.adapters.format.manifest import MAX_MANIFEST_BYTES
 from server.adapters.store.folder_store import Incoming, IncomingFile
@@ -259,6 +260,7 @@ class ArchiveReader:
         if limit is not None and num_bytes > limit:
             raise TooLarge(f"{filename} is larger than {limit} bytes.", param=filename)
         file: IncomingFile = self._opened.enter_context(self._incoming.open_file(filename))
+        current_asker().check_room(self._incoming.num_bytes + num_bytes, 0)  # before it claims what all owners share
         self._incoming.expect(num_bytes)
         member.take, member.end = file.write, self._opened.close
 

@@ -16,6 +16,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 
+from server.adapters.asker import current_asker
 from server.adapters.format.content import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from server.adapters.format.manifest import MAX_MANIFEST_BYTES
 from server.adapters.served_base import FINGERPRINT
@@ -63,7 +64,9 @@ async def receive_upload(request: Request, incoming: Incoming, max_bytes: int) -
             raise _too_large(max_bytes)
         _check_is_plain(request)
         with _Form(_boundary(request), incoming, max_bytes) as form:
-            await run_in_threadpool(incoming.expect, max(declared - _MAX_FRAME_BYTES, 0))
+            announced = max(declared - _MAX_FRAME_BYTES, 0)
+            current_asker().check_room(announced, 0)  # before it claims what all owners share
+            await run_in_threadpool(incoming.expect, announced)
             await _feed(form.write, chunks)
             return form.finish()
     except GraftError:

@@ -265,6 +265,9 @@ def test_an_owner_has_what_its_key_allows_in_the_store(settings: Callable[..., S
         assert Tenant(live, "bytes").upload("bytes-1", lora_files(4), replace="true").status_code == 507
         assert Tenant(live, "bytes").ask("DELETE", "/v1/adapters/bytes-1").status_code == 200
         assert Tenant(live, "bytes").upload("bytes-4", lora_files(4)).status_code == 201
+        rubbish = {"content": b"x" * (2 * size + 2**17), "headers": {"content-type": "multipart/form-data; boundary=b"}}
+        announced = Tenant(live, "bytes").ask("POST", "/v1/adapters", **rubbish)
+        assert announced.json()["error"]["code"] == "quota_exceeded", "before the form is looked at"
 
 
 def test_a_refused_unload_frees_no_mix(tenants: Tenants) -> None:
