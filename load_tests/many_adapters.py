@@ -86,7 +86,7 @@ def _varied(weights: Path, seed: int) -> bytes:
 
 
 def _noisy(key: str, tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    if key.endswith(_SHARED) or not tensor.is_floating_point():
+    if key.endswith(_SHARED) or not tensor.is_floating_point() or not tensor.numel():
         return tensor
     spread = tensor.float().std(correction=0)
     noise = torch.randn(tensor.shape, generator=generator)
