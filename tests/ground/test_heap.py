@@ -65,10 +65,9 @@ def test_an_operator_who_has_decided_is_not_overruled() -> None:
     assert 1 < num_heaps <= 3
 
 
-# Many blocks with one in use between every two free ones' worth: the heap cannot shrink from its end.
-_GIVE_BACK = """
+# What the programs below begin with: blocks of the C library that are written to, and the memory that the process has.
+_HEAP = """
 import ctypes, os
-from server.ground.heap import give_back_free_memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
@@ -78,12 +77,20 @@ libc.free.argtypes = [ctypes.c_void_p]
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-blocks = [libc.malloc(ctypes.c_size_t(100_000)) for _ in range(500)]
-for block in blocks:
-    libc.memset(block, 1, 100_000)
+def block(size):
+    address = libc.malloc(ctypes.c_size_t(size))
+    libc.memset(address, 1, size)
+    return address
+"""
+
+# Many blocks with one in use between every two free ones' worth: the heap cannot shrink from its end.
+_GIVE_BACK = f"""{_HEAP}
+from server.ground.heap import give_back_free_memory
+
+blocks = [block(100_000) for _ in range(500)]
 full = resident()
-for block in blocks[:-1]:
-    libc.free(block)
+for each in blocks[:-1]:
+    libc.free(each)
 free = resident()
 given = give_back_free_memory()
 print(full, free, resident(), given)
@@ -99,23 +106,10 @@ def test_what_is_free_inside_the_heap_goes_back() -> None:
 
 
 # Blocks below 32 MiB that come and go beside one that stays: what glibc has learned from the first free keeps them.
-_COME_AND_GO = """
-import ctypes, os, sys
+_COME_AND_GO = f"""{_HEAP}
+import sys
 from contextlib import nullcontext
 from server.ground.heap import large_blocks_given_back
-
-libc = ctypes.CDLL(None)
-libc.malloc.restype = ctypes.c_void_p
-libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-libc.free.argtypes = [ctypes.c_void_p]
-
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-def block(size):
-    address = libc.malloc(ctypes.c_size_t(size))
-    libc.memset(address, 1, size)
-    return address
 
 libc.free(block(30_000_000))
 before = resident()
