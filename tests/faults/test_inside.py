@@ -33,6 +33,7 @@ from tests.faults.load import STORE, Case, Load, ask, await_that, cases_of
 
 pytestmark = pytest.mark.slow
 VICTIM = "judge-loreft"  # whose files are damaged
+OVERFLOWING = "cat-lora-plus"  # with a huge alpha: one of its linears reads what another has made huge
 OF_VICTIM, OF_OTHERS = cases_of(VICTIM), cases_of(None, "pirate-lora", "poet-dora", "news-vera", "robot-ia3")
 
 
@@ -125,10 +126,13 @@ def test_one_request_needs_more_memory_than_there_is(
 
 
 def test_an_adapter_overflows(live: Live, faulted: Faulted) -> None:
-    good, name = files_of("pirate-lora"), "huge"
+    good, name = files_of(OVERFLOWING), "huge"
     with faulted() as load:
-        assert live.upload(name, good.with_config(lora_alpha=1e30)).status_code == 201
         case = Case(name, "The old boat")
+        assert live.upload(name, good).status_code == 201
+        right = ask(live.http, case, stream=False)
+        assert right.text
+        assert live.upload(name, good.with_config(lora_alpha=1e30), replace="true").status_code == 201
         for number in range(MAX_OVERFLOWS):
             end = ask(live.http, case, stream=number == 0)
             assert end.code == "adapter_overflow", end
@@ -140,7 +144,7 @@ def test_an_adapter_overflows(live: Live, faulted: Faulted) -> None:
         assert live.http.post(f"/v1/adapters/{name}/lift_quarantine").json()["quarantined"] is False
         assert ask(live.http, case, stream=False).code == "adapter_overflow"
         assert live.upload(name, good, replace="true").status_code == 201
-        assert ask(live.http, case, stream=False).text == load.right[Case("pirate-lora", "The old boat")]
+        assert ask(live.http, case, stream=False) == right
         load.await_right()
         assert live.http.delete(f"/v1/adapters/{name}").status_code == 200
     load.check()
@@ -148,7 +152,7 @@ def test_an_adapter_overflows(live: Live, faulted: Faulted) -> None:
 
 def test_a_mix_overflows_and_its_portions_are_served(live: Live, faulted: Faulted) -> None:
     with faulted() as load:
-        assert live.upload("huge", files_of("pirate-lora").with_config(lora_alpha=9e29)).status_code == 201
+        assert live.upload("huge", files_of(OVERFLOWING).with_config(lora_alpha=9e29)).status_code == 201
         mix = [{"name": "huge", "weight": 0.5}, {"name": "poet-dora", "weight": 1.0}]
         codes = [code_of(live.post("/v1/completions", prompt="The", max_tokens=2, adapter=mix))[1] for _ in range(4)]
         assert codes == ["adapter_overflow"] * MAX_OVERFLOWS + ["adapter_quarantined"]
