@@ -10,6 +10,9 @@ ARG TORCH_INDEX=""
 ENV PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1
 
+# A C compiler: for the kernels on a CPU, and for Triton's on a GPU.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+
 WORKDIR /app
 # The dependencies first: this layer is built again only when the pins change. An editable install finds the package,
 # and the demo beside it, in /app.

@@ -36,6 +36,7 @@ from server.ground.config import load
 from server.model import sites as sites_module
 from server.model.fused import FusedLinear
 from server.model.sites import BaseSite
+from server.ops import StepKernels
 
 SCHEMA = "graftserve-step-parts/1"
 _LOW_RANK = ("embed_low_rank", "expand", "expand_stack", "scale", "scale_shift", "shift", "shrink", "shrink_stack")
@@ -77,8 +78,11 @@ def parts_of(server: Server) -> Iterator[tuple[str, Any, str]]:
     yield "forward: base, its norms included", FusedLinear, "__call__"
     for name in _LOW_RANK:
         yield "forward: adapters", sites_module, name
+    yield "forward: adapters", StepKernels, "finish"
+    yield "forward: adapters", StepKernels, "scale"
     yield "forward: attention", server.base.attention, "forward"
     yield "forward: attention", server.base.attention, "decode"
+    yield "forward: attention", server.base.attention, "decode_natively"
     yield "choose", engine_module, "choose"
     yield "read", Chosen, "read"
     yield "commit", engine._scheduler, "commit"

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from fastapi import FastAPI
@@ -51,12 +50,10 @@ from server.model.base import Base
 from server.model.chat_template import MAX_TEMPLATE_CHARS
 from server.model.grammar import Grammars
 from server.model.tokenizer import Tokenizer
-from server.ops import load_kernels
 from server.sizing import (
     base_options,
     context_limit,
     device_memory,
-    device_named,
     expected_plan,
     makes_graphs,
     plan_memory,
@@ -124,7 +121,6 @@ class Server:
 def assemble(settings: Settings) -> Server:
     """Loads the base and builds every part. Raises StartupRefused with a sentence that says what to change."""
     allowed, keyring = _allowed_sources(settings), _keyring(settings)
-    kernels = load_kernels(settings.ops, device_named(settings.device))
     base, memory = _base(settings)
     tokenizer = Tokenizer.load(settings.model, base.eos_ids, _read_template(settings.chat_template))
     _check_template(settings, tokenizer)
@@ -132,14 +128,14 @@ def assemble(settings: Settings) -> Server:
     store = open_store(settings, create=True)
     presence = Presence(store.root)  # before the registry reads the store, so that what it reads stays
     with _fitting("the adapters' buffer", "--adapter-memory"):
-        has_tables = kernels is not None
+        has_tables = base.kernels is not None
         adapters = DeviceTier(base.sites, settings.adapter_memory, base.dtype, base.device, has_tables=has_tables)
     registry = _registry(settings, base, adapters, store, metrics)
     names = tuple(dict.fromkeys(settings.served_model_name or (base.name,)))
     _refuse_shared_names(names, registry)
 
     grammars = Grammars(lambda: tokenizer.for_grammars(base.vocab_size))
-    scheduler, runner, engine = _engine(settings, base, adapters, registry, tokenizer, metrics, kernels, memory)
+    scheduler, runner, engine = _engine(settings, base, adapters, registry, tokenizer, metrics, memory)
     grammars.load()  # while nobody waits for the event loop or the engine
     merges = Merges(registry, store, _merging_base(base), max_bytes=settings.max_upload_bytes)
     fetches = Fetches(registry, allowed, lambda: store.incoming(max_bytes=settings.max_upload_bytes), metrics)
@@ -244,7 +240,6 @@ def _engine(
     registry: Registry,
     tokenizer: Tokenizer,
     metrics: Metrics,
-    kernels: ModuleType | None,
     memory: MemoryPlan,
 ) -> tuple[Scheduler, Runner, Engine]:
     """What runs the steps, with the cache and the budgets that it runs them under."""
@@ -258,7 +253,7 @@ def _engine(
             adapters,
             blocks.num_blocks,
             blocks.block_size,
-            kernels,
+            base.kernels,
             recorder=_recorder(settings, base.device),
             max_recorded=limits.max_sequences,
             max_context=scheduler.max_total_tokens,

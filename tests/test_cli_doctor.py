@@ -38,7 +38,7 @@ def test_where_all_is_well_it_says_what_would_be_used(
     }  # fmt: skip
     assert found["base", "quantization"]["text"] == "nf4: dequantized for each product"
     assert found["base", "device"]["text"] == "cpu, float32"
-    assert found["base", "ops"]["text"] == "reference"
+    assert found["base", "ops"]["text"] == "native: C compiled for this CPU"
     assert found["memory", "base"]["text"].startswith("at least 0.")
     assert "--kv-memory: 64 blocks, 4,096 tokens" in found["memory", "KV cache"]["text"]
     assert "made at the start" in found["places", "store"]["text"]

@@ -22,7 +22,7 @@ from server.ground.errors import StartupRefused
 from server.model.base import Base
 from server.model.pretrained import BaseOptions
 from server.model.quantize import Quantization
-from server.ops import load_kernels
+from server.ops import load_kernels, native
 from tests.adapters.peft_adapters import make_adapter
 from tests.adapters.random_edits import random_adapter, with_random_ops
 from tests.fidelity import dense_model, serve_kinds
@@ -130,25 +130,26 @@ def test_ops_come_before_and_after_what_kernels_do_as_they_do_in_the_reference(t
 
 
 def check_steps(base: Base, lowered: Sequence[Lowered]) -> None:
-    """With kernels, a step's logits are those of the reference."""
+    """With kernels, a step's logits are those of the reference; with native ones too, where the device is theirs."""
     host = HostTier(1 << 30, torch.float32)
     adapters = [host.put(str(number), adapter) for number, adapter in enumerate(lowered)]
     found = []
-    for module in (None, kernels):
+    for module in (None, kernels, *([native] if base.device.type == "cpu" else [])):
         tier = DeviceTier(base.sites, 4 << 20, torch.float32, base.device, has_tables=module is not None)
         slots = [tier.admit(str(number), adapter) for number, adapter in enumerate(adapters)]
         found.append(steps(base, Runner(base, tier, 16, 8, module), slots))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+    for logits in found[1:]:
+        torch.testing.assert_close(logits, found[0], rtol=1e-4, atol=1e-4)
 
 
-def test_the_reference_is_what_runs_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load({}).ops == "reference"
+def test_what_computes_is_a_setting_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load({}).ops == "auto"
     monkeypatch.setenv("GRAFT_OPS", "triton")
     assert load({}).ops == "triton"
-    assert load_kernels("reference", torch.device("cpu")) is None
+    assert load_kernels("reference", torch.device("cpu"), torch.float32) is None
 
 
 def test_kernels_on_a_cpu_are_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(StartupRefused, match="--ops triton: its kernels need a GPU.*use --ops reference"):
-        load_kernels("triton", torch.device("cpu"))
+        load_kernels("triton", torch.device("cpu"), torch.float32)

@@ -27,7 +27,7 @@ from server.ground.machine import cpu, ram
 from server.model.fused import can_pack
 from server.model.pretrained import BaseOptions, default_dtype, read_config, stored_quantization
 from server.model.quantize import Quantization, holds_dequantized
-from server.ops import load_kernels
+from server.ops import load_kernels, native
 from server.sizing import base_options, expected_plan, free_bytes
 
 _VERSIONED = ("torch", "transformers", "bitsandbytes", "safetensors", "accelerate", "peft", "triton")
@@ -113,7 +113,7 @@ def base(settings: Settings) -> Iterator[Finding]:
     yield Finding("base", "model", f"{options.model} ({config.model_type})")
     yield Finding("base", "device", f"{options.device}, {str(dtype).removeprefix('torch.')}")
     yield Finding("base", "quantization", f"{held}{', as stored' if stored else ''}: {_kernels(held, dtype, options)}")
-    yield _ops(settings, options)
+    yield _ops(settings, options, dtype)
     yield Finding("base", "attention", _attention(settings))
     yield from _memory(settings, options)
 
@@ -131,12 +131,26 @@ def _kernels(held: Quantization, dtype: torch.dtype, options: BaseOptions) -> st
     return "weights packed once by oneDNN" if is_packed else "PyTorch's products"
 
 
-def _ops(settings: Settings, options: BaseOptions) -> Finding:
+def _ops(settings: Settings, options: BaseOptions, dtype: torch.dtype) -> Finding:
     try:
-        load_kernels(settings.ops, options.device)
+        kernels = load_kernels(settings.ops, options.device, dtype)
     except GraftError as error:
         return Finding("base", "ops", error.message, State.MISSING)
-    return Finding("base", "ops", settings.ops)
+    if kernels is not None:
+        found = "Triton kernels" if settings.ops == "triton" else "native: C compiled for this CPU"
+        return Finding("base", "ops", found)
+    return Finding("base", "ops", f"reference: PyTorch's operators{_slower(options, dtype)}")
+
+
+def _slower(options: BaseOptions, dtype: torch.dtype) -> str:
+    """What a CPU could have instead."""
+    if options.device.type != "cpu" or dtype not in native.DTYPES:
+        return ""
+    try:
+        native.library()
+    except native.CannotCompile as error:
+        return f"; native kernels cannot be compiled: {error}"
+    return ""
 
 
 def _attention(settings: Settings) -> str:

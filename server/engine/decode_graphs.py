@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 from itertools import accumulate
-from types import ModuleType
 
 import torch
 
@@ -24,7 +23,7 @@ from server.engine.sequence import UNKNOWN_TOKEN, ScheduledSequence
 from server.model.attention import KVCache
 from server.model.base import Base
 from server.model.context import AttentionBatch, StepContext
-from server.ops import TokenLayout
+from server.ops import Kernels, StepKernels, TokenLayout
 from server.ops.runs import DecodeLists, TokenRuns
 from server.ops.sending import Packing, send
 from server.ops.sheets import StepTables
@@ -62,7 +61,7 @@ class DecodeGraphs:
         base: Base,
         adapters: DeviceTier,
         cache: KVCache,
-        kernels: ModuleType,
+        kernels: Kernels,
         recorder: Recorder,
         sizes: Listing[int],
         max_context: int,
@@ -183,7 +182,7 @@ class DecodeGraphs:
         ids = torch.where(latest >= 0, chosen, parts["ids"]).clamp_min(0)
         lists = DecodeLists(parts["lengths"], parts["firsts"], parts["read blocks"])
         layout = TokenLayout(nothing, size, ())
-        kernels = None if tables is None else self._kernels.StepKernels(tables)
+        kernels = None if tables is None else StepKernels(tables, self._kernels)
         attention = AttentionBatch(parts["blocks"], parts["offsets"], None, size, (), lists)
         context = StepContext(attention, layout, layout, None, kernels)
         self._base.attention.cache = self._cache

@@ -5,7 +5,6 @@ All device work of a step starts here. Owns the KV cache. Knows nothing about th
 
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 
@@ -18,6 +17,7 @@ from server.engine.sequence import Batch, ScheduledSequence
 from server.model.attention import KVCache
 from server.model.base import Base
 from server.model.context import SiteKernels, StepContext
+from server.ops import Kernels, StepKernels
 
 _RECOMPUTED_AT_ONCE = 512  # tokens: bounds what a long sequence takes for itself, once in its life
 
@@ -48,7 +48,7 @@ class Runner:
         adapters: DeviceTier,
         num_blocks: int,
         block_size: int,
-        kernels: ModuleType | None = None,
+        kernels: Kernels | None = None,
         *,
         recorder: Recorder | None = None,
         max_recorded: int = 0,
@@ -153,8 +153,7 @@ class Runner:
         if self._kernels is None:
             return None
         step = self._adapters.tables(slots, kept_slots)
-        kernels: SiteKernels | None = None if step is None else self._kernels.StepKernels(step)
-        return kernels
+        return None if step is None else StepKernels(step, self._kernels)
 
 
 def _split(items: Listing[ScheduledSequence], logits: torch.Tensor) -> StepLogits:

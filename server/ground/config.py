@@ -344,9 +344,14 @@ class Settings(BaseSettings):
 
     config: Annotated[UserPath | None, Flag("process", "FILE", "YAML file with any of these settings as keys")] = None
     ops: Annotated[
-        Literal["reference", "triton"],
-        Flag("process", "{reference,triton}", "what computes adapters and attention; triton needs a GPU"),
-    ] = "reference"
+        Literal["auto", "reference", "native", "triton"],
+        Flag(
+            "process",
+            "{auto,reference,native,triton}",
+            "what computes adapters and attention: PyTorch's operators, C compiled for this CPU, or Triton on a GPU; "
+            "auto: native on a CPU that has a C compiler, else reference",
+        ),
+    ] = "auto"
     drain_timeout: Annotated[
         Seconds,
         Flag("process", "SECONDS", "what runs when SIGTERM comes may take so long; then it is aborted"),

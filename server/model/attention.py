@@ -5,7 +5,6 @@ sequences or adapters; what a step attends to is in the context.
 """
 
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from transformers import AttentionInterface
 from server.ground.errors import StartupRefused
 from server.model.architectures import SERVED
 from server.model.context import BatchOps, Scope, StepContext
-from server.ops import decode_attention, prefill_attention, store_kv
+from server.ops import Kernels, decode_attention, prefill_attention, store_kv
 from server.ops.site_ops import OpSite
 
 IMPLEMENTATION = "graft"
@@ -83,7 +82,7 @@ class PagedAttention:
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
         self.cache: KVCache | None = None
-        self.kernels: ModuleType | None = None  # `server.ops.kernels`, where they run
+        self.kernels: Kernels | None = None  # where there are some
         self.sites: Mapping[int, OpSite] = {}  # where keys and values are edited, by layer
         self.observer: Callable[[int, int, int], None] | None = None  # (layer, kv_heads, head_dim)
         self._options: dict[int, dict[str, Any]] = {}  # by layer: scaling, window and softcap, as it has asked for them
@@ -134,6 +133,17 @@ class PagedAttention:
         self.cache.store(layer, keys_values, rows)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         return decode_attention(query, keys, values, context.attention.decode, **self._options[layer])
+
+    def decode_natively(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, context: StepContext
+    ) -> torch.Tensor:
+        """As `decode`, by kernels: query (tokens, heads, width), keys and values (tokens, kv_heads, width)."""
+        assert self.cache is not None
+        assert self.kernels is not None
+        batch, cached = context.attention, (self.cache.keys[layer], self.cache.values[layer])
+        assert batch.lists is not None
+        self.kernels.store_kv(keys, values, *cached, batch.blocks, batch.offsets)
+        return self.kernels.decode_attention(query, *cached, batch.lists, **self._options[layer])
 
     def _with_ops(
         self, k: torch.Tensor, v: torch.Tensor, site: OpSite, ops: BatchOps

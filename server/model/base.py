@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from server.ground.errors import StartupRefused
 from server.model.architectures import SERVED
 from server.model.attention import IMPLEMENTATION, KVCache, PagedAttention, attach
-from server.model.compact import DecodeAttentions
+from server.model.compact import DecodeAttentions, GatedMLPs
 from server.model.context import AttentionBatch, Scope, StepContext
 from server.model.fingerprint import fingerprint
 from server.model.lean_loading import lean_loading
@@ -34,7 +34,8 @@ from server.model.rope import attach_rope
 from server.model.site_table import SiteTable
 from server.model.sites import BaseSite
 from server.model.size import BaseSize, kv_dtype
-from server.ops import DecodeBatch, PrefillSpan, TokenLayout
+from server.ops import DecodeBatch, Kernels, PrefillSpan, TokenLayout, load_kernels, native
+from server.ops.runs import DecodeLists
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +43,15 @@ log = logging.getLogger(__name__)
 class Base:
     """One quantized model, ready for packed forward passes."""
 
-    def __init__(self, model: nn.Module, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, name: str, dtype: torch.dtype, device: torch.device, kernels: Kernels | None = None
+    ) -> None:
         """Takes a loaded causal language model (attention implementation "graft"); raises StartupRefused by name."""
         self.name = name
         self.fingerprint: str | None = None  # of the checkpoint, where it was loaded from one that has one
         self.dtype = dtype
         self.device = device
+        self.kernels = kernels
         self.model = model.eval().requires_grad_(False)
         self.config: PreTrainedConfig = model.config  # type: ignore[assignment]
         self.quantization = found_quantization(model)  # what the values are, however `settle` holds them
@@ -75,6 +79,7 @@ class Base:
     def _load(cls, options: BaseOptions) -> "Base":
         config = read_config(options.model)
         dtype = options.dtype or default_dtype(config, options.device)
+        kernels = load_kernels(options.ops, options.device, dtype)  # refused before minutes of loading
         stored = stored_quantization(config)
         if stored is not None and stored is not options.quantize:
             log.info(
@@ -101,7 +106,7 @@ class Base:
             raise StartupRefused(f"cannot load {options.model!r}: {error}") from error
         model, info = loaded
         refuse_missing(options.model, info["missing_keys"])
-        base = cls(model, model_name(options.model), dtype, options.device)
+        base = cls(model, model_name(options.model), dtype, options.device, kernels)
         base.fingerprint = fingerprint(options.model, config)
         return base
 
@@ -190,18 +195,21 @@ class Base:
             self._compact(rows)
 
     def _compact(self, rows: list[torch.Tensor]) -> None:
-        """Computes norms and attention with fewer operators where that gives the same; elsewhere all stays as it is."""
+        """Computes what can be with fewer operators where that gives the same; elsewhere all stays as it is."""
+        is_native = self.kernels is native
         expected = self._decode_probe(rows)
-        num_norms = self.sites.compact_norms()
+        num_norms = self.sites.compact_norms(is_native=is_native)
         attentions = DecodeAttentions(self.model, self.attention, self.scope)
-        error = _difference(expected, self._decode_probe(rows))
+        mlps = GatedMLPs(self.model if is_native and not self._is_exact else nn.Module())
+        error = _difference(expected, self._decode_probe(rows, is_native=is_native))
         if not error <= self._rounding_limit:
             attentions.remove()
+            mlps.remove()
             log.warning(
-                "%s: attention with fewer operators differs (relative difference %.1e, limit %.0e) and is not used",
+                "%s: with fewer operators it differs (relative difference %.1e, limit %.0e), so they stay",
                 self._class_name, error, self._rounding_limit,
             )  # fmt: skip
-        log.info("fewer operators in %d norms and %d attentions", num_norms, len(attentions))
+        log.info("fewer operators in %d norms, %d attentions and %d MLPs", num_norms, len(attentions), len(mlps))
 
     @contextmanager
     def _refusing(self, what: str) -> Iterator[None]:
@@ -321,25 +329,32 @@ class Base:
     def _probe_cache(self, num_blocks: int) -> KVCache:
         return KVCache(self.kv_shapes, num_blocks, 16, self.kv_dtype, self.device)
 
-    def _decode_probe(self, rows: list[torch.Tensor]) -> torch.Tensor:
+    def _decode_probe(self, rows: list[torch.Tensor], *, is_native: bool = False) -> torch.Tensor:
         """Logits (rows, vocabulary) float32 of two decodes of each row's first token, one after the other.
 
-        The second attends to two tokens, so that positions count.
+        The second attends to two tokens, so that positions count. With `is_native` by native kernels.
         """
         num, device = len(rows), self.device
         numbers = torch.arange(num, device=device)
         layout = TokenLayout(torch.zeros(num, dtype=torch.long, device=device), num, ())
         self.attention.cache = self._probe_cache(num)
+        self.attention.kernels = native if is_native else None
         try:
             for position in (0, 1):
                 offsets = torch.full((num,), position, device=device)
-                zeros = torch.zeros_like(offsets)
-                decode = DecodeBatch(offsets + 1, numbers, numbers, zeros, ((0, num, 0),), True, None, position + 1)
-                context = StepContext(AttentionBatch(numbers, offsets, decode, num, ()), layout, layout, None)
+                decode: DecodeBatch | None = None
+                lists: DecodeLists | None = None
+                if is_native:
+                    lists = DecodeLists(offsets + 1, numbers, numbers)
+                else:
+                    zeros = torch.zeros_like(offsets)
+                    decode = DecodeBatch(offsets + 1, numbers, numbers, zeros, ((0, num, 0),), True, None, position + 1)
+                attention = AttentionBatch(numbers, offsets, decode, num, (), lists)
+                context = StepContext(attention, layout, layout, None)
                 ids = torch.stack([row[position] for row in rows])
                 logits = self.forward(ids, offsets, numbers, context)
         finally:
-            self.attention.cache = None
+            self.attention.cache = self.attention.kernels = None
         return logits.float()
 
 

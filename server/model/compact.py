@@ -1,4 +1,4 @@
-"""Parts of stock models computed with fewer operators: RMS norms, and the rotary attention of decodes.
+"""Parts of stock models computed with fewer operators: RMS norms, gated MLPs, and the rotary attention of decodes.
 
 Owns what stands for what, and the proof at load that it gives the same. A step of few tokens is hundreds of operators
 of a few microseconds each, so their number is its time. Knows nothing about adapters, nor about sequences.
@@ -12,23 +12,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 
 from server.model.attention import PagedAttention, is_attention
 from server.model.context import Scope, StepContext
-from server.ops import rotate
+from server.ops import native, rotate
 
 _ROTARY = (modeling_llama.LlamaAttention, modeling_mistral.MistralAttention, modeling_qwen2.Qwen2Attention)
+_GATED = (modeling_llama.LlamaMLP, modeling_mistral.MistralMLP, modeling_qwen2.Qwen2MLP)
 _ROTARY_FUNCTIONS = ("apply_rotary_pos_emb", "rotate_half")
 
 
 _Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
-def compact_norm(norm: nn.Module, stock: _Forward) -> _Forward | None:
-    """A forward of few operators for an RMS norm whose own is `stock`; None for any other norm.
+def compact_norm(norm: nn.Module, stock: _Forward, *, is_native: bool = False) -> _Forward | None:
+    """A forward of few operators, or natively of one, for an RMS norm whose own is `stock`; None for any other norm.
 
     y = weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, arXiv:1910.07467). Tried on rows of several sizes:
     it must be within the rounding of the norm's own dtype. Float32, which is asked for to be exact, stays as it is.
@@ -38,7 +40,10 @@ def compact_norm(norm: nn.Module, stock: _Forward) -> _Forward | None:
     if eps is None or weight.is_meta or weight.dtype is torch.float32:
         return None
 
-    compact = _fused_norm(weight, eps) if weight.is_cuda else _norm_by_length(weight, eps)
+    if is_native:
+        compact = _native_norm(weight, eps)
+    else:
+        compact = _fused_norm(weight, eps) if weight.is_cuda else _norm_by_length(weight, eps)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         return compact(x) if x.dtype is weight.dtype else stock(x)
@@ -55,6 +60,11 @@ def compact_norm(norm: nn.Module, stock: _Forward) -> _Forward | None:
 
 def _fused_norm(weight: torch.Tensor, eps: float) -> _Forward:
     return lambda x: F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _native_norm(weight: torch.Tensor, eps: float) -> _Forward:
+    exact = weight.float()
+    return lambda x: native.rms_norm(x, exact, eps)
 
 
 def _norm_by_length(weight: torch.Tensor, eps: float) -> _Forward:
@@ -75,7 +85,7 @@ class _Angles:
     """The rotary embedding of a step, as `rotate` wants it; the same for all layers that are given the same."""
 
     given: torch.Tensor
-    cos: torch.Tensor  # (tokens, 1, width) float32
+    cos: torch.Tensor  # (tokens, 1, width) in the dtype of the cache, or float32 for native kernels
     sin: torch.Tensor  # the same, its first half negated
 
 
@@ -83,7 +93,7 @@ class DecodeAttentions:
     """The attention modules of a base that are Llama's by their code, with a forward of their own for decodes.
 
     Keys and values of a step are rotated together, in the dtype of the cache, and stored at once. A step that does
-    anything else - prefills, ops at keys and values, kernels - takes the module's own forward.
+    anything else - prefills, ops at keys and values, Triton kernels - takes the module's own forward.
     """
 
     def __init__(self, model: nn.Module, attention: PagedAttention, scope: Scope) -> None:
@@ -117,7 +127,8 @@ class DecodeAttentions:
 
     def _can_serve(self, context: StepContext) -> bool:
         batch = context.attention
-        is_decode = batch.decode is not None and not batch.prefills
+        is_native = batch.lists is not None and self._attention.kernels is native
+        is_decode = (batch.decode is not None or is_native) and not batch.prefills
         return is_decode and context.ops is None and self._attention.cache is not None
 
     def _attend(
@@ -127,6 +138,12 @@ class DecodeAttentions:
         assert self._attention.cache is not None
         num_tokens, width, dtype = x.shape[1], module.head_dim, self._attention.cache.dtype
         q, k, v = module.q_proj(x), module.k_proj(x), module.v_proj(x)
+        if context.attention.lists is not None:
+            turns = self._turns(angles, torch.float32)
+            queries, keys, values = (t.view(num_tokens, -1, width) for t in (q, k, v))
+            queries, keys = (native.rotate(t, turns.cos, turns.sin) for t in (queries, keys))
+            out = self._attention.decode_natively(module.layer_idx, queries, keys, values, context)
+            return out.view(1, num_tokens, -1)
         num_kv = k.shape[-1] // width
         heads = torch.cat((q, k, v), dim=-1).to(dtype).view(num_tokens, -1, width)
         turns = self._turns(angles, dtype)
@@ -141,6 +158,39 @@ class DecodeAttentions:
             half = sin.shape[-1] // 2
             self._angles = _Angles(angles[0], cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1))
         return self._angles
+
+
+class GatedMLPs:
+    """The MLPs of a base that are Llama's by their code, with SiLU: one native call between their products.
+
+    `native.gated` rounds once, where the stock code rounds twice.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [module for module in model.modules() if _is_gated(module)]
+        for module in self._modules:
+            module.forward = self._forward_of(module)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def remove(self) -> None:
+        """Gives the modules their own forward back."""
+        for module in self._modules:
+            del module.forward
+        self._modules = []
+
+    def _forward_of(self, module: Any) -> _Forward:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = module.down_proj(native.gated(module.gate_proj(x), module.up_proj(x)))
+            return out
+
+        return forward
+
+
+def _is_gated(module: nn.Module) -> bool:
+    is_silu = isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
+    return is_silu and any(_code(type(module).forward) == _code(known.forward) for known in _GATED)
 
 
 def _is_rotary(module: nn.Module) -> bool:

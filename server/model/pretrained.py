@@ -22,6 +22,7 @@ class BaseOptions:
     quantize: Quantization = Quantization.NF4
     dtype: torch.dtype | None = None
     device: torch.device = torch.device("cpu")
+    ops: str = "reference"  # what computes adapters and attention, as `server.ops.load_kernels` names it
 
 
 def read_config(model: str) -> PreTrainedConfig:

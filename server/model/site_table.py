@@ -98,9 +98,9 @@ class SiteTable:
                 for site in group.sites:
                     site.fused = fused
 
-    def compact_norms(self) -> int:
-        """Computes norms with fewer operators where that gives the same; returns how many."""
-        return sum(site.compact() for site in self.sites if isinstance(site, NormSite))
+    def compact_norms(self, *, is_native: bool) -> int:
+        """Computes norms with fewer operators where that gives the same, or natively; returns how many."""
+        return sum(site.compact(is_native=is_native) for site in self.sites if isinstance(site, NormSite))
 
     @property
     def packed_bytes(self) -> int:

@@ -42,9 +42,9 @@ class NormSite(BaseSite):
     def _bare(self) -> nn.Module:
         return self._with_weight(1.0 - self.weight_offset)
 
-    def compact(self) -> bool:
+    def compact(self, *, is_native: bool) -> bool:
         """Computes the norm with fewer operators from now on; False where that would not give the same."""
-        forward = compact_norm(self.module, self._base)
+        forward = compact_norm(self.module, self._base, is_native=is_native)
         self._base = forward or self._base
         return forward is not None
 

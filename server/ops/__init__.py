@@ -6,11 +6,12 @@ Owns which implementation runs. Knows nothing about adapters, sequences or model
 import importlib
 import logging
 import os
-from types import ModuleType
+from typing import Any
 
 import torch
 
 from server.ground.errors import StartupRefused
+from server.ops import native
 from server.ops.edits import GroupEdits, Lanes, Run, SiteEdits, Stack, TokenLayout, runs_of
 from server.ops.reference import (
     DecodeBatch,
@@ -29,18 +30,21 @@ from server.ops.reference import (
     shrink_stack,
     store_kv,
 )
+from server.ops.step_kernels import Kernels, StepKernels
 
 log = logging.getLogger(__name__)
 
 __all__ = [
     "DecodeBatch",
     "GroupEdits",
+    "Kernels",
     "Lanes",
     "PrefillSpan",
     "Run",
     "SiteEdits",
     "Stack",
     "StackHidden",
+    "StepKernels",
     "TokenLayout",
     "decode_attention",
     "embed_low_rank",
@@ -59,17 +63,56 @@ __all__ = [
 ]
 
 
-def load_kernels(name: str, device: torch.device) -> ModuleType | None:
-    """`kernels.py` for "triton", None for "reference"; logged. Raises StartupRefused where the kernels cannot run."""
+def load_kernels(name: str, device: torch.device, dtype: torch.dtype) -> Kernels | None:
+    """The kernels that --ops names, for a base in this dtype; None for "reference". Logged.
+
+    "auto" takes those for the processor where they can be had. Raises StartupRefused where the named ones cannot run.
+    """
+    if name == "auto":
+        name = "native" if device.type == "cpu" and dtype in native.DTYPES else "reference"
+        try:
+            return _kernels(name, device, dtype)
+        except StartupRefused as refused:
+            log.warning("adapters and attention run on PyTorch's operators, which is slower. %s", refused.message)
+            return None
+    return _kernels(name, device, dtype)
+
+
+def _kernels(name: str, device: torch.device, dtype: torch.dtype) -> Kernels | None:
     if name == "reference":
         return None
+    kernels = _triton(device) if name == "triton" else _native(device, dtype)
+    log.info("adapters and decode attention run on %s", "Triton kernels" if name == "triton" else "native kernels")
+    return kernels
+
+
+def _triton(device: torch.device) -> Kernels:
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise StartupRefused("--ops triton: its kernels need a GPU, and the base is on the CPU; use --ops reference")
+        raise StartupRefused(
+            "--ops triton: its kernels need a GPU, and the base is on the CPU; use --ops native, or use --ops reference"
+        )
     try:
-        kernels = importlib.import_module("server.ops.kernels")
+        kernels: Any = importlib.import_module("server.ops.kernels")
     except ImportError as error:
         raise StartupRefused(
             f"--ops triton: Triton cannot be imported ({error}); install graftserve[triton], or use --ops reference"
         ) from error
-    log.info("adapters and decode attention run on Triton kernels")
-    return kernels
+    found: Kernels = kernels
+    return found
+
+
+def _native(device: torch.device, dtype: torch.dtype) -> Kernels:
+    if device.type != "cpu":
+        raise StartupRefused("--ops native: its kernels run on a CPU, and the base is on a GPU; use --ops triton")
+    if dtype not in native.DTYPES:
+        raise StartupRefused(
+            f"--ops native: it computes float32 and bfloat16, and the base is in {str(dtype).removeprefix('torch.')}; "
+            "use --dtype bfloat16, or --ops reference"
+        )
+    try:
+        native.library()
+    except native.CannotCompile as error:
+        raise StartupRefused(
+            f"--ops native: its kernels cannot be compiled: {error}; or use --ops reference"
+        ) from error
+    return native

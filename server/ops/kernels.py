@@ -18,7 +18,7 @@ import triton.language as tl
 
 from server.ops import sheets
 from server.ops.runs import SHORT_RUN, DecodeLists, TokenRuns
-from server.ops.sheets import GroupTable, Sheets, StepTables
+from server.ops.sheets import GroupTable, Sheets
 
 _RANK, _DOWN, _UP = (tl.constexpr(field) for field in (sheets.RANK, sheets.DOWN, sheets.UP))
 _MID_SCALE, _MID_SHIFT = tl.constexpr(sheets.MID_SCALE), tl.constexpr(sheets.MID_SHIFT)
@@ -30,63 +30,6 @@ _ROW_STRIDE, _VECTOR_STRIDE = tl.constexpr(sheets.ROW_STRIDE), tl.constexpr(shee
 
 _MIN_SPLIT = 1024  # inputs summed by one program of a shrink
 _MAX_SPLITS = 4  # an expand reads every split's sums again, once per block of outputs
-
-
-class StepKernels:
-    """One step's edits, for the base's sites as they are called; what depends on an input alone is computed once."""
-
-    def __init__(self, step: StepTables) -> None:
-        self._step = step
-        self._hidden: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def edits(self, site: int) -> bool:
-        """Whether any token's adapter does anything at this site."""
-        return bool(self._step.edited >> site & 1)
-
-    def scales_input(self, site: int) -> bool:
-        """Whether any token's adapter has an in_scale at this site."""
-        return bool(self._step.scaled >> site & 1)
-
-    def is_joint(self, group: int) -> bool:
-        """Whether the members of a group are edited, and all from one input: they may be finished at once."""
-        sites = self._step.group(group).sites
-        return bool(self._step.edited & sites) and not self._step.scaled & sites
-
-    def scale(self, x: torch.Tensor, group: int, member: int, *, is_head: bool = False) -> torch.Tensor:
-        """What the base of this member reads: x (tokens, d_in) -> a tensor of its own."""
-        return scale(x, self._step.group(group), self._step.sheets, self._tokens(is_head), member=member)
-
-    def finish(
-        self, y: torch.Tensor, x: torch.Tensor, group: int, member: int | None, *,
-        is_head: bool = False, gain: float = 1.0,
-    ) -> None:  # fmt: skip
-        """What follows the base's product, in place: y (tokens, d_out) of a member, or of all side by side (None).
-
-        x as the group's members were given it: (..., d_in), or an embedding's ids (..., tokens).
-        """
-        table, tokens = self._step.group(group), self._tokens(is_head)
-        h = self._dots(x, group, table, tokens)
-        expand(y, h, table, self._step.sheets, tokens, member=member, gain=gain)
-
-    def _tokens(self, is_head: bool) -> TokenRuns:
-        if not is_head:
-            return self._step.tokens
-        assert self._step.kept is not None, "the head is not edited"
-        return self._step.kept
-
-    def _dots(self, x: torch.Tensor, group: int, table: GroupTable, tokens: TokenRuns) -> torch.Tensor:
-        known = self._hidden.get(group)
-        if known is None or known[0] is not x:
-            known = self._hidden[group] = (x, self._make_dots(x, table, tokens))
-        return known[1]
-
-    def _make_dots(self, x: torch.Tensor, table: GroupTable, tokens: TokenRuns) -> torch.Tensor:
-        sheets = self._step.sheets
-        if not self._step.with_rows & table.sites:
-            return _hidden(1, 0, len(table.widths), sheets)  # no adapter of the step has rows here: nobody reads it
-        if table.is_embedding:
-            return embed_low_rank(x.reshape(-1), table, sheets, tokens)
-        return shrink(x.reshape(-1, table.d_in), table, sheets, tokens)
 
 
 # The normal form
@@ -144,7 +87,7 @@ def _hidden(num_splits: int, num_tokens: int, num_members: int, table: Sheets) -
 
 def expand(
     y: torch.Tensor,
-    h: torch.Tensor,
+    h: torch.Tensor | None,
     group: GroupTable,
     table: Sheets,
     tokens: TokenRuns,
@@ -154,7 +97,8 @@ def expand(
 ) -> None:
     """Everything behind the base product, in place and rounded once: y (tokens, d_out), strided as it likes.
 
-    `h` from `shrink` of the same group; it is not read for slots without rank rows. y is the output of one member, or,
+    `h` from `shrink` of the same group; it is not read for slots without rank rows, and None where there are no others.
+    y is the output of one member, or,
     without `member`, those of all members side by side. `gain` multiplies the low-rank part (Gemma's embeddings).
 
     Semantics:
@@ -164,6 +108,8 @@ def expand(
             y[t] = out_scale * (y[t] + gain * up_scale * sum(g[i] * up[i])) + out_shift
     """
     runs = tokens.by_up
+    if h is None:
+        h = _hidden(1, 0, len(group.widths), table)
     widths = group.widths if member is None else group.widths[member : member + 1]
     # Accumulators and the three vectors of each token must fit in registers: 16 x 128 or 64 x 64 of float32 do.
     block_n = min(128 if runs.max_length == SHORT_RUN else 64, max(16, triton.next_power_of_2(max(widths))))

@@ -8,8 +8,9 @@ import torch
 from tests.ops.resident import EVERY_FIELD, Resident, Shape, drawn, normal
 
 pytest.importorskip("triton")
+from server.ops import kernels
 from server.ops.kernels import expand, shrink
-from tests.ops.test_kernels import Cached, Heads
+from tests.ops.test_kernels import Cached, Device, Heads
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,7 +59,9 @@ def test_shared_projections_of_a_high_rank(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("softcap", [None, 20.0])
 def test_decode_attention(dtype: torch.dtype, window: int | None, softcap: float | None) -> None:
-    cached = Cached([1, 63, 64, 500], Heads(2, 4, 128, 64, window, softcap, True), dtype, seed=3)
+    cached = Cached(
+        Device(kernels, DEVICE), [1, 63, 64, 500], Heads(2, 4, 128, 64, window, softcap, True), dtype, seed=3
+    )
     expected = cached.expected()
     error = (cached.decode().double() - expected).norm() / expected.norm()
     assert error < LIMITS[dtype]

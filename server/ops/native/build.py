@@ -1,0 +1,112 @@
+"""The shared library of `kernels.c`: compiled for this processor when it is first wanted, and kept on disk.
+
+Owns the compiler's command, where its result lies, and the signatures. Knows nothing about tensors.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("kernels.c")
+_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+_COMPILERS = (
+    "gcc",
+    "cc",
+    "clang",
+)  # GCC first: PyTorch's wheels bring its OpenMP, and two pools of threads would fight
+_MAX_COMPILE_S = 120
+
+# p a pointer, i an int64, d a double.
+_SIGNATURES = {
+    "graft_shrink": "piipiippipppipiii",
+    "graft_embed": "ppiipppppipi",
+    "graft_expand": "piippippiiiipppiiidii",
+    "graft_scale": "pipipippipii",
+    "graft_store_kv": "piipiiippiiiippi",
+    "graft_decode_attention": "piipippiiiiiipppdidpi",
+    "graft_rms_norm": "pipipiid",
+    "graft_gated": "ppipiiii",
+    "graft_rotate": "piipippiii",
+}
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
+
+
+class CannotCompile(Exception):
+    """There is no library for this machine; the message says why and what would help."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels. Raises CannotCompile."""
+    loaded = ctypes.CDLL(str(_built()))
+    for name, signature in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes = [_TYPES[letter] for letter in signature]
+        function.restype = None
+    return loaded
+
+
+def _built() -> Path:
+    command = _compiler()
+    macros = _run([*command, *_FLAGS, "-dM", "-E", "-x", "c", os.devnull])
+    # Two compilers, or two processors, differ in what they define; so a home on several machines holds one for each.
+    flags = (*_FLAGS, "-shared", "-fPIC", *(() if "__clang__" in macros else ("-fopenmp",)))
+    digest = hashlib.sha256("\0".join((_SOURCE.read_text(), macros, *flags)).encode()).hexdigest()[:24]
+    folder = _own_folder()
+    library = folder / f"kernels-{digest}.so"
+    if not library.exists():
+        log.info("compiling the kernels for this processor: %s", library)
+        handle, scratch = tempfile.mkstemp(dir=folder, suffix=".so")
+        os.close(handle)
+        try:
+            _run([*command, *flags, "-o", scratch, str(_SOURCE), "-lm"])
+            Path(scratch).replace(library)
+        finally:
+            Path(scratch).unlink(missing_ok=True)
+    return library
+
+
+def _compiler() -> list[str]:
+    found = [[name] for name in _COMPILERS if shutil.which(name)]
+    if "CC" in os.environ:
+        found = [shlex.split(os.environ["CC"])]
+    if not found or not found[0]:
+        raise CannotCompile(
+            "there is no C compiler (gcc, cc, clang, or what CC names); Debian: apt install gcc libc6-dev"
+        )
+    return found[0]
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_MAX_COMPILE_S)
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
+        raise CannotCompile(f"{command[0]}: {lines[0]}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CannotCompile(f"{command[0]}: {error}") from error
+    return done.stdout
+
+
+def _own_folder() -> Path:
+    """A folder that nobody else can write to: what lies there is run. Of this process alone where there is no other."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    folder = (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "graftserve" / "kernels"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if status.st_uid == os.geteuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
+            return folder
+        log.warning("%s can be written by others, or not by this user: the kernels are compiled anew", folder)
+    except (OSError, RuntimeError) as error:  # a read-only home, or none
+        log.warning("the compiled kernels cannot be kept: %s", error)
+    return Path(tempfile.mkdtemp(prefix="graftserve-kernels-"))

@@ -1,0 +1,524 @@
+/* The ops on a processor: the meaning of `reference.py`, reading rank rows where they lie, as the Triton kernels do.
+
+   Owns the arithmetic and its vectors. Knows nothing about who fills the sheets or cuts the runs, nor about Python.
+
+   Numbers are float32 or bfloat16 in memory and float32 in every sum. The sums of one token have the same order whatever
+   shares its batch, so an answer does not depend on its neighbours. Vectors are the C compiler's (GCC and Clang have
+   them), which makes of them what the processor has. Strides are in elements; the last dimension is dense. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { FLOAT32, BFLOAT16 };
+
+/* As sheets.py has them. */
+enum { RANK, DOWN, UP, MID_SCALE, MID_SHIFT, IN_SCALE, UP_SCALE, OUT_SCALE, OUT_SHIFT, NUM_FIELDS };
+enum { SITE, WIDTH, COLUMN, ROW_STRIDE, VECTOR_STRIDE, NUM_COLUMNS };
+
+/* Numbers read below which a second thread costs more than it brings. */
+enum { WORTH_A_THREAD = 8192 };
+
+/* Small functions vanish in their callers, and with them the choice of a dtype or a tile that the caller knows. */
+#define INLINE static inline __attribute__((always_inline))
+
+/* Vectors, and numbers in memory. `n` numbers are there from the index on; what lies behind them is another's. */
+
+enum { LANES = 16 };
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef float eight __attribute__((vector_size(32)));
+typedef float four __attribute__((vector_size(16)));
+
+INLINE floats all(float value) { return (floats){0} + value; }
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE char *at(const void *base, int64_t index, int dtype) {
+    return (char *)base + index * (dtype == BFLOAT16 ? 2 : 4);
+}
+
+INLINE floats widened(halves half) { return (floats)(__builtin_convertvector(half, words) << 16); }
+
+/* To the nearest, ties to even, as PyTorch rounds; what is no number stays none. */
+INLINE halves narrowed(floats value) {
+    words bits = (words)value, is_nan = (words)(value != value);
+    words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), halves);
+}
+
+/* Copies of a size that the compiler knows are one instruction; the others are few. */
+INLINE void copy(void *to, const void *from, int64_t n, int64_t size) {
+    if (n >= LANES) memcpy(to, from, LANES * size);
+    else memcpy(to, from, n * size);
+}
+
+INLINE floats load(const void *from, int64_t index, int64_t n, int dtype) {
+    if (dtype == BFLOAT16) {
+        halves half = {0};
+        copy(&half, at(from, index, dtype), n, sizeof half[0]);
+        return widened(half);
+    }
+    floats value = {0};
+    copy(&value, at(from, index, dtype), n, sizeof value[0]);
+    return value;
+}
+
+INLINE void store(void *to, int64_t index, int64_t n, floats value, int dtype) {
+    if (dtype == BFLOAT16) {
+        halves half = narrowed(value);
+        copy(at(to, index, dtype), &half, n, sizeof half[0]);
+    } else {
+        copy(at(to, index, dtype), &value, n, sizeof value[0]);
+    }
+}
+
+INLINE float total(floats value) {
+    eight a[2];
+    four b[2];
+    memcpy(a, &value, sizeof a);
+    a[0] += a[1];
+    memcpy(b, a, sizeof b);
+    b[0] += b[1];
+    return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
+}
+
+INLINE floats chosen(ints condition, floats yes, floats no) {
+    return (floats)(((words)yes & (words)condition) | ((words)no & ~(words)condition));
+}
+
+/* e^x within two units in the last place: e^x = 2^n e^r with |r| <= ln(2) / 2, e^r by its series to r^7. What is below
+   2^-126 becomes 0, and what is no number stays none. */
+INLINE floats exponential(floats x) {
+    floats bounded = chosen(x > 88.7f, all(88.7f), chosen(x < -87.3f, all(-87.3f), x));
+    floats shifted = bounded * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum is rounded to a whole number */
+    floats n = shifted - 12582912.0f;
+    floats r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f; /* ln(2) in two parts (Cody and Waite 1980) */
+    floats series = r * (1.0f / 5040) + 1.0f / 720;
+    series = series * r + 1.0f / 120;
+    series = series * r + 1.0f / 24;
+    series = series * r + 1.0f / 6;
+    series = series * r + 0.5f;
+    series = series * r * r + r + 1.0f;
+    words power = ((words)shifted - 0x4b400000u + 127u) << 23;
+    return chosen(x != x, x, chosen(x < -87.3f, all(0), series * (floats)power));
+}
+
+/* The adapters' tables. */
+
+struct run {
+    int64_t first, num;   /* tokens order[first] ... */
+    const int32_t *sheet; /* of the first, whose rows are those of all */
+    const int32_t *fields;
+    int64_t rank;
+};
+
+INLINE const int32_t *sheet_of(const int64_t *addresses, int64_t slot) { return (const int32_t *)addresses[slot]; }
+
+INLINE const int32_t *fields_of(const int32_t *sheet, const int32_t *members, int64_t member) {
+    return sheet + (int64_t)members[member * NUM_COLUMNS + SITE] * NUM_FIELDS;
+}
+
+INLINE struct run run_of(int64_t number, int64_t member, const int64_t *addresses, const int32_t *members,
+                         const int64_t *slots, const int64_t *order, const int64_t *starts) {
+    struct run run = {starts[number], starts[number + 1] - starts[number], 0, 0, 0};
+    if (run.num) {
+        run.sheet = sheet_of(addresses, slots[order[run.first]]);
+        run.fields = fields_of(run.sheet, members, member);
+        run.rank = run.fields[RANK];
+    }
+    return run;
+}
+
+/* Shrink. */
+
+INLINE void add_products(int num_x, int num_rows, const char *const *x, const char *const *rows, int64_t k, int64_t n,
+                         floats sums[4][8], int x_dtype, int dtype) {
+    floats inputs[4];
+    for (int t = 0; t < num_x; t++) inputs[t] = load(x[t], k, n, x_dtype);
+    for (int i = 0; i < num_rows; i++) {
+        floats row = load(rows[i], k, n, dtype);
+        for (int t = 0; t < num_x; t++) sums[t][i] += inputs[t] * row;
+    }
+}
+
+INLINE void dots(int num_x, int num_rows, const char *const *x, const char *const *rows, int64_t width, float *const *h,
+                 int x_dtype, int dtype) {
+    floats sums[4][8];
+    for (int t = 0; t < num_x; t++)
+        for (int i = 0; i < num_rows; i++) sums[t][i] = all(0);
+    int64_t k = 0;
+    for (; k + LANES <= width; k += LANES) add_products(num_x, num_rows, x, rows, k, LANES, sums, x_dtype, dtype);
+    if (k < width) add_products(num_x, num_rows, x, rows, k, width - k, sums, x_dtype, dtype);
+    for (int t = 0; t < num_x; t++)
+        for (int i = 0; i < num_rows; i++) h[t][i] = total(sums[t][i]);
+}
+
+INLINE void shrink_run(struct run run, const void *x, int64_t x_stride, const void *buffer, int64_t stride,
+                       const int64_t *order, float *h, int64_t h_stride, int64_t width, int x_dtype, int dtype) {
+    const int32_t *numbers = run.sheet + run.fields[DOWN];
+    for (int64_t first = 0; first < run.num;) {
+        int num_x = run.num - first >= 4 ? 4 : 1;
+        const char *inputs[4];
+        float *outputs[4];
+        for (int t = 0; t < num_x; t++) {
+            int64_t token = order[run.first + first + t];
+            inputs[t] = at(x, token * x_stride, x_dtype);
+            outputs[t] = h + token * h_stride;
+        }
+        for (int64_t i = 0; i < run.rank;) {
+            int64_t left = run.rank - i;
+            int num_rows = num_x == 1 && left >= 8 ? 8 : left >= 4 ? 4 : 1;
+            const char *rows[8];
+            for (int r = 0; r < num_rows; r++) rows[r] = at(buffer, numbers[i + r] * stride, dtype);
+            if (num_rows == 8) dots(1, 8, inputs, rows, width, outputs, x_dtype, dtype);
+            else if (num_x == 4 && num_rows == 4) dots(4, 4, inputs, rows, width, outputs, x_dtype, dtype);
+            else if (num_x == 4) dots(4, 1, inputs, rows, width, outputs, x_dtype, dtype);
+            else if (num_rows == 4) dots(1, 4, inputs, rows, width, outputs, x_dtype, dtype);
+            else dots(1, 1, inputs, rows, width, outputs, x_dtype, dtype);
+            for (int t = 0; t < num_x; t++) outputs[t] += num_rows;
+            i += num_rows;
+        }
+        first += num_x;
+    }
+}
+
+/* x (tokens, width) -> h (tokens, members, max_rank) float32: dot(down[i], x[t]), where a token's adapter has rows. */
+void graft_shrink(const void *x, int64_t x_stride, int64_t x_dtype, const void *buffer, int64_t dtype, int64_t stride,
+                  const int64_t *addresses, const int32_t *members, int64_t num_members, const int64_t *slots,
+                  const int64_t *order, const int64_t *starts, int64_t num_runs, float *h, int64_t max_rank,
+                  int64_t width, int64_t num_threads) {
+    int64_t num_items = num_runs * num_members, h_stride = num_members * max_rank;
+    (void)num_threads;
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_items * width >= WORTH_A_THREAD)
+    for (int64_t item = 0; item < num_items; item++) {
+        int64_t member = item % num_members;
+        struct run run = run_of(item / num_members, member, addresses, members, slots, order, starts);
+        if (!run.rank) continue;
+        float *own = h + member * max_rank;
+        if (x_dtype == BFLOAT16 && dtype == BFLOAT16)
+            shrink_run(run, x, x_stride, buffer, stride, order, own, h_stride, width, BFLOAT16, BFLOAT16);
+        else if (x_dtype == FLOAT32 && dtype == FLOAT32)
+            shrink_run(run, x, x_stride, buffer, stride, order, own, h_stride, width, FLOAT32, FLOAT32);
+        else
+            shrink_run(run, x, x_stride, buffer, stride, order, own, h_stride, width, x_dtype, dtype);
+    }
+}
+
+/* The same for an embedding, whose input is a one-hot row: ids (tokens,) -> h (tokens, max_rank). */
+void graft_embed(const int64_t *ids, const void *buffer, int64_t dtype, int64_t stride, const int64_t *addresses,
+                 const int32_t *members, const int64_t *slots, const int64_t *order, const int64_t *starts,
+                 int64_t num_runs, float *h, int64_t max_rank) {
+    for (int64_t number = 0; number < num_runs; number++) {
+        struct run run = run_of(number, 0, addresses, members, slots, order, starts);
+        if (!run.rank) continue;
+        const int32_t *numbers = run.sheet + run.fields[DOWN];
+        for (int64_t place = run.first; place < run.first + run.num; place++)
+            for (int64_t i = 0; i < run.rank; i++)
+                h[order[place] * max_rank + i] = load(buffer, numbers[i] * stride + ids[order[place]], 1, dtype)[0];
+    }
+}
+
+/* Expand. */
+
+struct token {
+    char *y;
+    const float *h, *mid_scale, *mid_shift, *up_scale, *out_scale, *out_shift; /* null for the identity */
+};
+
+INLINE const float *vector_of(const void *buffer, const int32_t *fields, int field, int64_t stride) {
+    return fields[field] < 0 ? 0 : (const float *)buffer + fields[field] * stride;
+}
+
+INLINE struct token token_of(const int32_t *sheet, const int32_t *fields, const void *buffer, int64_t stride) {
+    struct token token = {
+        .mid_scale = fields[MID_SCALE] < 0 ? 0 : (const float *)(sheet + fields[MID_SCALE]),
+        .mid_shift = fields[MID_SHIFT] < 0 ? 0 : (const float *)(sheet + fields[MID_SHIFT]),
+        .up_scale = vector_of(buffer, fields, UP_SCALE, stride),
+        .out_scale = vector_of(buffer, fields, OUT_SCALE, stride),
+        .out_shift = vector_of(buffer, fields, OUT_SHIFT, stride),
+    };
+    return token;
+}
+
+/* The outputs from `first` on of a few tokens with the same rows: `num_vectors` vectors of `num` numbers each. */
+INLINE void expand_tile(int num_tokens, int num_vectors, const struct token *tokens, const void *buffer,
+                        const int32_t *numbers, int64_t rank, int64_t stride, int64_t first, int64_t num, float gain,
+                        int y_dtype, int dtype) {
+    floats sums[4][8];
+    for (int t = 0; t < num_tokens; t++)
+        for (int v = 0; v < num_vectors; v++) sums[t][v] = all(0);
+    for (int64_t i = 0; i < rank; i++) {
+        float g[4];
+        for (int t = 0; t < num_tokens; t++) {
+            float scale = tokens[t].mid_scale ? tokens[t].mid_scale[i] : 1;
+            float shift = tokens[t].mid_shift ? tokens[t].mid_shift[i] : 0;
+            g[t] = fmaf(tokens[t].h[i], scale, shift); /* one rounding, whatever else the compiler joins */
+        }
+        for (int v = 0; v < num_vectors; v++) {
+            int64_t n = first + v * LANES;
+            floats row = load(buffer, numbers[i] * stride + n, num, dtype);
+            __builtin_prefetch(at(buffer, numbers[i] * stride + n + num_vectors * LANES, dtype));
+            for (int t = 0; t < num_tokens; t++) sums[t][v] += g[t] * row;
+        }
+    }
+    for (int t = 0; t < num_tokens; t++)
+        for (int v = 0; v < num_vectors; v++) {
+            int64_t n = first + v * LANES;
+            floats low = sums[t][v] * gain;
+            if (tokens[t].up_scale) low *= load(tokens[t].up_scale, n, num, FLOAT32);
+            floats value = load(tokens[t].y, n, num, y_dtype) + low;
+            if (tokens[t].out_scale) value *= load(tokens[t].out_scale, n, num, FLOAT32);
+            if (tokens[t].out_shift) value += load(tokens[t].out_shift, n, num, FLOAT32);
+            store(tokens[t].y, n, num, value, y_dtype);
+        }
+}
+
+INLINE void expand_columns(int num_tokens, const struct token *tokens, const void *buffer, const int32_t *numbers,
+                           int64_t rank, int64_t stride, int64_t first, int64_t last, float gain, int y_dtype,
+                           int dtype) {
+    int num_vectors = num_tokens == 1 ? 8 : 4;
+    int64_t n = first;
+    for (; n + num_vectors * LANES <= last; n += num_vectors * LANES)
+        expand_tile(num_tokens, num_vectors, tokens, buffer, numbers, rank, stride, n, LANES, gain, y_dtype, dtype);
+    for (; n + LANES <= last; n += LANES)
+        expand_tile(num_tokens, 1, tokens, buffer, numbers, rank, stride, n, LANES, gain, y_dtype, dtype);
+    if (n < last) expand_tile(num_tokens, 1, tokens, buffer, numbers, rank, stride, n, last - n, gain, y_dtype, dtype);
+}
+
+enum { COLUMNS_AT_ONCE = 1024 };
+
+/* What all calls of one expand share. */
+struct expand {
+    void *y;
+    int64_t y_stride;
+    const float *h;
+    int64_t num_members, max_rank;
+    const void *buffer;
+    const int64_t *addresses;
+    const int32_t *members;
+    const int64_t *slots, *order;
+    float gain;
+};
+
+INLINE void expand_run(const struct expand *all, struct run run, int64_t member, int64_t first_column, int64_t first,
+                       int64_t last, int y_dtype, int dtype) {
+    const int32_t *columns = all->members + member * NUM_COLUMNS, *numbers = run.sheet + run.fields[UP];
+    for (int64_t done = 0; done < run.num;) {
+        int num_tokens = run.num - done >= 4 ? 4 : 1;
+        struct token tokens[4];
+        for (int t = 0; t < num_tokens; t++) {
+            int64_t token = all->order[run.first + done + t];
+            const int32_t *sheet = sheet_of(all->addresses, all->slots[token]);
+            tokens[t] = token_of(sheet, fields_of(sheet, all->members, member), all->buffer, columns[VECTOR_STRIDE]);
+            tokens[t].y = at(all->y, token * all->y_stride + first_column, y_dtype);
+            tokens[t].h = all->h + (token * all->num_members + member) * all->max_rank;
+        }
+        if (num_tokens == 4)
+            expand_columns(4, tokens, all->buffer, numbers, run.rank, columns[ROW_STRIDE], first, last, all->gain,
+                           y_dtype, dtype);
+        else
+            expand_columns(1, tokens, all->buffer, numbers, run.rank, columns[ROW_STRIDE], first, last, all->gain,
+                           y_dtype, dtype);
+        done += num_tokens;
+    }
+}
+
+/* y (tokens, outputs) of members [first_member, last_member), in place and rounded once:
+   out_scale * (y + gain * up_scale * sum((mid_scale * h + mid_shift)[i] * up[i])) + out_shift. With `is_joint` the
+   members' outputs lie side by side, each from its own column on. */
+void graft_expand(void *y, int64_t y_stride, int64_t y_dtype, const float *h, const void *buffer, int64_t dtype,
+                  const int64_t *addresses, const int32_t *members, int64_t num_members, int64_t first_member,
+                  int64_t last_member, int64_t is_joint, const int64_t *slots, const int64_t *order,
+                  const int64_t *starts, int64_t num_runs, int64_t max_rank, int64_t max_width, double gain,
+                  int64_t has_vectors, int64_t num_threads) {
+    struct expand all = {y, y_stride, h, num_members, max_rank, buffer, addresses, members, slots, order, gain};
+    int64_t num_parts = (max_width + COLUMNS_AT_ONCE - 1) / COLUMNS_AT_ONCE;
+    int64_t per_run = num_parts * (last_member - first_member), num_items = num_runs * per_run;
+    (void)num_threads;
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads) \
+    if (num_runs * (last_member - first_member) * max_width >= WORTH_A_THREAD)
+    for (int64_t item = 0; item < num_items; item++) {
+        int64_t member = first_member + item % per_run / num_parts, first = item % num_parts * COLUMNS_AT_ONCE;
+        const int32_t *columns = members + member * NUM_COLUMNS;
+        int64_t last = least(first + COLUMNS_AT_ONCE, columns[WIDTH]);
+        struct run run = run_of(item / per_run, member, addresses, members, slots, order, starts);
+        if (first >= last || !run.num || (!run.rank && !has_vectors)) continue;
+        int64_t column = is_joint ? columns[COLUMN] : 0;
+        if (y_dtype == BFLOAT16 && dtype == BFLOAT16)
+            expand_run(&all, run, member, column, first, last, BFLOAT16, BFLOAT16);
+        else if (y_dtype == FLOAT32 && dtype == FLOAT32)
+            expand_run(&all, run, member, column, first, last, FLOAT32, FLOAT32);
+        else
+            expand_run(&all, run, member, column, first, last, y_dtype, dtype);
+    }
+}
+
+/* x (tokens, width) -> y, dense: in_scale[slots[t]] * x[t], x[t] where the slot has no in_scale. */
+void graft_scale(const void *x, int64_t x_stride, void *y, int64_t x_dtype, const void *buffer, int64_t in_stride,
+                 const int64_t *addresses, const int32_t *members, int64_t member, const int64_t *slots,
+                 int64_t num_tokens, int64_t width) {
+    for (int64_t t = 0; t < num_tokens; t++) {
+        const float *scale =
+            vector_of(buffer, fields_of(sheet_of(addresses, slots[t]), members, member), IN_SCALE, in_stride);
+        for (int64_t n = 0; n < width; n += LANES) {
+            floats value = load(x, t * x_stride + n, width - n, x_dtype);
+            if (scale) value *= load(scale, n, width - n, FLOAT32);
+            store(y, t * width + n, width - n, value, x_dtype);
+        }
+    }
+}
+
+/* Attention over the paged cache: blocks (blocks, kv_heads, block_size, width), both caches of one layout. */
+
+/* key_cache[blocks[t], :, offsets[t]] = keys[t], values likewise and made finite, as `reference.store_kv` says why. */
+void graft_store_kv(const void *keys, int64_t key_stride, int64_t key_head, const void *values, int64_t value_stride,
+                    int64_t value_head, int64_t dtype, void *key_cache, void *value_cache, int64_t cache_dtype,
+                    int64_t num_heads, int64_t block_size, int64_t width, const int64_t *blocks, const int64_t *offsets,
+                    int64_t num_tokens) {
+    float largest = dtype == BFLOAT16 || cache_dtype == BFLOAT16 ? 0x1.fep127f : 0x1.fffffep127f;
+    floats highest = all(largest);
+    for (int64_t t = 0; t < num_tokens; t++)
+        for (int64_t head = 0; head < num_heads; head++) {
+            int64_t to = ((blocks[t] * num_heads + head) * block_size + offsets[t]) * width;
+            int64_t key_at = t * key_stride + head * key_head, value_at = t * value_stride + head * value_head;
+            for (int64_t d = 0; d < width; d += LANES) {
+                store(key_cache, to + d, width - d, load(keys, key_at + d, width - d, dtype), cache_dtype);
+                floats value = load(values, value_at + d, width - d, dtype);
+                value = chosen(value > highest, highest, chosen(value < -highest, -highest, chosen(value == value, value, all(0))));
+                store(value_cache, to + d, width - d, value, cache_dtype);
+            }
+        }
+}
+
+enum { TOKENS_AT_ONCE = 64, MAX_WIDTH = 512 };
+
+struct cache {
+    const void *keys, *values;
+    int64_t num_heads, block_size, width;
+    const int64_t *blocks; /* of this sequence */
+};
+
+INLINE int64_t cached_at(const struct cache *cache, int64_t position, int64_t head) {
+    int64_t block = cache->blocks[position / cache->block_size] * cache->num_heads + head;
+    return (block * cache->block_size + position % cache->block_size) * cache->width;
+}
+
+/* One query head over positions [start, stop), with a running maximum (Milakov and Gimelshein 2018, arXiv:1805.02867). */
+INLINE void attend(const struct cache *cache, const void *query, void *out, int64_t head, int64_t start, int64_t stop,
+                   float scaling, float softcap, const float *sink, int dtype, int cache_dtype, int is_whole) {
+    int64_t width = cache->width, num_vectors = (width + LANES - 1) / LANES;
+    floats q[MAX_WIDTH / LANES], sums[MAX_WIDTH / LANES];
+    for (int64_t v = 0; v < num_vectors; v++) {
+        q[v] = load(query, v * LANES, is_whole ? LANES : width - v * LANES, dtype) * scaling;
+        sums[v] = all(0);
+    }
+    float top = sink ? *sink : -INFINITY, weight = sink ? 1 : 0;
+    for (int64_t first = start; first < stop; first += TOKENS_AT_ONCE) {
+        int64_t num = least(TOKENS_AT_ONCE, stop - first), places[TOKENS_AT_ONCE];
+        float scores[TOKENS_AT_ONCE];
+        float new_top = top;
+        for (int64_t i = 0; i < num; i++) {
+            floats products = {0};
+            places[i] = cached_at(cache, first + i, head);
+            for (int64_t v = 0; v < num_vectors; v++)
+                products += q[v] * load(cache->keys, places[i] + v * LANES, is_whole ? LANES : width - v * LANES, cache_dtype);
+            scores[i] = total(products);
+            if (softcap) scores[i] = softcap * tanhf(scores[i] / softcap);
+            if (!(scores[i] <= new_top)) new_top = scores[i]; /* NaN too, so that it reaches the answer */
+        }
+        for (int64_t i = num; i < TOKENS_AT_ONCE; i++) scores[i] = -INFINITY;
+        float shrunk = expf(top - new_top);
+        weight *= shrunk;
+        for (int64_t v = 0; v < num_vectors; v++) sums[v] *= shrunk;
+        for (int64_t i = 0; i < num; i += LANES) {
+            floats weights = exponential(load(scores, i, LANES, FLOAT32) - new_top);
+            store(scores, i, LANES, weights, FLOAT32);
+            weight += total(weights);
+        }
+        for (int64_t i = 0; i < num; i++)
+            for (int64_t v = 0; v < num_vectors; v++)
+                sums[v] += scores[i] * load(cache->values, places[i] + v * LANES, is_whole ? LANES : width - v * LANES, cache_dtype);
+        top = new_top;
+    }
+    for (int64_t v = 0; v < num_vectors; v++) store(out, v * LANES, is_whole ? LANES : width - v * LANES, sums[v] / weight, dtype);
+}
+
+/* query (sequences, heads, width) -> out, dense: softmax(cap(scaling * query . keys) ++ sinks) @ values over the last
+   `window` of each sequence's cached tokens, 0 for all of them. softcap 0 is none, sinks null for none. */
+void graft_decode_attention(const void *query, int64_t query_stride, int64_t query_head, void *out, int64_t dtype,
+                            const void *key_cache, const void *value_cache, int64_t cache_dtype, int64_t num_sequences, int64_t num_heads,
+                            int64_t num_kv_heads, int64_t block_size, int64_t width, const int64_t *lengths,
+                            const int64_t *firsts, const int64_t *blocks, double scaling, int64_t window,
+                            double softcap, const float *sinks, int64_t num_threads) {
+    int64_t num_items = num_sequences * num_heads, group = num_heads / num_kv_heads;
+    (void)num_threads;
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_items * width >= WORTH_A_THREAD)
+    for (int64_t item = 0; item < num_items; item++) {
+        int64_t sequence = item / num_heads, head = item % num_heads, stop = lengths[sequence];
+        struct cache cache = {key_cache, value_cache, num_kv_heads, block_size, width, blocks + firsts[sequence]};
+        int64_t start = window && window < stop ? stop - window : 0;
+        const void *q = at(query, sequence * query_stride + head * query_head, dtype);
+        void *to = at(out, item * width, dtype);
+        const float *sink = sinks ? sinks + head : 0;
+        int is_whole = width % LANES == 0;
+        if (dtype == BFLOAT16 && cache_dtype == BFLOAT16 && is_whole)
+            attend(&cache, q, to, head / group, start, stop, scaling, softcap, sink, BFLOAT16, BFLOAT16, 1);
+        else if (dtype == BFLOAT16 && cache_dtype == FLOAT32 && is_whole)
+            attend(&cache, q, to, head / group, start, stop, scaling, softcap, sink, BFLOAT16, FLOAT32, 1);
+        else
+            attend(&cache, q, to, head / group, start, stop, scaling, softcap, sink, dtype, cache_dtype, 0);
+    }
+}
+
+/* What stands between the products of a model. */
+
+/* x (rows, width) -> y, dense: weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, arXiv:1910.07467). */
+void graft_rms_norm(const void *x, int64_t x_stride, void *y, int64_t dtype, const float *weight, int64_t num_rows,
+                    int64_t width, double eps) {
+    for (int64_t row = 0; row < num_rows; row++) {
+        floats squares = {0};
+        for (int64_t n = 0; n < width; n += LANES) {
+            floats value = load(x, row * x_stride + n, width - n, dtype);
+            squares += value * value;
+        }
+        float factor = 1 / sqrtf(total(squares) / width + (float)eps);
+        for (int64_t n = 0; n < width; n += LANES) {
+            floats value = load(x, row * x_stride + n, width - n, dtype) * factor;
+            store(y, row * width + n, width - n, value * load(weight, n, width - n, FLOAT32), dtype);
+        }
+    }
+}
+
+/* gate, up (rows, width) of one stride -> y, dense: silu(gate) * up (Shazeer 2020, arXiv:2002.05202). */
+void graft_gated(const void *gate, const void *up, int64_t stride, void *y, int64_t dtype, int64_t num_rows,
+                 int64_t width, int64_t num_threads) {
+    (void)num_threads;
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_rows * width >= WORTH_A_THREAD)
+    for (int64_t row = 0; row < num_rows; row++)
+        for (int64_t n = 0; n < width; n += LANES) {
+            floats value = load(gate, row * stride + n, width - n, dtype);
+            floats other = load(up, row * stride + n, width - n, dtype);
+            store(y, row * width + n, width - n, value / (1.0f + exponential(-value)) * other, dtype);
+        }
+}
+
+/* Rotary embedding of x (tokens, heads, width) into y, dense, by cos and sin (tokens, width) float32, the first half of
+   sin negated: y[i] = cos[i] * x[i] + sin[i] * x[(i + width / 2) % width] (Su et al. 2021, arXiv:2104.09864). */
+void graft_rotate(const void *x, int64_t x_stride, int64_t x_head, void *y, int64_t dtype, const float *cos,
+                  const float *sin, int64_t num_tokens, int64_t num_heads, int64_t width) {
+    int64_t half = width / 2;
+    for (int64_t t = 0; t < num_tokens; t++)
+        for (int64_t head = 0; head < num_heads; head++)
+            for (int64_t n = 0; n < half; n += LANES) {
+                int64_t from = t * x_stride + head * x_head + n, to = (t * num_heads + head) * width + n, num = half - n;
+                const float *c = cos + t * width + n, *s = sin + t * width + n;
+                floats low = load(x, from, num, dtype), high = load(x, from + half, num, dtype);
+                floats first = load(c, 0, num, FLOAT32) * low + load(s, 0, num, FLOAT32) * high;
+                floats last = load(c, half, num, FLOAT32) * high + load(s, half, num, FLOAT32) * low;
+                store(y, to, num, first, dtype);
+                store(y, to + half, num, last, dtype);
+            }
+}
