@@ -67,9 +67,12 @@ class SlotTables:
         self._has_middle = False
         self._has_vectors = False
         self._edited = self._scaled = self._with_rows = 0
+        # The last step's slots and tables: decodes go on with the same adapters in the same order.
+        self._last: tuple[tuple[Sequence[int], Sequence[int]], StepTables | None] | None = None
 
     def put(self, slot: Slot) -> None:
         """Makes the sheet of a slot whose number no other slot has. The rows it names are in the buffer."""
+        self._last = None
         rows = _site_rows(slot)
         entry = _Entry(
             sheet=make_sheet(self._num_sites, rows).to(self._buffer.device),
@@ -94,6 +97,7 @@ class SlotTables:
 
     def drop(self, number: int) -> None:
         """Forgets a slot's sheet; its number then stands for the bare base."""
+        self._last = None
         entry = self._entries.pop(number)
         self._addresses[number] = self._blank.data_ptr()
         self._classes[:, number] = 0
@@ -106,6 +110,11 @@ class SlotTables:
 
         None when the step is the bare base's alone.
         """
+        if self._last is None or self._last[0] != (slots, kept):
+            self._last = (slots, kept), self._make_step(slots, kept)
+        return self._last[1]
+
+    def _make_step(self, slots: Sequence[int], kept: Sequence[int]) -> StepTables | None:
         entries = [self._entries[number] for number in {*slots} - {0}]
         if not entries:
             return None

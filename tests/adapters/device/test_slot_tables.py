@@ -112,6 +112,21 @@ def test_a_step_names_the_sites_that_its_own_adapters_edit(tier: Tier) -> None:
     assert (both.edited, both.scaled, both.with_rows) == (down | up, down, up)
 
 
+def test_steps_of_the_same_slots_share_their_tables_until_a_slot_changes(tier: Tier) -> None:
+    path = "model.layers.0.self_attn.q_proj"
+    first = tier.admit("first", on_site(tier.base, path, seed=0, rank=3))
+    step = tier.step([first, 0], [first])
+    assert tier.step([first, 0], [first]) is step
+    assert tier.step([0, first], [first]) is not step
+    step = tier.step([first, 0], [first])
+    tier.admit("second", on_site(tier.base, "model.layers.1.mlp.up_proj", seed=1, rank=4))
+    assert tier.step([first, 0], [first]) is not step
+    tier.device.release("first")
+    again = tier.admit("again", on_site(tier.base, "model.layers.1.mlp.up_proj", seed=2, rank=2))
+    assert again == first
+    assert tier.step([first, 0], [first]).edited == 1 << tier.base.sites.by_path["model.layers.1.mlp.up_proj"].index
+
+
 def test_more_slots_than_there_were_places(tier: Tier) -> None:
     """A step that was given the smaller table keeps it, and what it says of its own slots stays true."""
     path = "model.layers.0.self_attn.q_proj"
