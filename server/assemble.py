@@ -50,13 +50,16 @@ from server.model.base import Base
 from server.model.chat_template import MAX_TEMPLATE_CHARS
 from server.model.grammar import Grammars
 from server.model.tokenizer import Tokenizer
+from server.ops.prefill import PrefillLibrary, choose_prefill, refuse_prefill
 from server.sizing import (
     base_options,
     context_limit,
     device_memory,
+    expected_needs,
     expected_plan,
     makes_graphs,
     plan_memory,
+    prefill_needs,
 )
 
 log = logging.getLogger(__name__)
@@ -121,7 +124,7 @@ class Server:
 def assemble(settings: Settings) -> Server:
     """Loads the base and builds every part. Raises StartupRefused with a sentence that says what to change."""
     allowed, keyring = _allowed_sources(settings), _keyring(settings)
-    base, memory = _base(settings)
+    base, memory, library = _base(settings)
     tokenizer = Tokenizer.load(settings.model, base.eos_ids, _read_template(settings.chat_template))
     _check_template(settings, tokenizer)
     metrics = _metrics(settings, base)
@@ -135,7 +138,7 @@ def assemble(settings: Settings) -> Server:
     _refuse_shared_names(names, registry)
 
     grammars = Grammars(lambda: tokenizer.for_grammars(base.vocab_size))
-    scheduler, runner, engine = _engine(settings, base, adapters, registry, tokenizer, metrics, memory)
+    scheduler, runner, engine = _engine(settings, base, adapters, registry, tokenizer, metrics, library, memory)
     grammars.load()  # while nobody waits for the event loop or the engine
     merges = Merges(registry, store, _merging_base(base), max_bytes=settings.max_upload_bytes)
     fetches = Fetches(registry, allowed, lambda: store.incoming(max_bytes=settings.max_upload_bytes), metrics)
@@ -178,9 +181,13 @@ def assemble(settings: Settings) -> Server:
     )
 
 
-def _base(settings: Settings) -> tuple[Base, MemoryPlan]:
-    """The base, and what it leaves room for. What cannot fit is refused before any of it is loaded."""
+def _base(settings: Settings) -> tuple[Base, MemoryPlan, PrefillLibrary | None]:
+    """The base, what it leaves room for, and the library of its attention.
+
+    What cannot fit or cannot be used is refused before any of it is loaded, as far as that can be told then.
+    """
     options = base_options(settings)
+    refuse_prefill(settings.attention, expected_needs(settings, options))
     expected_plan(settings, options)
     base = Base.load(options)
     if base.note:
@@ -188,7 +195,8 @@ def _base(settings: Settings) -> tuple[Base, MemoryPlan]:
     context_limit(settings, base)  # refuses a longer one than the base reads
     memory = plan_memory(settings, base.size, base.device, base.weight_bytes)
     log.info("memory of the %s:\n%s", base.device.type, memory.table())
-    return base, memory
+    library = choose_prefill(settings.attention, prefill_needs(base, memory.needs.block_tokens))
+    return base, memory, library
 
 
 def _metrics(settings: Settings, base: Base) -> Metrics:
@@ -240,6 +248,7 @@ def _engine(
     registry: Registry,
     tokenizer: Tokenizer,
     metrics: Metrics,
+    library: PrefillLibrary | None,
     memory: MemoryPlan,
 ) -> tuple[Scheduler, Runner, Engine]:
     """What runs the steps, with the cache and the budgets that it runs them under."""
@@ -254,6 +263,7 @@ def _engine(
             blocks.num_blocks,
             blocks.block_size,
             base.kernels,
+            library=library,
             recorder=_recorder(settings, base.device),
             max_recorded=limits.max_sequences,
             max_context=scheduler.max_total_tokens,

@@ -11,12 +11,14 @@ from server.ground.machine import ram
 from server.ground.memory_plan import MemoryNeeds, MemoryPlan, plan
 from server.model.attention import KVCache
 from server.model.base import Base
-from server.model.pretrained import BaseOptions
+from server.model.pretrained import BaseOptions, default_dtype, read_config
 from server.model.quantize import Quantization
-from server.model.size import BaseSize, expected_size, workspace_bytes
+from server.model.size import BaseSize, expected_layers, expected_size, kv_dtype, workspace_bytes
+from server.ops.prefill import AttentionLayer, PrefillNeeds, library_bytes
 
 # On a CPU decode reads a block in one product, so a sequence should need few of them.
 _BLOCK_SIZE = {"cpu": 128, "cuda": 64}
+_VARLEN_BLOCK_SIZE = 256  # the least that FlashAttention 2 reads
 _KV_PART = {"cpu": 0.25, "cuda": 1.0}  # of what the base and the adapters leave of the memory share
 _GRAPH_BYTES = 256 << 20  # a reserve: what recording decode steps takes is known afterwards
 
@@ -62,18 +64,48 @@ def expected_plan(settings: Settings, options: BaseOptions) -> MemoryPlan | None
 def plan_memory(settings: Settings, size: BaseSize, device: torch.device, loaded_bytes: int) -> MemoryPlan:
     """Raises StartupRefused with the dial to turn where it does not come out. Of the base, `loaded_bytes` are there."""
     max_context = settings.max_context or size.max_context
-    block_size = min(settings.block_size or _BLOCK_SIZE[device.type], -(-max_context // 8) * 8)
+    block_size = _block_size(settings, device, max_context)
     needs = MemoryNeeds(
         base_bytes=size.base_bytes,
         graph_bytes=_GRAPH_BYTES if makes_graphs(settings, device) else 0,
         adapter_bytes=settings.adapter_memory,
-        workspace_bytes=workspace_bytes(size.config, settings.max_batch_tokens, settings.max_sequences),
+        workspace_bytes=workspace_bytes(size.config, settings.max_batch_tokens, settings.max_sequences)
+        + library_bytes(settings.attention),
         block_bytes=KVCache.block_bytes(size.kv_shapes, block_size, size.kv_dtype),
         block_tokens=block_size,
         max_blocks=settings.max_sequences * -(-max_context // block_size),
         kv_bytes=settings.kv_memory,
     )
     return plan(needs, free_bytes(device) + loaded_bytes, settings.memory_share, _KV_PART[device.type])
+
+
+def _block_size(settings: Settings, device: torch.device, max_context: int) -> int:
+    """Tokens of a block of the KV cache."""
+    own = _VARLEN_BLOCK_SIZE if settings.attention == "varlen" else _BLOCK_SIZE[device.type]
+    return min(settings.block_size or own, -(-max_context // 8) * 8)
+
+
+def expected_needs(settings: Settings, options: BaseOptions) -> PrefillNeeds:
+    """What a base that is not loaded asks of a library for the attention of prompts, as far as its config tells.
+
+    Raises StartupRefused when there is no such model.
+    """
+    config = read_config(options.model)
+    dtype = kv_dtype(options.dtype or default_dtype(config, options.device), options.device)
+    max_context = settings.max_context or int(getattr(config.get_text_config(), "max_position_embeddings", 4096))
+    return _needs(options.device, dtype, _block_size(settings, options.device, max_context), expected_layers(config))
+
+
+def prefill_needs(base: Base, block_size: int) -> PrefillNeeds:
+    """What a base asks of a library for the attention of prompts."""
+    return _needs(base.device, base.kv_dtype, block_size, frozenset(base.attention.layers))
+
+
+def _needs(
+    device: torch.device, dtype: torch.dtype, block_size: int, layers: frozenset[AttentionLayer]
+) -> PrefillNeeds:
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return PrefillNeeds(device, capability, dtype, block_size, layers)
 
 
 def makes_graphs(settings: Settings, device: torch.device) -> bool:

@@ -105,3 +105,22 @@ def test_the_tokenizer_of_grammars_is_read_before_anything_is_served(tiny_llama:
     """It would stop a server that is answering."""
     with serving(tiny_llama, tmp_path) as server:
         assert server.grammars._tokenizer is not None
+
+
+def test_a_library_for_attention_that_cannot_be_used_is_refused_before_the_base_is_loaded(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Base, "load", lambda options: pytest.fail("loaded"))
+    with (
+        pytest.raises(StartupRefused, match=r"--attention varlen: it needs a GPU.*use --attention torch"),
+        serving(tiny_llama, tmp_path, attention="varlen"),
+    ):
+        pass
+
+
+def test_the_attention_of_prompts_is_logged(tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), serving(tiny_llama, tmp_path):
+        pass
+    assert [message for message in caplog.messages if message.startswith("attention of prompts: ")] == [
+        "attention of prompts: PyTorch, chunk by chunk; varlen: it needs a GPU, and the base is on the CPU"
+    ]

@@ -39,6 +39,9 @@ def test_where_all_is_well_it_says_what_would_be_used(
     assert found["base", "quantization"]["text"] == "nf4: dequantized for each product"
     assert found["base", "device"]["text"] == "cpu, float32"
     assert found["base", "ops"]["text"] == "native: C compiled for this CPU"
+    assert found["base", "attention"]["text"] == (
+        "prompts by PyTorch, chunk by chunk (varlen: it needs a GPU, and the base is on the CPU)"
+    )
     assert found["memory", "base"]["text"].startswith("at least 0.")
     assert "--kv-memory: 64 blocks, 4,096 tokens" in found["memory", "KV cache"]["text"]
     assert "made at the start" in found["places", "store"]["text"]
@@ -101,3 +104,21 @@ def test_what_is_not_installed_is_named_with_what_it_would_give(
     assert code == 0
     assert "pip install 'graftserve[objects]' for --store s3://" in found["extras", "objects"]["text"]
     assert found["extras", "objects"]["state"] == "note"
+
+
+@pytest.mark.parametrize("library", ["varlen", "flashinfer"])
+def test_a_library_for_attention_that_cannot_be_used_is_missing_with_the_reason(
+    library: str, good: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = doctor(capsys, *good, "--attention", library)
+    assert code == 1
+    assert missing(found) == {
+        ("base", "attention"): f"--attention {library}: it needs a GPU, and the base is on the CPU; or use --attention "
+        "torch"
+    }
+    assert found["base", "attention"]["state"] == "missing"
+
+
+def test_torch_for_attention_needs_no_reason(good: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = doctor(capsys, *good, "--attention", "torch")
+    assert found["base", "attention"]["text"] == "prompts by PyTorch, chunk by chunk"

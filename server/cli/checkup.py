@@ -28,12 +28,14 @@ from server.model.fused import can_pack
 from server.model.pretrained import BaseOptions, default_dtype, read_config, stored_quantization
 from server.model.quantize import Quantization, holds_dequantized
 from server.ops import load_kernels, native
-from server.sizing import base_options, expected_plan, free_bytes
+from server.ops.prefill import prefill_refusal
+from server.sizing import base_options, expected_needs, expected_plan, free_bytes
 
 _VERSIONED = ("torch", "transformers", "bitsandbytes", "safetensors", "accelerate", "peft", "triton")
 # extra, the packages that it brings, and what it gives
 _EXTRAS = (
     ("triton", ("triton",), "--ops triton: kernels that read adapters in their places, on a GPU"),
+    ("flashinfer", ("flashinfer",), "--attention flashinfer: prompts whose scores are capped, and blocks of any size"),
     ("remote", ("s3fs", "gcsfs", "adlfs"), "adapters from s3://, gs:// and az:// (--allow-source)"),
     ("objects", ("obstore",), "--store s3://, gs:// and az://: one store for several servers"),
     ("bench", ("peft", "rich", "tokenizers"), "graft bench"),
@@ -114,7 +116,7 @@ def base(settings: Settings) -> Iterator[Finding]:
     yield Finding("base", "device", f"{options.device}, {str(dtype).removeprefix('torch.')}")
     yield Finding("base", "quantization", f"{held}{', as stored' if stored else ''}: {_kernels(held, dtype, options)}")
     yield _ops(settings, options, dtype)
-    yield Finding("base", "attention", _attention(settings))
+    yield _attention(settings, options)
     yield from _memory(settings, options)
 
 
@@ -153,9 +155,15 @@ def _slower(options: BaseOptions, dtype: torch.dtype) -> str:
     return ""
 
 
-def _attention(settings: Settings) -> str:
-    own = "PyTorch, over blocks of the KV cache"
-    return f"Triton kernels for decode; {own} for prompts" if settings.ops == "triton" else own
+def _attention(settings: Settings, options: BaseOptions) -> Finding:
+    reason = prefill_refusal(settings.attention, expected_needs(settings, options))
+    if reason is not None and settings.attention != "auto":
+        return Finding("base", "attention", f"--attention {reason}; or use --attention torch", State.MISSING)
+    if reason is not None or settings.attention == "torch":
+        why = "" if reason is None else f" ({reason})"
+        return Finding("base", "attention", f"prompts by PyTorch, chunk by chunk{why}")
+    library = "varlen" if settings.attention == "auto" else settings.attention
+    return Finding("base", "attention", f"prompts by {library}, if it passes a trial at the start")
 
 
 def _memory(settings: Settings, options: BaseOptions) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ from server.engine.sequence import UNKNOWN_TOKEN, ScheduledSequence
 from server.model.context import AttentionBatch
 from server.model.rope import RopeRule
 from server.ops import DecodeBatch, Lanes, PrefillSpan, TokenLayout, runs_of
+from server.ops.prefill import Chunks, PrefillLibrary, PrefillPlan
 from server.ops.runs import DecodeLists
 from server.ops.sending import Packing
 
@@ -49,6 +50,10 @@ class StepOrder:
         return self.items[: self.num_decodes]
 
     @property
+    def chunks(self) -> tuple[ScheduledSequence, ...]:
+        return self.items[self.num_decodes :]
+
+    @property
     def keep(self) -> list[int]:
         """The rows whose logits are needed."""
         return [row for item, start in zip(self.items, self.starts, strict=False) for row in kept_rows(item, start)]
@@ -79,10 +84,12 @@ class PackedStep:
         rope: RopeRule | None = None,
         before: Chosen | None = None,
         for_kernels: bool = False,
+        library: PrefillLibrary | None = None,
     ) -> None:
-        """`adapters`: the number of each token's. `before`: the tokens that the step before this one has chosen."""
+        """`adapters`: the number of each token's. `before`: the tokens that the step before this one has chosen.
+        `library`: what computes the attention of chunks, if one does."""
         self._order, self._adapters, self._size, self._device = order, adapters, block_size, device
-        self._for_kernels = for_kernels
+        self._for_kernels, self._library = for_kernels, library
         self._keep = order.keep
         packing = Packing()
         ids = [token for item in order.items for token in item.token_ids]
@@ -141,20 +148,32 @@ class PackedStep:
     def attention(self) -> AttentionBatch:
         """Where the tokens are cached, and what they attend to."""
         order, parts = self._order, self._parts
-        chunks = enumerate(order.items[order.num_decodes :], order.num_decodes)
-        prefills = [
-            PrefillSpan(order.starts[number], order.starts[number + 1], item.start, parts[f"blocks of {number}"])
-            for number, item in chunks
-        ]
         has_decodes = order.num_decodes > 0
         return AttentionBatch(
             blocks=parts["blocks"],
             offsets=parts["offsets"],
             decode=self._decode_batch() if has_decodes and not self._for_kernels else None,
             num_decodes=order.num_decodes,
-            prefills=tuple(prefills),
+            prefills=self._spans() if self._library is None else (),
             lists=self._decode_lists() if has_decodes and self._for_kernels else None,
+            plan=self._plan(self._library) if order.chunks and self._library is not None else None,
         )
+
+    def _spans(self) -> tuple[PrefillSpan, ...]:
+        starts = self._order.starts
+        return tuple(
+            PrefillSpan(starts[number], starts[number + 1], item.start, self._parts[f"blocks of {number}"])
+            for number, item in enumerate(self._order.chunks, self._order.num_decodes)
+        )
+
+    def _plan(self, library: PrefillLibrary) -> PrefillPlan:
+        chunks, starts = self._order.chunks, self._order.starts[self._order.num_decodes :]
+        told = Chunks(
+            starts=tuple(start - starts[0] for start in starts),
+            lengths=tuple(item.end for item in chunks),
+            blocks=tuple(tuple(read_blocks(item, self._size)) for item in chunks),
+        )
+        return library.plan(told, self._size, self._device)
 
     def _chosen_rows(self, unknown: Listing[int], before: Chosen | None) -> list[int]:
         """Where the step before has each token that is unknown here. Only a sequence's single newest token can be."""
@@ -180,8 +199,9 @@ class PackedStep:
                 offsets.append(position % size)
         packing.add("blocks", blocks)
         packing.add("offsets", offsets)
-        for number, item in enumerate(order.items[order.num_decodes :], order.num_decodes):
-            packing.add(f"blocks of {number}", read_blocks(item, size))
+        if self._library is None:
+            for number, item in enumerate(order.chunks, order.num_decodes):
+                packing.add(f"blocks of {number}", read_blocks(item, size))
         if self._for_kernels:
             add_decode_lists(packing, order.decodes, size)
         else:

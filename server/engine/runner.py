@@ -18,6 +18,7 @@ from server.model.attention import KVCache
 from server.model.base import Base
 from server.model.context import SiteKernels, StepContext
 from server.ops import Kernels, StepKernels
+from server.ops.prefill import PrefillLibrary
 
 _RECOMPUTED_AT_ONCE = 512  # tokens: bounds what a long sequence takes for itself, once in its life
 
@@ -38,8 +39,9 @@ class StepLogits:
 class Runner:
     """Runs batches of one base with the adapters of one device tier, on a KV cache of `num_blocks` blocks.
 
-    `kernels` is what `server.ops.load_kernels` gave; with them the tier has tables. With a `recorder`, which needs
-    them, decode steps of up to `max_recorded` sequences of at most `max_context` tokens are recorded and replayed.
+    `kernels` is what `server.ops.load_kernels` gave; with them the tier has tables. `library` is what `choose_prefill`
+    gave. With a `recorder`, which needs kernels, decode steps of up to `max_recorded` sequences of at most
+    `max_context` tokens are recorded and replayed.
     """
 
     def __init__(
@@ -50,12 +52,13 @@ class Runner:
         block_size: int,
         kernels: Kernels | None = None,
         *,
+        library: PrefillLibrary | None = None,
         recorder: Recorder | None = None,
         max_recorded: int = 0,
         max_context: int = 0,
     ) -> None:
         self._base = base
-        self._kernels = kernels
+        self._kernels, self._library = kernels, library
         self._adapters = adapters
         self._block_size = block_size
         num_spare = 1 if recorder is not None else 0
@@ -131,6 +134,7 @@ class Runner:
             rope=self._base.rope,
             before=before,
             for_kernels=self._kernels is not None,
+            library=self._library,
         )
         num_lanes = None if edits is None else edits.num_lanes
         kept_slots = [own_slots[row] for row in order.keep]

@@ -352,6 +352,14 @@ class Settings(BaseSettings):
             "auto: native on a CPU that has a C compiler, else reference",
         ),
     ] = "auto"
+    attention: Annotated[
+        Literal["auto", "torch", "varlen", "flashinfer"],
+        Flag(
+            "process",
+            "{auto,torch,varlen,flashinfer}",
+            "what computes the attention of prompts; auto: PyTorch's varlen_attn where it can, else chunk by chunk",
+        ),
+    ] = "auto"
     drain_timeout: Annotated[
         Seconds,
         Flag("process", "SECONDS", "what runs when SIGTERM comes may take so long; then it is aborted"),

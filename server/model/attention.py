@@ -15,6 +15,7 @@ from server.ground.errors import StartupRefused
 from server.model.architectures import SERVED
 from server.model.context import BatchOps, Scope, StepContext
 from server.ops import Kernels, decode_attention, prefill_attention, store_kv
+from server.ops.prefill import AttentionLayer
 from server.ops.site_ops import OpSite
 
 IMPLEMENTATION = "graft"
@@ -86,6 +87,7 @@ class PagedAttention:
         self.sites: Mapping[int, OpSite] = {}  # where keys and values are edited, by layer
         self.observer: Callable[[int, int, int], None] | None = None  # (layer, kv_heads, head_dim)
         self._options: dict[int, dict[str, Any]] = {}  # by layer: scaling, window and softcap, as it has asked for them
+        self.layers: set[AttentionLayer] = set()  # each kind once, as observed
 
     def forward(
         self,
@@ -106,6 +108,7 @@ class PagedAttention:
         if self.observer is not None:
             _refuse_unlike(module, key, value)
             self.observer(layer, key.shape[1], key.shape[3])
+            self.layers.add(AttentionLayer(query.shape[1], key.shape[1], key.shape[3], scaling, window, softcap))
             return query.transpose(1, 2)
         assert self.cache is not None, "attention without a cache"
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (tokens, heads, head_dim)
@@ -178,6 +181,8 @@ class PagedAttention:
         for span in batch.prefills:
             at = slice(span.start, span.end)
             parts.append(prefill_attention(q[at], k[at], v[at], keys, values, span, **options))
+        if batch.plan is not None:
+            parts.append(batch.plan.attend(q[batch.num_decodes :], keys, values, **options))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -128,7 +128,7 @@ class DecodeAttentions:
     def _can_serve(self, context: StepContext) -> bool:
         batch = context.attention
         is_native = batch.lists is not None and self._attention.kernels is native
-        is_decode = (batch.decode is not None or is_native) and not batch.prefills
+        is_decode = (batch.decode is not None or is_native) and not batch.has_prefills
         return is_decode and context.ops is None and self._attention.cache is not None
 
     def _attend(

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from server.ops import DecodeBatch, GroupEdits, PrefillSpan, StackHidden, TokenLayout
+from server.ops.prefill import PrefillPlan
 from server.ops.runs import DecodeLists
 from server.ops.site_ops import PlacedOp
 
@@ -68,6 +69,11 @@ class AttentionBatch:
     num_decodes: int
     prefills: tuple[PrefillSpan, ...]
     lists: DecodeLists | None = None  # `decode` as kernels want it, one or the other
+    plan: PrefillPlan | None = None  # `prefills` as a library wants them, one or the other
+
+    @property
+    def has_prefills(self) -> bool:
+        return bool(self.prefills) or self.plan is not None
 
 
 @dataclass(frozen=True, slots=True)

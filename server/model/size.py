@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from server.model.pretrained import BaseOptions, default_dtype, read_config, stored_quantization
 from server.model.quantize import Quantization, holds_dequantized
 from server.model.safetensors_files import StoredTensor, stored_tensors, weight_files
+from server.ops.prefill import AttentionLayer
 
 _UNQUANTIZED = ("embed", "wte", "wpe", "lm_head")  # in the names of what bitsandbytes' linears do not cover
 _HEAD = "lm_head.weight"
@@ -79,6 +80,21 @@ def _kv_shapes(config: PreTrainedConfig) -> list[tuple[int, int]]:
     kv_heads = int(getattr(text, "num_key_value_heads", None) or num_heads)
     head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // num_heads)
     return [(kv_heads, head_dim)] * int(text.num_hidden_layers)
+
+
+def expected_layers(config: PreTrainedConfig) -> frozenset[AttentionLayer]:
+    """The kinds of layers as far as a library must know them beforehand: heads and caps, no windows.
+
+    Empty where the config does not tell; the loaded base knows.
+    """
+    text: Any = config.get_text_config()
+    try:
+        kv_heads, width = _kv_shapes(config)[0]
+        num_heads = int(text.num_attention_heads)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return frozenset()
+    softcap = getattr(text, "attn_logit_softcapping", None)
+    return frozenset({AttentionLayer(num_heads, kv_heads, width, width**-0.5, None, softcap)})
 
 
 def workspace_bytes(config: PreTrainedConfig, max_tokens: int, max_rows: int) -> int:
