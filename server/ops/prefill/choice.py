@@ -163,15 +163,17 @@ class _Unfit(Exception):
 
 def _tried(candidate: Candidate, needs: PrefillNeeds) -> PrefillLibrary:
     """The library, if it gives what it should for every kind of layer. Raises _Unfit."""
-    dtype, size, device = needs.dtype, needs.block_size, needs.device
-    limit = LIMITS[dtype]
+    limit = LIMITS[needs.dtype]
     try:
-        tried = candidate.load(device)
-        errors = {layer: difference(tried, layer, dtype, size, device) for layer in needs.layers}
-        library = candidate.load(device)  # another one: that may keep what was made for layers of the trial's own
+        errors = _errors(candidate.load(needs.device), needs)
+        library = candidate.load(needs.device)  # the other keeps what was made for layers of the trial's own
     except Exception as fault:  # a library may fail in any way, and must not stop a server that can do without
         raise _Unfit(f"it fails on this device ({type(fault).__name__}: {fault})") from fault
     for layer, error in errors.items():
         if not error <= limit:
             raise _Unfit(f"it differs from PyTorch's (relative difference {error:.1e}, limit {limit:.0e}; {layer})")
     return library
+
+
+def _errors(library: PrefillLibrary, needs: PrefillNeeds) -> dict[AttentionLayer, float]:
+    return {layer: difference(library, layer, needs.dtype, needs.block_size, needs.device) for layer in needs.layers}

@@ -30,8 +30,8 @@ def difference(
     softcap = None if layer.softcap is None else min(layer.softcap, _MAX_SOFTCAP)
     layer = replace(layer, window=window, softcap=softcap)
     size = block_size
-    # (cached tokens, new ones): less than a block, more than one, far into a sequence, over an edge, up to one.
-    together = [(0, 5), (0, size + 44), (3 * size + 132, 60), (size - 1, 2), (size, size)]
+    # (cached tokens, new ones): few, many, far into a sequence, over an edge of a block, from one on.
+    together = [(0, 5), (0, 300), (3 * size + 132, 60), (size - 1, 64), (size, 2)]
     cases = [_Case.drawn(sizes, layer, dtype, size) for sizes in (together, [(2 * size + 1, 7)])]
     errors = [case.error(library, layer, device) for case in cases]
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
