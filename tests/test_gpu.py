@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from server.engine.sequence import SamplingParams
 from server.model.quantize import Quantization
+from server.ops.prefill.varlen import varlen_lacks
 from tests.adapters.peft_adapters import KINDS, make_adapter
 from tests.fidelity import dense_model, dequantized_twin, serve_kinds
-from tests.serving import serving
+from tests.models import VOCAB_SIZE
+from tests.serving import Ask, answer_all, logprob_rows, serving
 from tests.test_fidelity import KINDS_OF, QUANTIZED_KINDS, REAL_STRENGTH
 from tests.test_isolation import asks, check_isolation, check_nothing_leaks
 
@@ -56,3 +59,22 @@ def test_a_mixed_batch_answers_as_each_request_alone(ops: str, tiny_llama: Path,
     with serving(tiny_llama, tmp_path, **flags, device="cuda", ops=ops) as server:
         check_isolation(server, asks(random.Random(0)))
         check_nothing_leaks(server)
+
+
+@pytest.mark.parametrize("ops", ["reference", "triton"])
+def test_prompts_that_varlen_attn_computed_answer_as_pytorchs(ops: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """In 16 bits, beside decodes, which graphs compute with --ops triton."""
+    reason = varlen_lacks()
+    if reason is not None:
+        pytest.skip(reason)
+    params = SamplingParams(6, temperature=0.0, ignore_eos=True, logprobs=VOCAB_SIZE, prompt_logprobs=VOCAB_SIZE)
+    dice = random.Random(1)
+    sent = [Ask(None, tuple(dice.randrange(256) for _ in range(dice.choice((2, 40, 200)))), params) for _ in range(12)]
+    rows = {}
+    for attention in ("torch", "varlen"):
+        flags = {"dtype": "bfloat16", "max_batch_tokens": "100", "attention": attention, "block_size": "256"}
+        with serving(tiny_llama, tmp_path / attention, **flags, device="cuda", ops=ops) as server:
+            answers = answer_all(server, sent)
+        rows[attention] = torch.cat([logprob_rows(answer.prompt_logprobs[1:], VOCAB_SIZE) for answer in answers])
+    # Of log-probabilities down to -40. Rounding came to 0.3 on a CPU, a wrong mask to 25.
+    assert (rows["varlen"] - rows["torch"]).abs().max() < 2

@@ -86,8 +86,8 @@ class PagedAttention:
         self.kernels: Kernels | None = None  # where there are some
         self.sites: Mapping[int, OpSite] = {}  # where keys and values are edited, by layer
         self.observer: Callable[[int, int, int], None] | None = None  # (layer, kv_heads, head_dim)
+        self.layers: set[AttentionLayer] = set()  # each kind once, seen while there is an observer
         self._options: dict[int, dict[str, Any]] = {}  # by layer: scaling, window and softcap, as it has asked for them
-        self.layers: set[AttentionLayer] = set()  # each kind once, as observed
 
     def forward(
         self,
