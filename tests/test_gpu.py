@@ -76,5 +76,5 @@ def test_prompts_that_varlen_attn_computed_answer_as_pytorchs(ops: str, tiny_lla
         with serving(tiny_llama, tmp_path / attention, **flags, device="cuda", ops=ops) as server:
             answers = answer_all(server, sent)
         rows[attention] = torch.cat([logprob_rows(answer.prompt_logprobs[1:], VOCAB_SIZE) for answer in answers])
-    # Of log-probabilities down to -40. Rounding came to 0.3 on a CPU, a wrong mask to 25.
+    # Rounding came to 0.3 on a CPU, a wrong mask to 25.
     assert (rows["varlen"] - rows["torch"]).abs().max() < 2
