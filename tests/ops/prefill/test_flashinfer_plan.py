@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from server.ops.prefill import Chunks
+from server.ops.prefill import AttentionLayer, Chunks
+from server.ops.prefill import flashinfer_plan as module
 from server.ops.prefill.flashinfer_plan import FlashInfer, FlashInferPlan
 from tests.ops.prefill.libraries import BatchPrefill
 
@@ -91,3 +92,32 @@ def test_a_step_that_failed_half_way_is_planned_again(bench: Bench, monkeypatch:
     monkeypatch.undo()
     bench.attend(other)
     assert len(bench.wrappers[0].plans) == 2
+
+
+class Marked:
+    """What an event and a wrapper do, in the order in which they do it."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def synchronize(self) -> None:
+        self.done.append("wait for the last copy")
+
+    def plan(self, *numbers: object, **options: object) -> None:
+        self.done.append("plan")
+
+    def record(self) -> None:
+        self.done.append("mark the copy")
+
+
+def test_on_a_gpu_a_plan_is_written_when_the_last_one_has_been_copied(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps overlap, and FlashInfer keeps a plan in memory that the device reads later."""
+    marked = Marked()
+    monkeypatch.setattr(torch.cuda, "Event", lambda: marked)
+    own = module._Wrapper(marked, torch.device("cuda"))
+    for step in (bench.plan(), bench.plan()):
+        for _ in range(2):
+            own.plan(step, AttentionLayer(4, 2, 8, 0.5), torch.float16)
+    assert marked.done == ["wait for the last copy", "plan", "mark the copy"] * 2
