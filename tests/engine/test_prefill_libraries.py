@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from server.adapters.device.device import DeviceTier
 from server.engine.recording import EagerRecorder
 from server.engine.runner import Runner
 from server.engine.sequence import Batch, SamplingParams, ScheduledSequence, Sequence
-from server.ops import kernels
+from server.ops import Kernels, kernels, native
 from server.ops.prefill import PrefillLibrary
 from server.ops.prefill.choice import CANDIDATES, Candidate
 from server.ops.prefill.flashinfer_plan import FlashInfer
@@ -40,9 +41,12 @@ def library(name: str, calls: list[dict[str, Any]] | None = None) -> PrefillLibr
     return Varlen(varlen_attn(calls=calls)) if name == "varlen" else FlashInfer(BatchPrefill, CPU)
 
 
-def workbench(folder: Path, library: PrefillLibrary, num_adapters: int = 2) -> Workbench:
+def workbench(
+    folder: Path, library: PrefillLibrary, num_adapters: int = 2, kernels: Kernels | None = None
+) -> Workbench:
     bench = Workbench(folder, [])
-    bench.runner = Runner(bench.base, bench.device, NUM_BLOCKS, BLOCK_SIZE, library=library)
+    bench.device = DeviceTier(bench.base.sites, 32 << 20, torch.float32, CPU, has_tables=kernels is not None)
+    bench.runner = Runner(bench.base, bench.device, NUM_BLOCKS, BLOCK_SIZE, kernels, library=library)
     for seed in range(num_adapters):
         bench.admit(random_adapter(bench.base.sites.by_path.values(), seed))
     return bench
@@ -54,6 +58,13 @@ def test_any_packing_gives_the_logits_of_the_definition(
 ) -> None:
     """Chunks beside single tokens, adapters that edit keys and values, blocks in any order and used again."""
     play = Play(workbench(model_folder(architecture), library(name)), random.Random(21))
+    for _ in range(15):
+        play.random_step(max_size=12)
+    assert play.num_compared > 20
+
+
+def test_native_kernels_compute_the_decodes_beside_chunks(tiny_llama: Path) -> None:
+    play = Play(workbench(tiny_llama, library("varlen"), kernels=native), random.Random(22))
     for _ in range(15):
         play.random_step(max_size=12)
     assert play.num_compared > 20
