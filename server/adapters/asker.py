@@ -1,14 +1,15 @@
 """Who asks: the owner in whose name a request reads and changes adapters, and what of them it may see.
 
-Owns the rule of sight. Every look-up by name obeys it (`catalog`), so that no verb and no route can forget it. Knows
-nothing about keys or HTTP; where nobody has said who asks, it is the operator.
+Owns the rule of sight. Every look-up by name obeys it (`catalog`), so that no verb and no route can forget it; and so
+does every change of a store, at the moment of the change. Knows nothing about keys or HTTP; where nobody has said who
+asks, it is the operator.
 """
 
 from contextvars import ContextVar
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from server.ground.errors import Conflict, Forbidden, StorageFull
+from server.ground.errors import AdapterNotFound, Conflict, Forbidden, StorageFull
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,17 @@ class Asker:
                 param="adapter",
                 code="not_owner",
             )
+
+    def check_may_change(self, name: str, owner: str | None) -> None:
+        """Raises AdapterNotFound for an adapter that does not exist as far as it is concerned, else as `check_owns`."""
+        if not self.sees(name, owner):
+            raise AdapterNotFound(f"There is no adapter {name[:80]!r}.", param="adapter")
+        self.check_owns(name, owner)
+
+    def owner_for(self, name: str, owner: str | None, *, exists: bool) -> str | None:
+        """Whose a new version of a name is: whoever has the name keeps it. Raises Conflict where it may not give it."""
+        self.check_may_claim(name, owner, exists=exists)
+        return owner if exists else self.owner
 
     def check_may_claim(self, name: str, owner: str | None, *, exists: bool) -> None:
         """Raises Conflict for a name that it may not give, in the same words whatever the reason is."""

@@ -199,10 +199,9 @@ class Catalog:
 
     def owner_for(self, name: str) -> str | None:
         """Whose a new version of a name is: whoever has the name keeps it. Raises Conflict where who asks may not."""
-        entry, asker = self.entries.get(name), current_asker()
-        owner = entry.current.owner if entry is not None else asker.owner
-        asker.check_may_claim(name, owner, exists=entry is not None)
-        return owner
+        entry = self.entries.get(name)
+        owner = entry.current.owner if entry is not None else None
+        return current_asker().owner_for(name, owner, exists=entry is not None)
 
     def check_room(self, name: str, num_bytes: int) -> None:
         """Raises StorageFull if who asks may not have so many bytes more, under this name."""

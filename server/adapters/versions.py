@@ -3,7 +3,6 @@
 Owns the step from an upload to what a name means. Knows nothing about the device, or how files are kept.
 """
 
-import dataclasses
 import logging
 import time
 from collections.abc import Sequence
@@ -75,20 +74,32 @@ class Versions:
                 if self._followed.get(name) is not entry:
                     gone += self._relist(entry)
             self._followed = followed
-            for copy in gone:
-                self._loader.settle(copy.content)
-            return [copy for copy in gone if catalog.let_go_if_over(copy)]
+            return self._let_go(gone)
+
+    def _let_go(self, gone: Sequence[Copy]) -> list[Copy]:
+        """Under the lock, of copies that were taken out: those that nobody leases, to be disposed."""
+        for copy in gone:
+            self._loader.settle(copy.content)
+        return [copy for copy in gone if self._books.catalog.let_go_if_over(copy)]
 
     def _relist(self, stored: StoredName) -> list[Copy]:
         """Lists a name as it is in the store; the copies that it has no longer."""
+        catalog, kept = self._books.catalog, {version.digest: version for version in stored.versions}
+        gone = self._take_out_anothers(kept[stored.current])
         for version in stored.versions:
             self._list(version)
-        catalog, kept = self._books.catalog, {version.digest for version in stored.versions}
         catalog.make_current(catalog.entries[stored.name].copies[stored.current])
-        gone = [copy for digest, copy in catalog.entries[stored.name].copies.items() if digest not in kept]
-        for copy in gone:
+        older = [copy for digest, copy in catalog.entries[stored.name].copies.items() if digest not in kept]
+        for copy in older:
             catalog.remove_version(copy)
-        return gone
+        return gone + older
+
+    def _take_out_anothers(self, current: StoredVersion) -> list[Copy]:
+        """Takes a name out that has another owner now; its copies. What was deleted and what came then share none."""
+        catalog = self._books.catalog
+        entry = catalog.entries.get(current.name)
+        is_anothers = entry is not None and entry.current.owner != current.record.owner
+        return list(catalog.remove(current.name)) if is_anothers else []
 
     def _warn_taken(self, stored: StoredName) -> None:
         if stored not in self._warned:
@@ -187,16 +198,17 @@ class Versions:
     def _commit(self, incoming: Incoming, name: str, record: Record, sizes: Sizes, replace: bool) -> tuple[Copy, bool]:
         with self._books.changes:
             with self._books.lock:
-                record = dataclasses.replace(record, owner=self._books.catalog.owner_for(name))
+                self._books.catalog.owner_for(name)
                 self._books.catalog.check_not_in_place(name)
                 self._books.catalog.check_room(name, incoming.num_bytes)
             self.num_changes += 1
             stored, created = self._store.put(incoming, name, record, replace=replace)
             with self._books.lock:
+                over = self._let_go(self._take_out_anothers(stored))
                 copy = self._list(stored)
                 copy.content.sizes = sizes
-            pruned = self._prune(name)
-        for old in pruned:
+            over += self._prune(name)
+        for old in over:
             self._leases.dispose(old)
         log_doubts(copy)
         return copy, created
@@ -251,6 +263,7 @@ class Versions:
     def _is_current(self, name: str, digest: str, *, replace: bool) -> bool:
         """Whether the name means this content now. Raises the Conflict that committing would raise, before the work."""
         self._workers.check_open()
+        self._books.catalog.owner_for(name)  # again: a look at a shared store may have come in between
         self._books.catalog.check_not_in_place(name)
         entry = self._books.catalog.entries.get(name)
         if entry is None or entry.current.version.digest == digest:

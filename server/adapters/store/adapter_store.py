@@ -25,7 +25,12 @@ class Discarded(Protocol):
 
 
 class AdapterStore(Protocol):
-    """Names, their versions, and the files of each. Safe for many threads and processes; calls block."""
+    """Names, their versions, and the files of each. Safe for many threads and processes; calls block.
+
+    What changes a name looks, in the same step, whose it is in the store: another process may have changed that. For
+    who may not change it, it raises what the catalog raises: Conflict for a name that is another owner's, and where an
+    adapter is to be changed AdapterNotFound, or Forbidden for the operator's.
+    """
 
     @property
     def root(self) -> Path | None:
@@ -67,7 +72,8 @@ class AdapterStore(Protocol):
     def put(self, incoming: Incoming, name: str, record: Record, *, replace: bool) -> tuple[StoredVersion, bool]:
         """Makes the upload the current version of `name`; whether that changed what the name means comes with it.
 
-        Raises Conflict if the name exists with other content and not `replace`. The upload is used up if this returns.
+        It belongs to whoever has the name, else to who asks. Raises Conflict if the name exists with other content and
+        not `replace`. The upload is used up if this returns.
         """
 
     def make_current(self, name: str, digest: str) -> None:

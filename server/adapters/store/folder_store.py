@@ -34,6 +34,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from server.adapters.asker import current_asker
 from server.adapters.format.content import CONFIG_FILE, CONTENT_FILES, MANIFEST_FILE, REQUIRED_FILES, WEIGHTS_FILE
 from server.adapters.store.quota import Claim, StoreLimits, StoreRoom
 from server.ground.errors import (
@@ -59,6 +60,8 @@ _MAX_TEXT_FILE_BYTES = 1 << 20  # of a config or a manifest; a larger one is ref
 _MAX_TEXT_CHARS = 1024  # of a name in it that is looked at before it is checked
 # What the system says of a full disk, a spent quota of its own and a file that may grow no further.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_NO_RECORD = (OSError, ValueError, RecursionError, TypeError, KeyError)  # what reading one may raise
 
 _log = logging.getLogger(__name__)
 
@@ -184,7 +187,7 @@ class Record:
     warnings: tuple[str, ...] = ()
     source: str | None = None  # that it was fetched from, if it was
     source_revision: str | None = None
-    owner: str | None = None  # whose it is; None: the operator's
+    owner: str | None = None  # set by the store: whose it is; None: the operator's
 
     def with_base_of(self, other: "Record") -> "Record":
         """This record with what another says about the base, where that says anything."""
@@ -349,12 +352,12 @@ class Store:
         """
         check_name(name)
         digest = incoming.digest()
-        with _disk_errors(self.root):
-            incoming.write_record(dataclasses.replace(record, content_bytes=incoming.num_bytes))
-            with self._exclusive():
-                with self.room.settling(incoming.claim):
-                    created = self._install(incoming, name, digest, replace)
-                self._renew_record(incoming.scratch, self.root / name / digest, record)
+        with _disk_errors(self.root), self._exclusive():
+            record = dataclasses.replace(record, content_bytes=incoming.num_bytes, owner=self._owner_for(name))
+            incoming.write_record(record)
+            with self.room.settling(incoming.claim):
+                created = self._install(incoming, name, digest, replace)
+            self._renew_record(incoming.scratch, self.root / name / digest, record)
         incoming.discard()
         return self._read_version(name, digest), created
 
@@ -371,6 +374,7 @@ class Store:
     def make_current(self, name: str, digest: str) -> None:
         """Makes a version that the name has already the one that it means. Raises AdapterNotFound."""
         with _disk_errors(self.root), self._exclusive():
+            self._check_may_change(name)
             self.folder(name, digest)
             index = self._read_index(name)
             if index.current == digest:
@@ -385,6 +389,7 @@ class Store:
         Raises AdapterNotFound.
         """
         with _disk_errors(self.root), self._exclusive():
+            self._check_may_change(name)
             versions = self._stored_name(name).versions
             with ExitStack() as on_failure:
                 doomed = self._scratch_locked(on_failure)
@@ -414,6 +419,7 @@ class Store:
         Raises AdapterNotFound, and Conflict for the current one.
         """
         with _disk_errors(self.root), self._exclusive():
+            self._check_may_change(name)
             folder = self.folder(name, digest)
             index = self._read_index(name)
             if index.current == digest:
@@ -430,6 +436,32 @@ class Store:
         return Discarded(digest, scratch)
 
     # The steps of a change; each runs under the store's lock
+
+    def _owner_for(self, name: str) -> str | None:
+        """Whose a new version of a name is. Raises Conflict where the name is another owner's."""
+        index = self._index_of(name)
+        owner = self._owner(name, index) if index is not None else None
+        return current_asker().owner_for(name, owner, exists=index is not None)
+
+    def _check_may_change(self, name: str) -> None:
+        """Raises what is raised for a name that there is not where it is another owner's now."""
+        index = self._index_of(name)
+        if index is not None:  # else there is nothing to change, which is told by who looks for it
+            current_asker().check_may_change(name, self._owner(name, index))
+
+    def _owner(self, name: str, index: _Index) -> str | None:
+        """Whose a name is: the current version says so, or the last one whose record is left."""
+        for digest in reversed(index.versions):
+            with suppress(*_NO_RECORD):
+                return _recorded(self.root / name / digest).owner
+        return None
+
+    def _index_of(self, name: str) -> _Index | None:
+        """The index of a name; None where there is none that can be read."""
+        try:
+            return self._read_index(name) if is_valid_name(name) else None
+        except _Broken:
+            return None
 
     def _install(self, incoming: "Incoming", name: str, digest: str, replace: bool) -> bool:
         if not (self.root / name).exists():
@@ -477,9 +509,12 @@ class Store:
             raise
 
     def _renew_record(self, scratch: "_Scratch", folder: Path, record: Record) -> None:
-        """The base is no part of a version's identity, so what is said of it later may change the record."""
+        """The base is no part of a version's identity, so what is said of it later may change the record.
+
+        The owner is the name's, whatever a record says that was lost.
+        """
         known = _read_record(folder)
-        renewed = known.with_base_of(record)
+        renewed = dataclasses.replace(known.with_base_of(record), owner=record.owner)
         if renewed != known:
             draft = scratch.folder / _RECORD_FILE
             _write_json(draft, dataclasses.asdict(renewed))
@@ -787,9 +822,8 @@ def _is_intact(folder: Path) -> bool:
 def _read_record(folder: Path) -> Record:
     """The record of a version; one that cannot be read costs what it said, and a warning, not the adapter."""
     try:
-        content = json.loads((folder / _RECORD_FILE).read_bytes())
-        return record_from(content)
-    except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
+        return _recorded(folder)
+    except _NO_RECORD as error:
         _log.warning("The record of %s cannot be read: %r", folder, error)
         content_bytes = sum(path.stat().st_size for path in content_files(folder))
         return Record(
@@ -798,6 +832,11 @@ def _read_record(folder: Path) -> Record:
             base_model=base_model_of(folder),
             base_fingerprint=base_fingerprint_of(folder),
         )
+
+
+def _recorded(folder: Path) -> Record:
+    """The record of a version. Raises one of _NO_RECORD."""
+    return record_from(json.loads((folder / _RECORD_FILE).read_bytes()))
 
 
 def record_from(content: Mapping[str, Any]) -> Record:

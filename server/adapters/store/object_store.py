@@ -8,11 +8,12 @@ nothing about tensors, methods or who uses an adapter; no torch.
     probe/<random>                             there for a moment while a server starts
 
 A change is one conditional write of an index: create where there was none, else a swap of the one that was read. So of
-two servers that change a name at once one wins, and the other looks again and goes on from there. No two uploads share
-an object, so nothing that an index lists is ever overwritten, and removing what one upload brought takes nothing from
-another. Files are written before the index that lists them and removed after the one that no longer does; what a crash
-leaves in between is garbage, which `object_garbage` removes when it is old. A deleted name keeps an empty index:
-removing an object has no condition, and could take away an index that another server has just written.
+two servers that change a name at once one wins, and the other looks again and goes on from there. Whether who asks may
+change it is decided by the owner in the index that was read, so that no other server can come in between. No two
+uploads share an object, so nothing that an index lists is ever overwritten, and removing what one upload brought takes
+nothing from another. Files are written before the index that lists them and removed after the one that no longer does;
+what a crash leaves in between is garbage, which `object_garbage` removes when it is old. A deleted name keeps an empty
+index: removing an object has no condition, and could take away an index that another server has just written.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass
 from pathlib import Path
 
+from server.adapters.asker import current_asker
 from server.adapters.store.bucket import Bucket, Mark, Missing, Occupied
 from server.adapters.store.folder_store import (
     Incoming,
@@ -161,7 +163,7 @@ class ObjectStore:
         """Around `put`: writes the files' objects, and removes them again if no index came to list them."""
         check_name(name)
         digest = incoming.digest()
-        _check_free(self._index(name)[0], name, digest, replace)
+        _check_free(self._index(name)[0], name, digest, replace)  # before anything is sent
         upload = _Upload(secrets.token_hex(16), time.monotonic())
         try:
             for filename in incoming.files:
@@ -200,7 +202,7 @@ class ObjectStore:
         return self._stored(name, _find(after, name, version.digest)), created
 
     def make_current(self, name: str, digest: str) -> None:
-        self._change(name, lambda index: index.with_current(_find(index, name, digest)))
+        self._change(name, lambda index: _promoted(index, name, digest))
 
     def discard(self, name: str) -> tuple[_Discarded, ...]:
         before, _ = self._change(name, lambda index: _emptied(index, name))
@@ -412,25 +414,37 @@ def _paths(name: str, version: ObjectVersion) -> list[str]:
 
 
 def _listing(index: ObjectIndex, name: str, version: ObjectVersion, replace: bool) -> ObjectIndex:
-    _check_free(index, name, version.digest, replace)
-    known = index.find(version.digest)
+    owner = _check_free(index, name, version.digest, replace)
+    known, record = index.find(version.digest), version.record
     if known is not None:
-        version = dataclasses.replace(version, record=known.record.with_base_of(version.record))
-    return index.with_current(version)
+        record = known.record.with_base_of(record)
+    return index.with_current(dataclasses.replace(version, record=dataclasses.replace(record, owner=owner)))
 
 
-def _check_free(index: ObjectIndex, name: str, digest: str, replace: bool) -> None:
-    """Raises Conflict where the name means other content and that is not to be replaced."""
-    if index.current is not None and index.current.digest != digest and not replace:
-        raise taken(name, index.current.digest)
+def _check_free(index: ObjectIndex, name: str, digest: str, replace: bool) -> str | None:
+    """Whose a new version is. Raises Conflict where the name is another owner's, or means other content and that is not
+    to be replaced."""
+    current = index.current
+    owner = current_asker().owner_for(
+        name, current.record.owner if current is not None else None, exists=current is not None
+    )
+    if current is not None and current.digest != digest and not replace:
+        raise taken(name, current.digest)
+    return owner
+
+
+def _promoted(index: ObjectIndex, name: str, digest: str) -> ObjectIndex:
+    _check_may_change(index, name)
+    return index.with_current(_find(index, name, digest))
 
 
 def _emptied(index: ObjectIndex, name: str) -> ObjectIndex:
-    _require(index, name)
+    _check_may_change(index, name)
     return ObjectIndex()
 
 
 def _without(index: ObjectIndex, name: str, digest: str) -> ObjectIndex:
+    _check_may_change(index, name)
     if _find(index, name, digest) == index.current:
         raise Conflict(
             f"{digest[:12]} is the current version of {name!r}: delete the name, or replace it first.", param="adapter"
@@ -446,6 +460,12 @@ def _find(index: ObjectIndex, name: str, digest: str) -> ObjectVersion:
     return version
 
 
-def _require(index: ObjectIndex, name: str) -> None:
+def _check_may_change(index: ObjectIndex, name: str) -> None:
+    """Raises what is raised for a name that there is not where it is another owner's now."""
+    current_asker().check_may_change(name, _require(index, name).record.owner)
+
+
+def _require(index: ObjectIndex, name: str) -> ObjectVersion:
     if index.current is None:
         raise AdapterNotFound(f"The store has no adapter {name!r}.", param="adapter")
+    return index.current
