@@ -68,15 +68,23 @@ class Asker:
                 code="name_unavailable",
             )
 
-    def check_room(self, num_bytes: int, num_adapters: int) -> None:
-        """Raises StorageFull where the owner would have more than this."""
-        if self.max_bytes is not None and num_bytes > self.max_bytes:
+    def check_room(
+        self, *, taken_bytes: int, deleted_bytes: int, added_bytes: int, num_adapters: int, is_new_name: bool
+    ) -> None:
+        """Raises StorageFull where the owner, who has `num_adapters`, would come to have more than it may.
+
+        `deleted_bytes` are those of `taken_bytes` that go by themselves when requests end.
+        """
+        after_bytes = taken_bytes + added_bytes
+        if self.max_bytes is not None and added_bytes > 0 and after_bytes > self.max_bytes:
+            leaving = f" ({deleted_bytes} of them deleted ones, until requests on them end)" if deleted_bytes else ""
             raise StorageFull(
-                f"The adapters of this key's owner may take {self.max_bytes} bytes, all versions counted, and with "
-                f"this one they would take {num_bytes}: delete some of them, or ask the operator for more.",
+                f"The adapters of this key's owner may take {self.max_bytes} bytes, all versions counted. They take "
+                f"{taken_bytes}{leaving}, and with this one they would take {after_bytes}: delete some of them, or ask "
+                f"the operator for more.",
                 code="quota_exceeded",
             )
-        if self.max_adapters is not None and num_adapters > self.max_adapters:
+        if self.max_adapters is not None and is_new_name and num_adapters >= self.max_adapters:
             raise StorageFull(
                 f"This key's owner may have {self.max_adapters} adapters, and has them: delete one, or ask the "
                 f"operator for more.",

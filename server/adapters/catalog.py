@@ -203,14 +203,11 @@ class Catalog:
         owner = entry.current.owner if entry is not None else None
         return current_asker().owner_for(name, owner, exists=entry is not None)
 
-    def check_room(self, name: str, num_bytes: int) -> None:
-        """Raises StorageFull if who asks may not have so many bytes more, under this name."""
-        asker = current_asker()
-        if asker.owner is None or asker.max_bytes is asker.max_adapters is None:
-            return
-        own = {known: entry for known, entry in self.entries.items() if entry.current.owner == asker.owner}
-        taken = sum(copy.content_bytes for entry in own.values() for copy in entry.copies.values())
-        asker.check_room(taken + num_bytes, len(own.keys() | {name}))
+    def to_prune(self, name: str, max_versions: int | None, *, num_new: int = 0) -> list[Copy]:
+        """The versions of a name beyond the last `max_versions`, once `num_new` have come, that nobody holds."""
+        copies = list(self.entries[name].copies.values())
+        num_excess = 0 if max_versions is None else max(len(copies) + num_new - max_versions, 0)
+        return [copy for copy in copies[:num_excess] if copy.num_leases == 0 and not copy.is_pinned]
 
     def add(self, copy: Copy) -> None:
         """Makes a copy the current one of its name."""

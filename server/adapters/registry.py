@@ -6,6 +6,7 @@ its bytes.
     books      the catalog and the locks              loader      store -> host
     lease      requests' holds on versions            residency   host -> device, eviction, the end of contents
     versions   register, roll back, prune, delete     in_place    folders that are read where they lie
+    holdings   what an owner has, and may have
     custody    load, unload, pin and unpin by hand    elsewhere   what other servers change in a shared store
     eviction   who leaves a tier first                workers     the threads
     quarantine contents that fail again and again
@@ -24,6 +25,7 @@ from server.adapters.books import Books
 from server.adapters.catalog import AdapterVersion, Copy, Portion
 from server.adapters.custody import Custody, Unloaded
 from server.adapters.elsewhere import Elsewhere
+from server.adapters.holdings import Coming
 from server.adapters.host import HostTier
 from server.adapters.in_place import InPlace
 from server.adapters.lease import Lease, Leases
@@ -40,7 +42,7 @@ from server.adapters.store.folder_store import Incoming
 from server.adapters.versions import Versions, claim_of
 from server.adapters.workers import Workers
 from server.ground.adapter_series import AdapterState
-from server.ground.errors import GraftError
+from server.ground.errors import GraftError, StorageFull
 
 __all__ = [
     "FAILURE_MEMORY_S", "MAX_WAIT_S", "NUM_COPIERS", "AdapterInfo", "Device", "Lease", "Loaded", "Portion",
@@ -210,6 +212,18 @@ class Registry:
         """Raises the Conflict of `register` for a name that who asks may not give."""
         with self._books.lock:
             self._books.catalog.owner_for(name)
+
+    def check_room(self, num_bytes: int, name: str | None = None) -> None:
+        """Raises the StorageFull of `register` for who has no room for an upload, before its bytes come.
+
+        It has at least `num_bytes`; `name` is None where that is not known yet. What may still turn out to be content
+        that is there already is let through. Blocks: for a worker thread. Raises StoreUnreachable.
+        """
+        try:
+            self._versions.check_room(Coming(num_bytes, name))
+        except StorageFull:
+            self._elsewhere.refresh()  # other servers may have made room
+            self._versions.check_room(Coming(num_bytes, name))
 
     def roll_back(self, name: str, prefix: str | None = None) -> tuple[AdapterInfo, AdapterVersion]:
         """Makes an earlier version the one that `name` means, and tells the version that it meant before.

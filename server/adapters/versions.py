@@ -12,6 +12,7 @@ from server.adapters.asker import current_asker
 from server.adapters.books import Books
 from server.adapters.catalog import AdapterVersion, Copy, Facts, Sizes
 from server.adapters.format.manifest import check_manifest
+from server.adapters.holdings import Coming, check_room
 from server.adapters.host_adapter import HostAdapter
 from server.adapters.lease import Leases
 from server.adapters.loader import Loader, log_doubts
@@ -127,7 +128,7 @@ class Versions:
         with self._books.lock:
             if self._is_current(name, digest, replace=replace) and not self._is_news(name, claim):
                 return self._books.catalog.entries[name].current, False
-            self._books.catalog.check_room(name, incoming.num_bytes)
+            self._check_room(Coming(incoming.num_bytes, name, digest))
             lowering = self._workers.submit(self._loader.lower, incoming.folder)  # so that uploads are bounded too
         try:
             adapter, sizes = self._loader.put(digest, lowering.result())
@@ -195,12 +196,20 @@ class Versions:
             unknown.remove()
         return tuple(copy.version.digest for copy in removed)
 
+    def check_room(self, coming: Coming) -> None:
+        """`Registry.check_room`, as far as this server has looked."""
+        with self._books.lock:
+            self._check_room(coming)
+
+    def _check_room(self, coming: Coming) -> None:
+        check_room(self._books.catalog, coming, self._max_versions)
+
     def _commit(self, incoming: Incoming, name: str, record: Record, sizes: Sizes, replace: bool) -> tuple[Copy, bool]:
         with self._books.changes:
             with self._books.lock:
                 self._books.catalog.owner_for(name)
                 self._books.catalog.check_not_in_place(name)
-                self._books.catalog.check_room(name, incoming.num_bytes)
+                self._check_room(Coming(incoming.num_bytes, name, incoming.digest()))
             self.num_changes += 1
             stored, created = self._store.put(incoming, name, record, replace=replace)
             with self._books.lock:
@@ -236,9 +245,7 @@ class Versions:
         So does a pinned one, until it is unpinned.
         """
         with self._books.lock:
-            copies = list(self._books.catalog.entries[name].copies.values())
-            excess = copies[: -(self._max_versions or len(copies))]
-            older = [copy for copy in excess if copy.num_leases == 0 and not copy.is_pinned]
+            older = self._books.catalog.to_prune(name, self._max_versions)
         pruned = []
         for copy in older:
             try:

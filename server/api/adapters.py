@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -42,7 +43,8 @@ def router(services: Services) -> APIRouter:
             check_fingerprint(base_fingerprint)
             await run_in_threadpool(_check_can_put, services, name, is_conditional)
             async with _incoming(services) as incoming:
-                ignored = await receive_archive(request, incoming, services.max_upload_bytes)
+                check_room = partial(services.registry.check_room, name=name)
+                ignored = await receive_archive(request, incoming, services.max_upload_bytes, check_room)
                 replaces = replace is not False and not is_conditional
                 registered = await run_in_threadpool(
                     _register, services, incoming, name, replaces, base_fingerprint or None
@@ -99,7 +101,8 @@ def _page(services: Services, limit: int | None, after: str) -> dict[str, Any]:
 async def _upload(services: Services, request: Request, replace: bool) -> Registered:
     with counted(services.metrics.count_upload) as result:
         async with _incoming(services) as incoming:
-            form = await receive_upload(request, incoming, services.max_upload_bytes)
+            check_room = services.registry.check_room
+            form = await receive_upload(request, incoming, services.max_upload_bytes, check_room)
             registered = await run_in_threadpool(
                 _register, services, incoming, form.name, replace, form.base_fingerprint
             )
@@ -159,6 +162,7 @@ def _check_can_put(services: Services, name: str, is_for_new_only: bool) -> None
     check_name(name)
     check_is_no_base(services, name)
     services.registry.check_may_claim(name)
+    services.registry.check_room(0, name)
     try:
         services.registry.describe(name)
     except AdapterNotFound:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from server.adapters.asker import current_asker
 from server.adapters.format.content import CONFIG_FILE, CONTENT_FILES, MANIFEST_FILE
 from server.adapters.format.manifest import MAX_MANIFEST_BYTES
 from server.adapters.store.folder_store import Incoming, IncomingFile
@@ -81,9 +80,16 @@ class _Member:
 class ArchiveReader:
     """Push parser: bytes of a tar, perhaps gzipped, in; files of `incoming` out. Closes an open file when left."""
 
-    def __init__(self, incoming: Incoming, max_bytes: int) -> None:
-        """`max_bytes` bounds the archive, as it is sent and once it is decompressed."""
+    def __init__(
+        self, incoming: Incoming, max_bytes: int, check_room: Callable[[int], None] = lambda num_bytes: None
+    ) -> None:
+        """`max_bytes` bounds the archive, as it is sent and once it is decompressed.
+
+        `check_room` is told how many bytes the content files have at least, before those of the next one are taken; it
+        raises where there is no room for them.
+        """
         self._incoming = incoming
+        self._check_room = check_room
         self._max_bytes = max_bytes
         self._num_sent_bytes = self._num_bytes = 0
         self._start = bytearray()  # until it is known whether this is gzip
@@ -260,7 +266,7 @@ class ArchiveReader:
         if limit is not None and num_bytes > limit:
             raise TooLarge(f"{filename} is larger than {limit} bytes.", param=filename)
         file: IncomingFile = self._opened.enter_context(self._incoming.open_file(filename))
-        current_asker().check_room(self._incoming.num_bytes + num_bytes, 0)  # before it claims what all owners share
+        self._check_room(self._incoming.num_bytes + num_bytes)  # before it claims what all owners share
         self._incoming.expect(num_bytes)
         member.take, member.end = file.write, self._opened.close
 

@@ -8,6 +8,7 @@ files say.
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -16,7 +17,6 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 
-from server.adapters.asker import current_asker
 from server.adapters.format.content import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from server.adapters.format.manifest import MAX_MANIFEST_BYTES
 from server.adapters.served_base import FINGERPRINT
@@ -42,6 +42,8 @@ _MAX_FRAME_BYTES = 64 * 1024  # of the form around the files: boundaries, header
 _WRITE_BYTES = 1024**2  # how much is gathered for one trip to a worker thread
 _MAX_HEADER_BYTES = 4096
 
+CheckRoom = Callable[[int, str | None], None]  # `Registry.check_room`
+
 
 @dataclass(frozen=True, slots=True)
 class UploadForm:
@@ -51,11 +53,13 @@ class UploadForm:
     base_fingerprint: str | None  # of the base that the adapter was made for, if its maker says so
 
 
-async def receive_upload(request: Request, incoming: Incoming, max_bytes: int) -> UploadForm:
+async def receive_upload(request: Request, incoming: Incoming, max_bytes: int, check_room: CheckRoom) -> UploadForm:
     """Write the form's files to `incoming` and return its other fields.
 
-    Raises BadRequest for a form that is not as documented, TooLarge above `max_bytes` and StorageFull where the store
-    has no room (both while it arrives), and ClientGone if the client leaves.
+    `check_room` is asked before the body is read, and again when that has told the name.
+
+    Raises BadRequest for a form that is not as documented, TooLarge above `max_bytes` and StorageFull where its owner
+    or the store has no room (both while it arrives), and ClientGone if the client leaves.
     """
     chunks = body_chunks(request.receive)
     try:
@@ -63,9 +67,9 @@ async def receive_upload(request: Request, incoming: Incoming, max_bytes: int) -
         if declared > max_bytes + _MAX_FRAME_BYTES:
             raise _too_large(max_bytes)
         _check_is_plain(request)
-        with _Form(_boundary(request), incoming, max_bytes) as form:
-            announced = max(declared - _MAX_FRAME_BYTES, 0)
-            current_asker().check_room(announced, 0)  # before it claims what all owners share
+        announced = max(declared - _MAX_FRAME_BYTES, 0)
+        with _Form(_boundary(request), incoming, max_bytes, partial(check_room, announced)) as form:
+            await run_in_threadpool(check_room, announced, None)  # before it claims what all owners share
             await run_in_threadpool(incoming.expect, announced)
             await _feed(form.write, chunks)
             return form.finish()
@@ -74,11 +78,13 @@ async def receive_upload(request: Request, incoming: Incoming, max_bytes: int) -
         raise
 
 
-async def receive_archive(request: Request, incoming: Incoming, max_bytes: int) -> Ignored:
+async def receive_archive(
+    request: Request, incoming: Incoming, max_bytes: int, check_room: Callable[[int], None]
+) -> Ignored:
     """Write the content files of a tar to `incoming`; what else was in it. Raises as `receive_upload` does."""
     chunks = body_chunks(request.receive)
     try:
-        with ArchiveReader(incoming, max_bytes) as archive:
+        with ArchiveReader(incoming, max_bytes, check_room) as archive:
             archive.check_size(declared_bytes(request.scope))
             await _feed(archive.write, chunks)
             return archive.finish()
@@ -114,8 +120,12 @@ def _boundary(request: Request) -> bytes:
 class _Form:
     """Push parser: bytes in, fields and files out. Closes an open file when it is left."""
 
-    def __init__(self, boundary: bytes, incoming: Incoming, max_bytes: int) -> None:
+    def __init__(
+        self, boundary: bytes, incoming: Incoming, max_bytes: int, check_room_of: Callable[[str], None]
+    ) -> None:
+        """`check_room_of` is told the adapter's name as soon as it is there."""
         self._incoming = incoming
+        self._check_room_of = check_room_of
         self._max_bytes = max_bytes + _MAX_FRAME_BYTES
         self._num_bytes = 0
         self._texts = {field: bytearray() for field in _TEXTS}
@@ -200,6 +210,7 @@ class _Form:
     def end_part(self) -> None:
         if self._part == "name":
             check_name(self._text("name"))
+            self._check_room_of(self._text("name"))
         if self._part == "base_fingerprint":
             check_fingerprint(self._text("base_fingerprint"))
         self._opened.close()

@@ -112,6 +112,7 @@ class House:
     num_host_rows: int = 100
     sources: tuple[Source, ...] = ()
     load: Callable[[Path], Lowered] = load_folder
+    max_versions: int | None = None
     now_s: float = 0.0
     loaded: list[Path] = field(default_factory=list)
 
@@ -119,7 +120,10 @@ class House:
         self.store = Store(self.root / "store", create=True)
         self.host = HostTier(self.num_host_rows * ROW_BYTES, torch.float32)
         self.device = Table(self.num_device_rows)
-        self.registry = Registry(self.store, self.sources, self.host, self.device, self._load, clock=lambda: self.now_s)
+        self.registry = Registry(
+            self.store, self.sources, self.host, self.device, self._load,
+            max_versions=self.max_versions, clock=lambda: self.now_s,
+        )  # fmt: skip
 
     def _load(self, folder: Path, weight: float = 1.0) -> Lowered:
         self.loaded.append(folder)

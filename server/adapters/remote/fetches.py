@@ -25,7 +25,7 @@ from server.adapters.asker import current_asker
 from server.adapters.registry import Registry
 from server.adapters.remote.address import Address, AllowList
 from server.adapters.remote.places import Place, as_refusal, open_place
-from server.adapters.remote.transfer import Meter, transfer
+from server.adapters.remote.transfer import Meter, announced_bytes, transfer
 from server.adapters.store.folder_store import Incoming, check_name
 from server.ground.errors import AdapterNotFound, AdapterOnItsWay, Conflict, GraftError, Overloaded
 
@@ -315,6 +315,7 @@ class Fetches:
             known = self._same_revision(order, place)
             if known is not None:
                 return known
+            self._registry.check_room(announced_bytes(place), order.name)
             transfer(place, order.address, incoming, fetch.meter)
             with self._lock:
                 if fetch.result.done():

@@ -59,13 +59,18 @@ def transfer(place: Place, address: Address, incoming: Incoming, meter: Meter) -
     Sizes that the place announces are held against the upload's limit and the store's room before the first byte.
     """
     check_complete(place, address)
-    announced = sum(num_bytes or 0 for num_bytes in place.sizes.values())
+    announced = announced_bytes(place)
     incoming.expect(announced)
     meter.begin(None if None in place.sizes.values() else announced)
     for name in CONTENT_FILES:
         if name in place.sizes:
             _transfer_file(place, name, address, incoming, meter)
     place.check_unchanged()
+
+
+def announced_bytes(place: Place) -> int:
+    """Those of all files, as far as the place announces them."""
+    return sum(num_bytes or 0 for num_bytes in place.sizes.values())
 
 
 def _transfer_file(place: Place, name: str, address: Address, incoming: Incoming, meter: Meter) -> None:
