@@ -83,7 +83,7 @@ class Day:
 
 
 class Budget:
-    """What one key has left. The counts begin with the server, and anew when the key's limits change."""
+    """What one key has left. The counts begin with the server, and anew when the key's own limits change."""
 
     def __init__(self, limits: Limits, clock: Clock, wall_clock: Clock) -> None:
         self.limits = limits
@@ -139,7 +139,7 @@ class Budgets:
 
     def of(self, key: Key) -> Budget:
         budget = self._by_name.get(key.name)
-        if budget is None or budget.limits != key.limits:
+        if budget is None or budget.limits.of_key != key.limits.of_key:
             budget = self._by_name[key.name] = Budget(key.limits, self._clock, self._wall_clock)
         return budget
 

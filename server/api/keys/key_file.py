@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from server.adapters.remote.address import AllowList
-from server.api.keys.key import Key, Limits, Scope
+from server.api.keys.key import Key, Limits, Scope, with_owners_limits
 from server.ground.errors import BadRequest, NotFound, StartupRefused
 
 MAX_FILE_BYTES = 1 << 20
@@ -98,7 +98,7 @@ def parse_keys(text: str, where: str) -> tuple[Key, ...]:
     mistakes += [f"{where}: {said}" for said in _doubles(keys)]
     if mistakes:
         raise StartupRefused("\n".join(mistakes))
-    return tuple(keys)
+    return with_owners_limits(keys)
 
 
 def _loaded(text: str, where: str) -> object:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -101,6 +102,15 @@ def test_there_are_no_more_budgets_than_keys() -> None:
     assert list(budgets._by_name) == ["one"]
     changed = key("one", Limits(requests_per_minute=6))
     assert budgets.of(changed).limits.requests_per_minute == 6
+
+
+def test_what_a_key_has_used_is_its_own_and_a_limit_of_storage_does_not_give_it_back() -> None:
+    budgets = Budgets()
+    one, other = (Key(name, b"", frozenset(Scope), "acme", limits=Limits(tokens_per_day=9)) for name in ("one", "two"))
+    budgets.of(one).spend_tokens(9)
+    assert budgets.of(other).headers()["x-ratelimit-remaining-tokens"] == "9"
+    stored = replace(one, limits=replace(one.limits, storage_bytes=5))  # as when another key of its owner has changed
+    assert budgets.of(stored).headers()["x-ratelimit-remaining-tokens"] == "0"
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from server.api.keys.key import Scope, digest_of, new_secret
+from server.api.keys.key import Limits, Scope, digest_of, new_secret
 from server.api.keys.key_file import MAX_FILE_BYTES, changing, parse_keys, read_keys, with_key, without_key, write_text
 from server.ground.errors import BadRequest, NotFound, StartupRefused
 from tests.api.keys.tenants import entry, secret_of
@@ -26,6 +26,27 @@ def test_a_key_says_who_it_is_and_what_it_may_do() -> None:
     assert key.digest == digest_of(secret_of("app"))
     assert (key.limits.requests_per_minute, key.limits.storage_bytes, key.limits.adapters) == (3, 2 << 30, 5)
     assert key.limits.tokens_per_day is None
+
+
+def test_a_limit_of_storage_is_the_owners_and_one_of_requests_the_keys() -> None:
+    keys = parse_keys(
+        yaml.safe_dump(
+            [
+                entry("app", ["infer"], owner="acme", limits={"requests_per_minute": 3}),
+                entry("ci", ["adapters"], owner="acme", limits={"storage_bytes": 900, "tokens_per_day": 7}),
+                entry("acme", ["adapters"], limits={"storage_bytes": 700, "adapters": 5, "concurrent_requests": 1}),
+                entry("root", ["admin"], owner="acme", limits={"storage_bytes": 1, "adapters": 9}),
+                entry("beta", ["adapters"], limits={"adapters": 2}),
+            ]
+        ),
+        "keys.yaml",
+    )
+    stored = {key.name: (key.limits.storage_bytes, key.limits.adapters) for key in keys}
+    assert stored["app"] == stored["ci"] == stored["acme"] == (700, 5), "the smallest that one of them names"
+    assert (stored["root"], stored["beta"]) == ((1, 9), (None, 2)), "who stores for another has its own"
+    assert [key.limits.of_key for key in keys[:3]] == [
+        Limits(requests_per_minute=3), Limits(tokens_per_day=7), Limits(concurrent_requests=1),
+    ]  # fmt: skip
 
 
 def test_what_is_left_out_is_nothing() -> None:

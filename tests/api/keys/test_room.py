@@ -40,6 +40,7 @@ def world(settings: Callable[..., Settings], tmp_path_factory: pytest.TempPathFa
     file = write_keys(
         root / "keys.yaml",
         entry("acme", adapters=["*"], sources=[*allowed], limits={"storage_bytes": ROOM}),
+        entry("acme-app", owner="acme", adapters=["*"], limits={"requests_per_minute": 1}),
         entry("tight", adapters=["*"], limits={"storage_bytes": LARGE.num_bytes}),
     )
     with serving(settings(api_keys=file, allow_source=allowed, adapter_paths=(root,))) as live:
@@ -61,6 +62,14 @@ def test_a_form_is_refused_by_its_length_beside_what_is_stored(world: World) -> 
     assert "delete some" in message
     broken = world.acme.ask("POST", "/v1/adapters", content=b"x" * 300_000, headers=FORM)
     assert broken.status_code == 400, "for what there is room"
+
+
+def test_keys_of_one_owner_share_its_room_and_not_their_requests(world: World) -> None:
+    """The limit of storage is in the entry of one key and holds for the other; the limit of requests is one's own."""
+    app = Tenant(world.acme.live, "acme-app")
+    assert is_over(app.ask("POST", "/v1/adapters", content=b"x" * 700_000, headers=FORM))
+    assert app.ask("GET", "/v1/models").status_code == 429
+    assert world.acme.ask("GET", "/v1/models").status_code == 200
 
 
 def test_a_form_whose_name_says_that_it_is_none_of_what_is_there_is_refused_there(world: World) -> None:
