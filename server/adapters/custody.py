@@ -55,7 +55,7 @@ class Custody:
             copy = lease.copy
             assert copy is not None
             with self._books.eased:
-                self._loader.await_end(copy.content)
+                self._loader.await_end(copy)
             self._residency.bring(copy.content)
             return copy
 
@@ -158,8 +158,8 @@ class Custody:
         with self._books.eased:
             is_kept = False
             while not is_kept:  # it may be evicted as soon as it is there
-                self._loader.start_if_cold(content, is_for_host=True)
-                self._loader.await_end(content)
+                self._loader.start_if_cold(content, (copy.version,), is_for_host=True)
+                self._loader.await_end(copy)
                 self._check_can_pin(copy)
                 is_kept = self._host.keep(content.digest)
             was_pinned, copy.is_pinned = copy.is_pinned, copy.is_listed

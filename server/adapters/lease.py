@@ -12,10 +12,11 @@ from server.adapters.asker import current_asker
 from server.adapters.books import Books
 from server.adapters.catalog import AdapterVersion, Content, Copy, Portion
 from server.adapters.loader import Loader
+from server.adapters.naming import told
 from server.adapters.quarantine import Quarantine
 from server.adapters.residency import Residency
 from server.adapters.workers import Workers
-from server.ground.errors import BadRequest
+from server.ground.errors import BadRequest, GraftError
 
 
 class Lease:
@@ -53,6 +54,10 @@ class Lease:
     def blame(self) -> None:
         """Says that the model's output overflowed with it in a step. Never blocks, from any thread."""
         self._blame(self.content, self.version)
+
+    def told(self, error: GraftError) -> GraftError:
+        """An error of its content, in the names under which this lease holds that: others may hold it, too."""
+        return told(error, [portion.version for portion in self.portions])
 
     def release(self) -> None:
         """Ends the hold; does nothing the second time. Never blocks, from any thread."""
@@ -147,7 +152,7 @@ class Leases:
         if is_use:
             self.lookups_total[self._residency.tier_of(content)] += 1
         if starts_load:
-            self._loader.start_if_cold(content)
+            self._loader.start_if_cold(content, [portion.version for portion in portions])
         content.num_mix_leases += bool(content.portions)
         for copy, _ in used:
             copy.num_leases += 1

@@ -6,9 +6,8 @@ because it cannot be read again. Knows nothing about slots or who asks.
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from copy import copy as fresh
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -19,10 +18,19 @@ from server.adapters.host import HostTier
 from server.adapters.host_adapter import HostAdapter
 from server.adapters.merging.mixing import Mixed, Part, mix
 from server.adapters.method import Lowered
+from server.adapters.naming import Named, label, told
 from server.adapters.room import Device, measure
 from server.adapters.store.folder_store import unreadable
 from server.adapters.workers import Workers
-from server.ground.errors import AdapterNotFound, AdapterRejected, BadRequest, GenerationFailed, GraftError, Overloaded
+from server.ground.errors import (
+    AdapterDamaged,
+    AdapterNotFound,
+    AdapterRejected,
+    BadRequest,
+    GenerationFailed,
+    GraftError,
+    Overloaded,
+)
 
 FAILURE_MEMORY_S = 5.0  # a failed load is not tried again before this
 ASSUMED_LOAD_S = 0.1  # of an adapter that was never loaded from the store, but came as an upload
@@ -69,10 +77,10 @@ class Loader:
         self._observe = observe
         self.loads_total = self.load_failures_total = 0
 
-    def start_if_cold(self, content: Content, *, is_for_host: bool = False) -> None:
+    def start_if_cold(self, content: Content, versions: Iterable[Named] = (), *, is_for_host: bool = False) -> None:
         """Under the lock. What is on the device is not cold, unless it is wanted on the host.
 
-        Raises the last load's failure while it is fresh.
+        Raises the last load's failure while it is fresh, told to who asks for these `versions`.
         """
         if content.is_loading:
             return
@@ -81,16 +89,17 @@ class Loader:
             content.failure = None  # it may be that of a load for the host, which what is on the device does not need
             return
         if content.failure is not None and self._clock() - content.failed_at_s < FAILURE_MEMORY_S:
-            raise fresh(content.failure)  # a raised error collects a traceback: each requester has its own
+            raise told(content.failure, versions)
         self._workers.submit(self._bring_to_host, content)
         content.is_loading = True
         content.failure = None
 
-    def await_end(self, content: Content) -> None:
-        """Under the lock, which it gives away while it waits. Raises what the load raised."""
+    def await_end(self, copy: Copy) -> None:
+        """Under the lock, which it gives away while it waits for the load of the copy's content. Raises its failure."""
+        content = copy.content
         self._books.eased.wait_for(lambda: not content.is_loading)
         if content.failure is not None:
-            raise fresh(content.failure)
+            raise told(content.failure, (copy.version,))
 
     def lower(self, folder: Path, weight: float = 1.0) -> Lowered:
         """Reads and lowers a folder. Raises StoreUnreachable where the disk fails, and what `load` raises."""
@@ -145,17 +154,18 @@ class Loader:
 
     def _mixed(self, content: Content) -> Mixed:
         """Lowers each portion of a mix anew, in its weight; equal tensors of those on the host are shared there."""
-        return mix([Part(str(portion.version), self._portion(portion)) for portion in content.portions])
+        return mix([Part(label(portion.version.digest), self._portion(portion)) for portion in content.portions])
 
     def _portion(self, portion: Portion) -> Lowered:
         with self._books.lock:
             content = self._books.catalog.contents.get(portion.version.digest)
         if content is None:
-            raise AdapterNotFound(f"{portion.version} was deleted before it was loaded.", param="adapter")
+            deleted = label(portion.version.digest)
+            raise AdapterNotFound(f"{deleted} was deleted before it was loaded.", param="adapter")
         try:
             return self._read(content, portion.weight)
         except AdapterRejected as error:
-            message = f"{portion.version}, weight {portion.weight:g}: {error.message}"
+            message = f"{label(portion.version.digest)}, weight {portion.weight:g}: {error.message}"
             raise AdapterRejected(message, param="adapter") from error
 
     def _read(self, content: Content, weight: float = 1.0) -> Lowered:
@@ -164,27 +174,36 @@ class Loader:
     def read(self, content: Content, read: Callable[[Path], _T]) -> _T:
         """What `read` makes of the folder of one of the content's copies, wherever a deletion may have moved it.
 
-        `read` raises a GraftError where the folder cannot be read, and is called again if it has moved.
+        Of a copy whose files are damaged another is read, if there is one: it may be another owner's who has it whole.
+        `read` raises a GraftError where the folder cannot be read, and is called again if it has moved. What is raised
+        here names the content by its `naming.label`: the copy may be another owner's.
         """
+        failure: GraftError = AdapterNotFound("The adapter was deleted before it was loaded.", param="adapter")
+        damaged: set[Path] = set()
         while True:
             with self._books.lock:
                 self._workers.check_open()  # a server that stops does not finish its queue of loads
                 # The last resort is a folder that has changed since: what is read there is refused below.
-                copy = min(content.copies, key=lambda copy: copy.is_outdated, default=None)
+                copies = [copy for copy in content.copies if copy.folder not in damaged]
+                copy = min(copies, key=lambda copy: copy.is_outdated, default=None)
                 folder = copy.folder if copy is not None else None
             if copy is None or folder is None:
-                raise AdapterNotFound("The adapter was deleted before it was loaded.", param="adapter")
+                raise failure
             try:
                 with self._reading(folder):
                     made = read(folder)
-            except GraftError:
+            except GraftError as error:
                 with self._books.changes, self._books.lock:  # a deletion is now either noted or not begun
-                    if copy.folder == folder and copy in content.copies:
-                        raise
+                    has_stayed = copy.folder == folder and copy in content.copies
+                if has_stayed and not isinstance(error, AdapterDamaged):
+                    raise
+                if has_stayed:
+                    failure = error
+                    damaged.add(folder)
                 continue
             if copy.found is not None and not copy.found.is_intact():
                 raise Overloaded(
-                    f"The files of {copy.version} changed while they were read: ask again.",
+                    f"The files of {label(content.digest)} changed while they were read: ask again.",
                     retry_after_s=math.ceil(FAILURE_MEMORY_S),
                 )
             return made

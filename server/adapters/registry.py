@@ -8,6 +8,7 @@ its bytes.
     versions   register, roll back, prune, delete     in_place    folders that are read where they lie
     holdings   what an owner has, and may have
     custody    load, unload, pin and unpin by hand    elsewhere   what other servers change in a shared store
+    naming     failures in the words of who asks
     eviction   who leaves a tier first                workers     the threads
     quarantine contents that fail again and again
 """
@@ -142,7 +143,10 @@ class Registry:
         `read` raises a GraftError where the folder cannot be read. Raises that, and Overloaded where a folder that is
         read in place changed meanwhile. Blocks: for a worker thread.
         """
-        return self._loader.read(lease.content, read)
+        try:
+            return self._loader.read(lease.content, read)
+        except GraftError as error:
+            raise lease.told(error) from error
 
     # The engine: residency
 
@@ -151,7 +155,7 @@ class Registry:
 
         None while it is being loaded or unloaded, or while everything that would have to make room is held: ask again
         next step. Raises the load's GraftError if that failed, AdapterRejected if it is larger than the device's whole
-        budget, Conflict if nothing but pinned adapters is in its way.
+        budget, Conflict if nothing but pinned adapters is in its way; `Lease.told` names the adapters in these.
         For the engine's thread alone, with a lease held; waits for no disk.
         """
         return self._residency.admit(version)
@@ -285,7 +289,7 @@ class Registry:
         with self._leases.hold(spec) as lease, self._books.eased:
             copy = lease.copy
             assert copy is not None
-            self._loader.await_end(copy.content)
+            self._loader.await_end(copy)
             return self._info(copy)
 
     # By hand

@@ -144,7 +144,7 @@ class Versions:
             copy = lease.copy
             assert copy is not None
             with self._books.eased:
-                self._loader.await_end(copy.content)  # what cannot be served does not become current
+                self._loader.await_end(copy)  # what cannot be served does not become current
             with self._books.changes:
                 with self._books.lock:
                     if not copy.is_listed:

@@ -9,7 +9,9 @@ from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
+from server.adapters.catalog import AdapterVersion
 from server.adapters.format.manifest import recipe_of
+from server.adapters.naming import told
 from server.adapters.registry import AdapterInfo, Registered
 from server.adapters.served_base import FINGERPRINT
 from server.adapters.store.folder_store import Incoming, check_name
@@ -19,7 +21,7 @@ from server.api.errors import echo
 from server.api.results import counted
 from server.api.services import Services
 from server.api.uploads import check_fingerprint, receive_archive, receive_upload
-from server.ground.errors import AdapterNotFound, AdapterOnItsWay, BadRequest, Conflict, PreconditionFailed
+from server.ground.errors import AdapterNotFound, AdapterOnItsWay, BadRequest, Conflict, GraftError, PreconditionFailed
 
 Limit = Annotated[int | None, Query(ge=1, le=10_000)]  # of a page of the list; None: all in one
 
@@ -130,8 +132,11 @@ def _register(
 
 def described(services: Services, info: AdapterInfo) -> dict[str, Any]:
     """As `shown`, with the recipe of a merged adapter, which is read from its files."""
-    with services.store.reading(info.folder):
-        return {**shown(info), "recipe": recipe_of(info.folder)}
+    try:
+        with services.store.reading(info.folder):
+            return {**shown(info), "recipe": recipe_of(info.folder)}
+    except GraftError as error:
+        raise told(error, [AdapterVersion(info.name, info.digest)]) from error
 
 
 def check_is_no_base(services: Services, name: str) -> None:

@@ -317,7 +317,9 @@ class Engine:
                     self._end(self._flights[sequence.sequence_id], FinishReason.ABORT)
             batch = self._scheduler.schedule()
             for failed in batch.failed:
-                self._end(self._flights[failed.sequence.sequence_id], FinishReason.ERROR, failed.error)
+                flight = self._flights[failed.sequence.sequence_id]
+                error = failed.error if flight.lease is None else flight.lease.told(failed.error)
+                self._end(flight, FinishReason.ERROR, error)
             return batch
 
     def _turn(self, batch: Batch) -> None:

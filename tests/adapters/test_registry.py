@@ -141,9 +141,12 @@ class House:
     def admit(self, lease: Lease) -> int:
         """Asks step after step, as the engine does, until the adapter is on the device."""
         deadline = time.monotonic() + PATIENCE_S
-        while (slot := self.registry.admit(lease.version)) is None:
-            assert time.monotonic() < deadline, f"{lease.version} is never admitted"
-            time.sleep(0.001)
+        try:
+            while (slot := self.registry.admit(lease.version)) is None:
+                assert time.monotonic() < deadline, f"{lease.version} is never admitted"
+                time.sleep(0.001)
+        except GraftError as error:
+            raise lease.told(error) from error
         return slot
 
     def reopened(self, **changes: object) -> "House":

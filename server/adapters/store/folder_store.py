@@ -36,6 +36,7 @@ from typing import Any, BinaryIO, Self
 
 from server.adapters.asker import current_asker
 from server.adapters.format.content import CONFIG_FILE, CONTENT_FILES, MANIFEST_FILE, REQUIRED_FILES, WEIGHTS_FILE
+from server.adapters.naming import label
 from server.adapters.store.quota import Claim, StoreLimits, StoreRoom
 from server.ground.errors import (
     AdapterDamaged,
@@ -305,8 +306,8 @@ class Store:
         """
         if folder.parent.parent == self.root and _DIGEST.fullmatch(folder.name) and not self._is_sound(folder):
             raise AdapterDamaged(
-                f"The files of {folder.parent.name}@{folder.name[:12]} in the store are damaged: upload the adapter "
-                f"again, or roll it back to an earlier version.",
+                f"The files of {label(folder.name)} in the store are damaged: upload the adapter again, or roll it "
+                f"back to an earlier version.",
                 param="adapter",
             )
         return nullcontext()

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.adapters.asker import current_asker
+from server.adapters.naming import label
 from server.adapters.store.bucket import Bucket, Mark, Missing, Occupied
 from server.adapters.store.folder_store import (
     Incoming,
@@ -345,7 +346,6 @@ class ObjectStore:
             try:
                 return self._download(name, version)
             except AdapterRejected as damaged:
-                _log.warning("%s", damaged.message)
                 failure = damaged
         raise failure
 
@@ -360,7 +360,7 @@ class ObjectStore:
         yield from self._places(digest)
 
     def _download(self, name: str, version: ObjectVersion) -> Incoming:
-        """Raises AdapterRejected, with the object's name, where one is missing or is not what was stored."""
+        """Raises AdapterRejected, with the file's name, where one is missing or is not what was stored."""
         incoming = self._cache.incoming(max_bytes=version.content_bytes)
         try:
             incoming.expect(version.content_bytes)
@@ -374,9 +374,9 @@ class ObjectStore:
                                 self._check_open()
                                 file.write(piece)
                 except Missing:
-                    raise self._damaged(path, "is missing") from None
+                    raise self._damaged(version.digest, path, "is missing") from None
                 if not is_whole or incoming.files[filename] != expected:
-                    raise self._damaged(path, "is not what was stored")
+                    raise self._damaged(version.digest, path, "is not what was stored")
         except BaseException:
             incoming.discard()
             raise
@@ -386,9 +386,13 @@ class ObjectStore:
         if self._is_closed.is_set():
             raise Overloaded("The server is shutting down.")
 
-    def _damaged(self, path: str, what: str) -> AdapterRejected:
+    def _damaged(self, digest: str, path: str, what: str) -> AdapterRejected:
+        """What is told of it; the object, whose path has a name that may be another owner's, is for the log."""
+        _log.warning("The object %s/%s %s.", self.location, path, what)
+        filename = path.rpartition("/")[2]
         return AdapterRejected(
-            f"The object {self.location}/{path} {what}: delete the adapter, and upload it again.", param="adapter"
+            f"The {filename} of {label(digest)} in the store {what}: delete the adapter, and upload it again.",
+            param="adapter",
         )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -373,7 +374,9 @@ def test_a_look_that_a_change_made_here_has_overtaken_does_not_undo_it(build: Bu
 # Damage
 
 
-def test_a_damaged_object_is_refused_by_its_name_and_others_answer(build: Build, bucket: MemoryStore) -> None:
+def test_a_damaged_object_is_refused_by_its_name_and_others_answer(
+    build: Build, bucket: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
     first = build("a")
     first.upload("legal", 1)
     first.upload("other", 2)
@@ -383,8 +386,9 @@ def test_a_damaged_object_is_refused_by_its_name_and_others_answer(build: Build,
     for damaged in (content[:-1] + bytes([content[-1] ^ 1]), content[:-1], content + b"x", b""):
         bucket.put(path, damaged)
         second.now_s += 60
-        with pytest.raises(AdapterRejected, match=rf"The object memory:/*{path} is not what was stored"):
+        with pytest.raises(AdapterRejected, match=r"safetensors of legal@[0-9a-f]{12} in the store is not what was"):
             second.generate("legal")
+        assert re.search(rf"The object memory:/*{path} is not what was stored", caplog.text)
         assert second.generate("other")
     bucket.delete(path)
     second.now_s += 60

@@ -169,6 +169,24 @@ def test_equal_content_of_two_owners_stays_two_adapters(tenants: Tenants, privat
     assert acme.complete(adapter=PRIVATE).status_code == 200
 
 
+def test_a_failure_of_equal_content_names_ones_own_adapter(tenants: Tenants) -> None:
+    """The load is shared, and what it failed with is remembered: others are told of it, and not under whose name."""
+    acme, beta, operator = (tenants[name] for name in ("acme", "beta", "operator"))
+    digest = acme.upload("acme-equal", lora_files(9)).json()["version"]
+    assert beta.upload("beta-equal", lora_files(9)).json()["version"] == digest
+    assert operator.ask("POST", "/v1/adapters/acme-equal/unload").status_code == 200
+    for name in ("acme-equal", "beta-equal"):
+        (tenants.live.server.registry.describe(name).folder / "adapter_config.json").write_text("{}")
+    answers = [beta.complete(adapter="beta-equal") for _ in range(2)]  # by the engine, and then from memory
+    answers.append(beta.ask("GET", "/v1/adapters/beta-equal"))
+    for answer in answers:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (424, "adapter_damaged")
+        assert f"beta-equal@{digest[:12]}" in answer.text
+        assert "acme" not in answer.text
+    for who, name in ((acme, "acme-equal"), (beta, "beta-equal")):
+        assert who.ask("DELETE", f"/v1/adapters/{name}").status_code == 200
+
+
 def test_lorax_479_a_private_source_is_fetched_for_its_own_key_alone(tenants: Tenants, private: dict[str, Any]) -> None:
     """LoRAX 479: what one tenant's credentials had fetched was served to the next from the cache, by its name."""
     ci, beta = tenants["acme-ci"], tenants["beta"]
