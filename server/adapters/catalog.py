@@ -160,6 +160,7 @@ class Catalog:
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
         self.contents: dict[str, Content] = {}
+        self.unlisted: list[Copy] = []  # that no name has any more, and somebody leases
         self.mixes: OrderedDict[str, Content] = OrderedDict()  # kept for the next request, the last asked for last
 
     def find(self, spec: str) -> Copy | None:
@@ -231,19 +232,24 @@ class Catalog:
         """Takes a name out; its copies stay, unlisted, for those who lease them."""
         copies = tuple(self.entries.pop(name).copies.values())
         for copy in copies:
-            copy.is_listed = copy.is_pinned = False
+            self._unlist(copy)
         return copies
 
     def remove_version(self, copy: Copy) -> None:
         """Takes one copy that is not its name's current one out; it stays, unlisted, for those who lease it."""
         del self.entries[copy.version.name].copies[copy.version.digest]
+        self._unlist(copy)
+
+    def _unlist(self, copy: Copy) -> None:
         copy.is_listed = copy.is_pinned = False
+        self.unlisted.append(copy)
 
     def let_go_if_over(self, copy: Copy) -> bool:
         """Whether nobody can ask for the copy any more and nobody leases it: then it is out, and to be disposed of."""
         is_over = not copy.is_listed and copy.num_leases == 0
         if is_over:
             copy.content.copies.remove(copy)
+            self.unlisted.remove(copy)
         return is_over
 
     def check_not_in_place(self, name: str) -> None:
@@ -303,6 +309,8 @@ class Catalog:
                 content.slot is not None for content in contents if content.num_residencies
             ),
             "the listed copies are not those that names have": {id(c) for c in copies if c.is_listed} == listed,
+            "the copies that count as deleted are not those that stay": {id(c) for c in copies if not c.is_listed}
+            == {id(copy) for copy in self.unlisted},
             "a deleted copy is pinned": all(copy.is_listed or not copy.is_pinned for copy in copies),
             "a deleted copy stays that nobody leases": all(copy.is_listed or copy.num_leases for copy in copies),
             "the mixes that are kept are not those that are not forgotten": self.mixes

@@ -33,11 +33,14 @@ def check_room(catalog: Catalog, coming: Coming, max_versions: int | None) -> No
     own = {name: entry for name, entry in catalog.entries.items() if entry.current.owner == asker.owner}
     listed = sum(copy.content_bytes for entry in own.values() for copy in entry.copies.values())
     deleted = _deleted_bytes(catalog, asker.owner)
-    names = [*own, None] if coming.name is None else [coming.name]
+    added = coming.num_bytes
+    if asker.max_bytes is not None and listed + deleted + added > asker.max_bytes:  # else the name does not matter
+        names = [*own, None] if coming.name is None else [coming.name]
+        added = min(_added_bytes(catalog, own, name, coming, max_versions) for name in names)
     asker.check_room(
         taken_bytes=listed + deleted,
         deleted_bytes=deleted,
-        added_bytes=min(_added_bytes(catalog, own, name, coming, max_versions) for name in names),
+        added_bytes=added,
         num_adapters=len(own),
         is_new_name=coming.name is not None and coming.name not in own,
     )
@@ -45,8 +48,7 @@ def check_room(catalog: Catalog, coming: Coming, max_versions: int | None) -> No
 
 def _deleted_bytes(catalog: Catalog, owner: str) -> int:
     """Of versions that no name has any more, and whose files are in the store until the last request on them ends."""
-    copies = (copy for content in catalog.contents.values() for copy in content.copies)
-    return sum(copy.content_bytes for copy in copies if copy.discarded is not None and copy.owner == owner)
+    return sum(copy.content_bytes for copy in catalog.unlisted if copy.discarded is not None and copy.owner == owner)
 
 
 def _added_bytes(

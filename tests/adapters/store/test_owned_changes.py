@@ -12,7 +12,7 @@ from server.adapters.store.folder_store import Record, Store
 from server.ground.errors import AdapterNotFound, Conflict, Forbidden, GraftError
 from tests.adapters.asking import asked_by
 from tests.adapters.folders import incoming_from, write_folder
-from tests.adapters.replicas import Replica
+from tests.adapters.replicas import Replica, files_of
 from tests.adapters.test_registry import House
 
 
@@ -42,8 +42,8 @@ class OnBucket(Pair):
     """A server looks at a bucket before each change; what comes after that look is what it has not seen."""
 
     def __init__(self, root: Path, closing: ExitStack) -> None:
-        client = MemoryStore()
-        self.first, self.second = Replica(client, root / "a"), Replica(client, root / "b")
+        self.client = MemoryStore()
+        self.first, self.second = Replica(self.client, root / "a"), Replica(self.client, root / "b")
         for replica in (self.first, self.second):
             closing.callback(replica.close)
 
@@ -89,6 +89,23 @@ def test_a_name_that_was_taken_a_moment_ago_is_refused_as_one_that_is_known(
     assert late.code == "name_unavailable"
     assert "acme" not in late.message
     assert owners(pair.first, "legal") == ["acme"]
+
+
+def test_what_was_sent_for_a_name_that_was_taken_meanwhile_is_removed(tmp_path: Path) -> None:
+    with ExitStack() as closing:
+        pair = OnBucket(tmp_path, closing)
+        assert isinstance(pair.second, Replica)
+        wire = pair.second.wire
+
+        def intervene(verb: str, path: str) -> None:
+            if verb == "put" and path.startswith("versions/"):
+                wire.before = lambda verb, path: None
+                asked_by("acme", pair.first.upload, "legal", 1)
+
+        wire.before = intervene
+        assert refusal("beta", lambda: pair.second.upload("legal", 2, replace=True)).code == "name_unavailable"
+        assert owners(pair.first, "legal") == ["acme"]
+        assert len(files_of(pair.client, "legal")) == 2, "acme's config and weights, and nothing of beta's"
 
 
 def test_a_name_outside_the_patterns_is_refused_in_the_same_words_whether_it_is_taken_or_free(pair: Pair) -> None:

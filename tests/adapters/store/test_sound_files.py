@@ -67,7 +67,7 @@ def test_damaged_files_are_refused_and_mended_by_the_same_upload(
     if was_read:
         store.reading(folder)
     damage(folder)
-    with pytest.raises(AdapterDamaged, match=r"legal@[0-9a-f]{12} in the store are damaged"):
+    with pytest.raises(AdapterDamaged, match=r"files of @[0-9a-f]{12} in the store are damaged"):
         store.reading(folder)
     store.add_folder(source, "legal", replace=True)
     store.reading(folder)
