@@ -12,7 +12,7 @@ from server.adapters.registry import Lease, Portion
 from server.api import notes
 from server.api.errors import echo
 from server.api.generation import Generation, submit_all
-from server.api.keys.budget import current_budget
+from server.api.keys.budget import Share, current_share
 from server.api.schemas import ALL_THAT_FITS, GenerationBody
 from server.api.selection import chosen_parts, lease_all, look_elsewhere
 from server.api.services import Services
@@ -113,13 +113,8 @@ async def begin(
 
     Raises the errors of selection and submission, with nothing held and nothing running.
     """
-    num_sequences = len(prompts) * body.n
-    if num_sequences > services.max_queued:
-        raise BadRequest(
-            f"The request is for {num_sequences} sequences (prompts times n); this server takes at most "
-            f"{services.max_queued} at once: split the request.",
-            param="n" if body.n > 1 else "prompt",
-        )
+    num_sequences, share = len(prompts) * body.n, current_share()
+    _take_places(services, body, num_sequences, share)
     _check_priority(body)
     _check_model_has(services, body)
     parts = chosen_parts(services, body.model, body.adapters)
@@ -141,10 +136,26 @@ async def begin(
     model = body.model or services.base.served_names[0]
     envelope = Envelope(request_id, int(time.time()), model, _shown_adapter(leases[0], body))
     generation = submit_all(services, request_id, repeated, choices, leases, salt, grammar)
-    num_prompt_tokens, budget = sum(len(prompt) for prompt in prompts), current_budget()
-    if budget is not None:
-        budget.spend_tokens(num_prompt_tokens)
+    num_prompt_tokens = sum(len(prompt) for prompt in prompts)
+    if share is not None:
+        share.budget.spend_tokens(num_prompt_tokens)
     return Begun(envelope, generation, Usage(num_prompt_tokens, body.n))
+
+
+def _take_places(services: Services, body: GenerationBody, num_sequences: int, share: Share | None) -> None:
+    """Counts the sequences of a request among those that its key has at once.
+
+    Raises BadRequest for more than this server or this key may ever have, RateLimited for more than the key may now.
+    """
+    param = "n" if body.n > 1 else "prompt"
+    if num_sequences > services.max_queued:
+        raise BadRequest(
+            f"The request is for {num_sequences} sequences (prompts times n); this server takes at most "
+            f"{services.max_queued} at once: split the request.",
+            param=param,
+        )
+    if share is not None:
+        share.widen(num_sequences, param)
 
 
 def own_salt(asked: str | None, *, shares_prefixes: bool) -> str | None:

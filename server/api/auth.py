@@ -70,14 +70,20 @@ class BudgetCheck:
             await send(message)
 
         try:
-            budget.begin()
+            share = budget.begin()
         except RateLimited as error:
             return await error_response(error)(scope, receive, send_with_limits)
-        spend_from(budget)
+
+        async def send_and_end(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                share.end()  # before the last byte: who has read the answer may ask again at once
+            await send_with_limits(message)
+
+        spend_from(share)
         try:
-            await self._app(scope, receive, send_with_limits)
+            await self._app(scope, receive, send_and_end)
         finally:
-            budget.end()
+            share.end()
 
 
 class ScopeCheck:

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 from server.adapters.registry import Lease
-from server.api.keys.budget import current_budget
+from server.api.keys.budget import current_share
 from server.api.progress import Progress
 from server.api.services import Services
 from server.engine.engine import Engine
@@ -24,7 +24,8 @@ class Generation:
     def __init__(self, streams: Sequence[DeltaStream], adapters: Sequence[Sequence[str]], metrics: Metrics) -> None:
         """`adapters`: the names of those that each sequence uses."""
         self._unfinished = dict(enumerate(streams))
-        budget = current_budget()
+        share = current_share()
+        budget = None if share is None else share.budget
         self._progress = [Progress(names, metrics, budget) for names in adapters]
         self._arrived: asyncio.Queue[tuple[int, Delta | None]] = asyncio.Queue()
         self._pumps = [asyncio.create_task(self._pump(index, stream)) for index, stream in self._unfinished.items()]

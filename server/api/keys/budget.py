@@ -1,4 +1,4 @@
-"""What a key has left of its limits: requests, tokens, and requests at once.
+"""What a key has left of its limits: requests, tokens, and sequences at once.
 
 Owns the counts, and what is told of them. Knows nothing about HTTP beyond the names of headers. Not safe for threads:
 for the event loop alone, but for `Budgets.keep`.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
 
 from server.api.keys.key import Key, Limits
-from server.ground.errors import RateLimited
+from server.ground.errors import BadRequest, RateLimited
 
 _DAY_S = 86_400
 _MINUTE_S = 60.0
@@ -87,17 +87,15 @@ class Budget:
 
     def __init__(self, limits: Limits, clock: Clock, wall_clock: Clock) -> None:
         self.limits = limits
-        self.num_running = 0
+        self.num_running = 0  # sequences; a request without any is as one
         requests, tokens, day = limits.requests_per_minute, limits.tokens_per_minute, limits.tokens_per_day
         self._requests = Bucket(requests, _MINUTE_S, clock) if requests is not None else None
         self._tokens = Bucket(tokens, _MINUTE_S, clock) if tokens is not None else None
         self._day = Day(day, wall_clock) if day is not None else None
 
-    def begin(self) -> None:
-        """Counts a request. Raises RateLimited, having counted nothing."""
-        most = self.limits.concurrent_requests
-        if most is not None and self.num_running >= most:
-            raise RateLimited(f"This key may have {most} requests at once, and has them: wait for one.")
+    def begin(self) -> "Share":
+        """Counts a request, as one sequence until it has more. Raises RateLimited, having counted nothing."""
+        self.check_room(1)
         for named, unit in ((self._requests, "requests per minute"), (self._tokens, "tokens per minute")):
             if named is not None and named.wait_s:
                 raise _spent(f"{named.limit} {unit}", named.wait_s)
@@ -106,9 +104,16 @@ class Budget:
         if self._requests is not None:
             self._requests.spend(1)
         self.num_running += 1
+        return Share(self)
 
-    def end(self) -> None:
-        self.num_running -= 1
+    def check_room(self, number: int) -> None:
+        """Raises RateLimited where so many sequences more are too many at once."""
+        most = self.limits.concurrent_requests
+        if most is not None and self.num_running + number > most:
+            raise RateLimited(
+                f"This key may have {most} requests at once, each counted as its sequences (prompts times n), and "
+                f"{self.num_running} run: wait for one."
+            )
 
     def spend_tokens(self, number: int) -> None:
         """Of a prompt, or of an answer as it comes: one that has begun goes on to its end."""
@@ -127,6 +132,37 @@ class Budget:
             told[f"x-ratelimit-remaining-{unit}"] = str(named.remaining)
             told[f"x-ratelimit-reset-{unit}"] = f"{math.ceil(named.reset_s)}s"
         return told
+
+
+class Share:
+    """What one request has of its key's budget: as many places as it has sequences, until it ends."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self._num_places = 1
+
+    def widen(self, num_sequences: int, param: str) -> None:
+        """Takes places for all sequences of the request, before they are submitted.
+
+        Raises BadRequest (of the field `param`) for more than the key may ever have at once, RateLimited for more than
+        it may have now; then the request has the places that it had.
+        """
+        most = self.budget.limits.concurrent_requests
+        if most is not None and num_sequences > most:
+            raise BadRequest(
+                f"The request is for {num_sequences} sequences (prompts times n), and this key may have {most} at "
+                f"once: split the request.",
+                param=param,
+            )
+        more = max(num_sequences - self._num_places, 0)
+        self.budget.check_room(more)
+        self.budget.num_running += more
+        self._num_places += more
+
+    def end(self) -> None:
+        """Gives the places back; does nothing the second time."""
+        self.budget.num_running -= self._num_places
+        self._num_places = 0
 
 
 class Budgets:
@@ -151,17 +187,17 @@ class Budgets:
                 self._by_name.pop(name, None)
 
 
-_budget: ContextVar[Budget | None] = ContextVar("budget", default=None)
+_share: ContextVar[Share | None] = ContextVar("share", default=None)
 
 
-def current_budget() -> Budget | None:
+def current_share() -> Share | None:
     """That of the request which is being answered here; None where no key is asked for."""
-    return _budget.get()
+    return _share.get()
 
 
-def spend_from(budget: Budget | None) -> None:
+def spend_from(share: Share | None) -> None:
     """For the rest of the calling task, and what it begins."""
-    _budget.set(budget)
+    _share.set(share)
 
 
 def _spent(limit: str, wait_s: float) -> RateLimited:

@@ -28,7 +28,7 @@ class Limits:
     """None: no limit. What is asked for is limited by the key, what is stored by the key's owner."""
 
     requests_per_minute: int | None = None
-    concurrent_requests: int | None = None
+    concurrent_requests: int | None = None  # each as its sequences
     tokens_per_minute: int | None = None  # of prompts and answers
     tokens_per_day: int | None = None
     storage_bytes: int | None = None  # this and the next are one in all keys of an owner: `with_owners_limits`

@@ -1,8 +1,11 @@
 """Limits of a key: what is counted, what is refused, and what is told of it."""
 
+import json
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from server.api.keys.budget import Bucket, Budget, Budgets, Day
 from server.api.keys.key import Key, Limits, Scope
 from server.ground.config import Settings
-from server.ground.errors import RateLimited
+from server.ground.errors import BadRequest, RateLimited
 from tests.api.conftest import Gate, Live, eventually, serving
 from tests.api.keys.tenants import Tenant, entry, write_keys
 
@@ -70,16 +73,39 @@ def test_a_day_ends_at_midnight_and_does_not_come_twice() -> None:
 
 def test_a_refused_request_costs_nothing() -> None:
     budget = Budget(Limits(requests_per_minute=2, concurrent_requests=1), Clock(), Clock())
-    budget.begin()
+    share = budget.begin()
     for _ in range(3):
         with pytest.raises(RateLimited, match="1 requests at once"):
             budget.begin()
-    budget.end()
-    budget.begin()
-    budget.end()
+    share.end()
+    budget.begin().end()
     with pytest.raises(RateLimited, match="2 requests per minute") as refused:
         budget.begin()
     assert refused.value.retry_after_s == 30
+    assert budget.num_running == 0
+
+
+def test_a_share_takes_all_its_places_or_none_more() -> None:
+    budget = Budget(Limits(concurrent_requests=8), Clock(), Clock())
+    first, second = budget.begin(), budget.begin()
+    first.widen(5, "n")
+    assert budget.num_running == 6
+    with pytest.raises(RateLimited, match="8 requests at once"):
+        second.widen(4, "n")
+    with pytest.raises(BadRequest, match="9 sequences") as refused:
+        second.widen(9, "prompt")
+    assert (refused.value.param, budget.num_running) == ("prompt", 6)
+    second.widen(3, "n")
+    for share in (first, second, first, second):
+        share.end()
+    assert budget.num_running == 0
+
+
+def test_without_the_limit_any_number_runs() -> None:
+    budget = Budget(Limits(), Clock(), Clock())
+    share = budget.begin()
+    share.widen(4096, "n")
+    share.end()
     assert budget.num_running == 0
 
 
@@ -119,6 +145,7 @@ def limited(settings: Callable[..., Settings], tmp_path_factory: pytest.TempPath
         tmp_path_factory.mktemp("keys") / "keys.yaml",
         entry("slow", limits={"requests_per_minute": 3}),
         entry("one-at-once", limits={"concurrent_requests": 1}),
+        entry("eight-at-once", limits={"concurrent_requests": 8}),
         entry("few", limits={"tokens_per_minute": 50}),
         entry("few-a-day", limits={"tokens_per_day": 5}),
         entry("free"),
@@ -174,12 +201,57 @@ def test_requests_at_once_are_counted_until_their_end(limited: Live, monkeypatch
     gate = Gate(limited.server.runner.run)
     monkeypatch.setattr(limited.server.runner, "run", gate)
     one = Tenant(limited, "one-at-once")
-    body = b'{"prompt": "Hi", "max_tokens": 2}'
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-    with closing(limited.connect()) as busy:
-        busy.sendall(f"{head}\r\nauthorization: {one.headers['authorization']}\r\n\r\n".encode() + body)
+    with closing(post(one, b'{"prompt": "Hi", "max_tokens": 2}')):
         eventually(lambda: limited.server.engine.stats().num_in_flight == 1)
         refused = one.ask("GET", "/v1/models")
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
     gate.allow(100)  # who leaves gives the place back
     eventually(lambda: one.ask("GET", "/v1/models").status_code == 200)
+
+
+def post(tenant: Tenant, body: bytes) -> socket.socket:
+    """A connection on which a completion has been asked for."""
+    connection = tenant.live.connect()
+    fields = f"host: x\r\ncontent-type: application/json\r\nauthorization: {tenant.headers['authorization']}"
+    head = f"POST /v1/completions HTTP/1.1\r\n{fields}\r\ncontent-length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_counts_as_its_sequences_until_it_ends(
+    limited: Live, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    gate = Gate(limited.server.runner.run)
+    monkeypatch.setattr(limited.server.runner, "run", gate)
+    eight, engine = Tenant(limited, "eight-at-once"), limited.server.engine
+    body = {"prompt": ["Hi", "Ho", "He"], "n": 2, "max_tokens": 2, "stream": stream}
+    with closing(post(eight, json.dumps(body).encode())):
+        eventually(lambda: engine.stats().num_in_flight == 6)
+        refused = eight.complete(n=3, max_tokens=1)
+        assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limit_error")
+        assert "6 run" not in refused.text, "its own place is counted, too"
+        assert engine.stats().num_in_flight == 6, "what is refused never reaches the engine"
+        assert eight.ask("GET", "/v1/models").status_code == 200
+    gate.allow(1_000_000)
+    eventually(lambda: eight.complete(n=8, max_tokens=1).status_code == 200)  # who leaves gives all places back
+
+
+def test_every_end_gives_the_places_back(limited: Live) -> None:
+    eight = Tenant(limited, "eight-at-once")
+    ends: list[tuple[dict[str, Any], int]] = [
+        ({"n": 8, "max_tokens": 1}, 200),
+        ({"n": 8, "max_tokens": 1, "stream": True}, 200),
+        ({"n": 8, "adapter": "nobody"}, 404),
+        ({"n": 8, "max_tokens": 10**6}, 400),
+        ({"n": 8, "priority": -1}, 400),
+        ({"n": 9}, 400),
+        ({"prompt": ["Hi"] * 9}, 400),
+    ]
+    for _ in range(2):
+        for body, status in ends:
+            answer = eight.complete(**body)
+            assert answer.status_code == status, (body, answer.text)
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    assert eight.ask("POST", "/v1/chat/completions", {**chat, "n": 9}).json()["error"]["param"] == "n"
+    assert eight.ask("POST", "/v1/chat/completions", {**chat, "n": 8}).status_code == 200
