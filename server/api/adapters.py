@@ -6,7 +6,6 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
 from server.adapters.catalog import AdapterVersion
@@ -43,12 +42,14 @@ def router(services: Services) -> APIRouter:
         with counted(services.metrics.count_upload) as result:
             is_conditional = _is_for_new_only(request, replace)
             check_fingerprint(base_fingerprint)
-            await run_in_threadpool(_check_can_put, services, name, is_conditional)
+            await services.lanes.receiving.run(_check_can_put, services, name, is_conditional)
             async with _incoming(services) as incoming:
                 check_room = partial(services.registry.check_room, name=name)
-                ignored = await receive_archive(request, incoming, services.max_upload_bytes, check_room)
+                ignored = await receive_archive(
+                    request, incoming, services.max_upload_bytes, check_room, services.lanes.receiving
+                )
                 replaces = replace is not False and not is_conditional
-                registered = await run_in_threadpool(
+                registered = await services.lanes.registering.run(
                     _register, services, incoming, name, replaces, base_fingerprint or None
                 )
             if is_conditional and not registered.is_new:
@@ -76,9 +77,9 @@ def router(services: Services) -> APIRouter:
         return {**described(services, info), "chat_template": use_of_template(services, info.folder), "fetch": fetch}
 
     @routes.delete("/v1/adapters/{name}")
-    def delete(name: str) -> dict[str, Any]:
+    async def delete(name: str) -> dict[str, Any]:
         """Requests that run keep their version until they end; new ones no longer find it."""
-        fetches.delete(services, name)
+        await services.lanes.changing.run(fetches.delete, services, name)
         return {"name": name, "object": "adapter", "deleted": True}
 
     return routes
@@ -103,9 +104,9 @@ def _page(services: Services, limit: int | None, after: str) -> dict[str, Any]:
 async def _upload(services: Services, request: Request, replace: bool) -> Registered:
     with counted(services.metrics.count_upload) as result:
         async with _incoming(services) as incoming:
-            check_room = services.registry.check_room
-            form = await receive_upload(request, incoming, services.max_upload_bytes, check_room)
-            registered = await run_in_threadpool(
+            check_room, lane = services.registry.check_room, services.lanes.receiving
+            form = await receive_upload(request, incoming, services.max_upload_bytes, check_room, lane)
+            registered = await services.lanes.registering.run(
                 _register, services, incoming, form.name, replace, form.base_fingerprint
             )
         result.is_new = registered.is_new
@@ -115,11 +116,11 @@ async def _upload(services: Services, request: Request, replace: bool) -> Regist
 @asynccontextmanager
 async def _incoming(services: Services) -> AsyncIterator[Incoming]:
     """A place for an upload, cleared in the end; the disk is waited for in worker threads."""
-    incoming = await run_in_threadpool(services.store.incoming, max_bytes=services.max_upload_bytes)
+    incoming = await services.lanes.receiving.run(services.store.incoming, max_bytes=services.max_upload_bytes)
     try:
         yield incoming
     finally:
-        await run_in_threadpool(incoming.discard)
+        await services.lanes.receiving.run(incoming.discard)
 
 
 def _register(

@@ -4,17 +4,16 @@ Owns the answers of these verbs, and that those who wait take no thread from the
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-import anyio.to_thread
-from anyio import CapacityLimiter
 from fastapi import APIRouter, Query
 
 from server.adapters.asker import current_asker
 from server.adapters.registry import MAX_WAIT_S
 from server.api.adapters import shown
+from server.api.lanes import Lane
 from server.api.services import Services
 from server.ground.errors import BadRequest, RateLimited
 
@@ -24,30 +23,25 @@ _LONGEST_WAIT_S = 3600.0
 _MAX_UNLOADS_OF_KEY = 2
 _LONGEST_WAIT_OF_KEY_S = 300.0
 
-_T = TypeVar("_T")
 MaxWait = Annotated[float, Query(ge=0, le=_LONGEST_WAIT_S, allow_inf_nan=False)]
 
 
 def router(services: Services) -> APIRouter:
     routes = APIRouter(tags=["adapters"])
-    threads = CapacityLimiter(_MAX_WAITING)
-
-    async def waiting(verb: Callable[..., _T], *arguments: Any) -> _T:
-        return await anyio.to_thread.run_sync(verb, *arguments, limiter=threads)
-
+    waiting = Lane(_MAX_WAITING)
     unloads = Counter[str]()  # those that wait, by who asks
 
     @routes.post("/v1/adapters/{name}/load")
     async def load(name: str) -> dict[str, Any]:
         """Answers when it is on the host and, if idle adapters could make room, on the device."""
-        loaded = await waiting(services.registry.load, name)
+        loaded = await waiting.run(services.registry.load, name)
         return {**shown(loaded.info), "seconds": loaded.duration_s}
 
     @routes.post("/v1/adapters/{name}/unload")
     async def unload(name: str, max_wait_s: MaxWait = MAX_WAIT_S) -> dict[str, Any]:
         """Waits for the sequences that run on it, then frees host and device; the next request loads it again."""
         with _one_of_few(unloads, max_wait_s):
-            unloaded = await waiting(services.registry.unload, name, max_wait_s)
+            unloaded = await waiting.run(services.registry.unload, name, max_wait_s)
         return {
             "name": unloaded.version.name,
             "version": unloaded.version.digest,
@@ -59,7 +53,7 @@ def router(services: Services) -> APIRouter:
     @routes.post("/v1/adapters/{name}/pin")
     async def pin(name: str, max_wait_s: MaxWait = MAX_WAIT_S) -> dict[str, Any]:
         """Answers when it is on host and device, where it stays until it is unpinned or the server ends."""
-        return shown(await waiting(services.registry.pin, name, max_wait_s))
+        return shown(await waiting.run(services.registry.pin, name, max_wait_s))
 
     @routes.post("/v1/adapters/{name}/unpin")
     def unpin(name: str) -> dict[str, Any]:

@@ -49,9 +49,9 @@ def router(services: Services) -> APIRouter:
         return fetch
 
     @routes.delete("/v1/adapters/{name}/fetch")
-    def cancel(name: str) -> dict[str, Any]:
+    async def cancel(name: str) -> dict[str, Any]:
         """Cancels the fetch, or forgets its failure. An adapter that has the name stays."""
-        if not services.fetches.cancel(name):
+        if not await services.lanes.changing.run(services.fetches.cancel, name):
             raise _no_fetch(name)
         return {"name": name, "object": "fetch", "deleted": True}
 

@@ -24,20 +24,20 @@ def router(services: Services) -> APIRouter:
     routes = APIRouter(tags=["adapters"], route_class=JsonRoute)
 
     @routes.post("/v1/load_lora_adapter")
-    def load(body: LoadLoraBody) -> Response:
+    async def load(body: LoadLoraBody) -> Response:
         """Copies an adapter folder of this machine into the store, validated as an upload is."""
         try:
             with counted(services.metrics.count_upload) as result:
-                name, result.is_new = _load(services, body)
+                name, result.is_new = await services.lanes.registering.run(_load, services, body)
         except GraftError as error:
             return _refusal(error)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     @routes.post("/v1/unload_lora_adapter")
-    def unload(body: UnloadLoraBody) -> Response:
+    async def unload(body: UnloadLoraBody) -> Response:
         """Forgets the name, as DELETE /v1/adapters/{name} does: requests that run finish, and then all is freed."""
         try:
-            name = _unload(services, body)
+            name = await services.lanes.changing.run(_unload, services, body)
         except GraftError as error:
             return _refusal(error)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")

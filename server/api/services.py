@@ -3,7 +3,7 @@
 Built once by the roof and handed to `create_app`. Knows nothing about HTTP.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.adapters.merging.live import Merges
@@ -11,6 +11,7 @@ from server.adapters.registry import Registry
 from server.adapters.remote.fetches import Fetches
 from server.adapters.store.adapter_store import AdapterStore
 from server.api.keys.keyring import Keyring
+from server.api.lanes import Lanes
 from server.engine.engine import Engine
 from server.ground.metrics import Metrics
 from server.model.grammar import Grammars
@@ -76,3 +77,4 @@ class Services:
     chat: ChatOptions = ChatOptions()
     max_queued: int = 256  # sequences that may wait: a request of more could never be accepted
     http: HttpOptions = HttpOptions()
+    lanes: Lanes = field(default_factory=Lanes)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Self
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.concurrency import run_in_threadpool
 
 from server.adapters.format.content import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from server.adapters.format.manifest import MAX_MANIFEST_BYTES
@@ -24,6 +23,7 @@ from server.adapters.store.folder_store import Incoming, IncomingFile, check_nam
 from server.api.archive import ArchiveReader, Ignored
 from server.api.body import body_chunks, declared_bytes, discard
 from server.api.errors import echo
+from server.api.lanes import Lane
 from server.ground.errors import BadRequest, GraftError, TooLarge
 
 if TYPE_CHECKING:
@@ -53,8 +53,10 @@ class UploadForm:
     base_fingerprint: str | None  # of the base that the adapter was made for, if its maker says so
 
 
-async def receive_upload(request: Request, incoming: Incoming, max_bytes: int, check_room: CheckRoom) -> UploadForm:
-    """Write the form's files to `incoming` and return its other fields.
+async def receive_upload(
+    request: Request, incoming: Incoming, max_bytes: int, check_room: CheckRoom, lane: Lane
+) -> UploadForm:
+    """Write the form's files to `incoming`, in threads of `lane`, and return its other fields.
 
     `check_room` is asked before the body is read, and again when that has told the name.
 
@@ -69,9 +71,9 @@ async def receive_upload(request: Request, incoming: Incoming, max_bytes: int, c
         _check_is_plain(request)
         announced = max(declared - _MAX_FRAME_BYTES, 0)
         with _Form(_boundary(request), incoming, max_bytes, partial(check_room, announced)) as form:
-            await run_in_threadpool(check_room, announced, None)  # before it claims what all owners share
-            await run_in_threadpool(incoming.expect, announced)
-            await _feed(form.write, chunks)
+            await lane.run(check_room, announced, None)  # before it claims what all owners share
+            await lane.run(incoming.expect, announced)
+            await _feed(form.write, chunks, lane)
             return form.finish()
     except GraftError:
         await discard(chunks)
@@ -79,28 +81,31 @@ async def receive_upload(request: Request, incoming: Incoming, max_bytes: int, c
 
 
 async def receive_archive(
-    request: Request, incoming: Incoming, max_bytes: int, check_room: Callable[[int], None]
+    request: Request, incoming: Incoming, max_bytes: int, check_room: Callable[[int], None], lane: Lane
 ) -> Ignored:
-    """Write the content files of a tar to `incoming`; what else was in it. Raises as `receive_upload` does."""
+    """Write the content files of a tar to `incoming`, in threads of `lane`; what else was in it.
+
+    Raises as `receive_upload` does.
+    """
     chunks = body_chunks(request.receive)
     try:
         with ArchiveReader(incoming, max_bytes, check_room) as archive:
             archive.check_size(declared_bytes(request.scope))
-            await _feed(archive.write, chunks)
+            await _feed(archive.write, chunks, lane)
             return archive.finish()
     except GraftError:
         await discard(chunks)
         raise
 
 
-async def _feed(write: Callable[[bytes], None], chunks: AsyncIterator[bytes]) -> None:
+async def _feed(write: Callable[[bytes], None], chunks: AsyncIterator[bytes], lane: Lane) -> None:
     gathered = bytearray()
     async for chunk in chunks:
         gathered += chunk
         if len(gathered) >= _WRITE_BYTES:
-            await run_in_threadpool(write, bytes(gathered))
+            await lane.run(write, bytes(gathered))
             gathered.clear()
-    await run_in_threadpool(write, bytes(gathered))
+    await lane.run(write, bytes(gathered))
 
 
 def _check_is_plain(request: Request) -> None:

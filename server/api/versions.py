@@ -29,9 +29,10 @@ def router(services: Services) -> APIRouter:
         }
 
     @routes.post("/v1/adapters/{name}/rollback")
-    def roll_back(name: str, body: RollbackBody | None = None) -> dict[str, Any]:
+    async def roll_back(name: str, body: RollbackBody | None = None) -> dict[str, Any]:
         """Makes an earlier version current, by default the one before; requests that run keep theirs."""
-        info, before = services.registry.roll_back(name, None if body is None else body.version)
+        prefix = None if body is None else body.version
+        info, before = await services.lanes.changing.run(services.registry.roll_back, name, prefix)
         return {**shown(info), "previous_version": before.digest}
 
     return routes
