@@ -7,8 +7,8 @@ asks, it is the operator.
 
 from contextvars import ContextVar
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
+from server.adapters.name_patterns import NamePatterns, name_patterns
 from server.ground.errors import AdapterNotFound, Conflict, Forbidden, StorageFull
 
 
@@ -28,7 +28,11 @@ class Asker:
 
     def may_name(self, name: str) -> bool:
         """Whether its patterns have this name."""
-        return any(fnmatchcase(name, pattern) for pattern in self.names)
+        return self.patterns.match(name)
+
+    @property
+    def patterns(self) -> NamePatterns:
+        return name_patterns(self.names)
 
     def sees(self, name: str, owner: str | None) -> bool:
         """Whether an adapter exists as far as it is concerned."""

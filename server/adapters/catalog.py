@@ -14,6 +14,8 @@ from pathlib import Path
 from server.adapters.adapter_info import Provenance
 from server.adapters.asker import current_asker
 from server.adapters.eviction import Uses, Worth
+from server.adapters.name_index import NameIndex
+from server.adapters.name_patterns import nearest
 from server.adapters.sources import Found
 from server.adapters.store.adapter_store import Discarded
 from server.ground.errors import AdapterNotFound, BadRequest, Conflict, GraftError
@@ -159,6 +161,7 @@ class Catalog:
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
+        self._index = NameIndex()
         self.contents: dict[str, Content] = {}
         self.unlisted: list[Copy] = []  # that no name has any more, and somebody leases
         self.mixes: OrderedDict[str, Content] = OrderedDict()  # kept for the next request, the last asked for last
@@ -193,16 +196,29 @@ class Catalog:
         is_seen = entry is not None and current_asker().sees(name, entry.current.owner)
         return entry if is_seen else None
 
-    def seen_names(self) -> list[str]:
-        """The names that who asks may know of, in no order."""
+    def open_names(self) -> list[tuple[str, ...]]:
+        """The names that who asks may know of as far as owners go, in sorted lists. Its patterns are still to be asked:
+        outside the lock, as that may take a while."""
+        return [tuple(names) for names in self._index.open_to(current_asker().owner)]
+
+    def names_near(self, name: str, most: int) -> Sequence[str]:
+        """Some of the names that who asks may know of, sorted: at most `most`, those that would be beside `name`.
+
+        Names that only patterns with a wildcard before their end have are left out.
+        """
         asker = current_asker()
-        return [name for name, entry in self.entries.items() if asker.sees(name, entry.current.owner)]
+        found = [one for names in self._index.open_to(asker.owner) for one in asker.patterns.near(names, name, most)]
+        return nearest(sorted(found), name, most)
 
     def owner_for(self, name: str) -> str | None:
         """Whose a new version of a name is: whoever has the name keeps it. Raises Conflict where who asks may not."""
         entry = self.entries.get(name)
         owner = entry.current.owner if entry is not None else None
         return current_asker().owner_for(name, owner, exists=entry is not None)
+
+    def entries_of(self, owner: str | None) -> dict[str, Entry]:
+        """What an owner's names stand for."""
+        return {name: self.entries[name] for name in self._index.of(owner)}
 
     def to_prune(self, name: str, max_versions: int | None, *, num_new: int = 0) -> list[Copy]:
         """The versions of a name beyond the last `max_versions`, once `num_new` have come, that nobody holds."""
@@ -216,13 +232,18 @@ class Catalog:
         digest = copy.version.digest
         entry = self.entries.setdefault(copy.version.name, Entry(copy, {}))
         entry.copies[digest] = copy
-        entry.current = copy
+        self._mean(entry, copy)
 
     def make_current(self, copy: Copy) -> None:
         """Makes a copy that its name has already the one that it means."""
         entry = self.entries[copy.version.name]
         entry.copies[copy.version.digest] = entry.copies.pop(copy.version.digest)
+        self._mean(entry, copy)
+
+    def _mean(self, entry: Entry, copy: Copy) -> None:
+        """Has a name mean a copy, and belong to who owns that."""
         entry.current = copy
+        self._index.put(copy.version.name, copy.owner)
 
     def is_current(self, copy: Copy) -> bool:
         """Whether its name means it now."""
@@ -231,6 +252,7 @@ class Catalog:
     def remove(self, name: str) -> tuple[Copy, ...]:
         """Takes a name out; its copies stay, unlisted, for those who lease them."""
         copies = tuple(self.entries.pop(name).copies.values())
+        self._index.remove(name)
         for copy in copies:
             self._unlist(copy)
         return copies
@@ -311,6 +333,8 @@ class Catalog:
             "the listed copies are not those that names have": {id(c) for c in copies if c.is_listed} == listed,
             "the copies that count as deleted are not those that stay": {id(c) for c in copies if not c.is_listed}
             == {id(copy) for copy in self.unlisted},
+            "the index of names is not that of the entries": self._index.owners()
+            == {name: entry.current.owner for name, entry in self.entries.items()},
             "a deleted copy is pinned": all(copy.is_listed or not copy.is_pinned for copy in copies),
             "a deleted copy stays that nobody leases": all(copy.is_listed or copy.num_leases for copy in copies),
             "the mixes that are kept are not those that are not forgotten": self.mixes

@@ -30,7 +30,7 @@ def check_room(catalog: Catalog, coming: Coming, max_versions: int | None) -> No
     asker = current_asker()
     if asker.owner is None or asker.max_bytes is asker.max_adapters is None:
         return
-    own = {name: entry for name, entry in catalog.entries.items() if entry.current.owner == asker.owner}
+    own = catalog.entries_of(asker.owner)
     listed = sum(copy.content_bytes for entry in own.values() for copy in entry.copies.values())
     deleted = _deleted_bytes(catalog, asker.owner)
     added = coming.num_bytes

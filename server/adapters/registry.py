@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from server.adapters.adapter_info import AdapterInfo, Loaded, Provenance, Registered, RegistryStats
+from server.adapters.asker import current_asker
 from server.adapters.audit import noted
 from server.adapters.books import Books
 from server.adapters.catalog import AdapterVersion, Copy, Portion
@@ -369,9 +370,16 @@ class Registry:
 
     def names(self) -> tuple[str, ...]:
         """The names of all adapters that who asks may know of, sorted."""
+        patterns = current_asker().patterns
         with self._books.lock:
-            names = self._books.catalog.seen_names()
-        return tuple(sorted(names))
+            lists = self._books.catalog.open_names()
+        return tuple(sorted(name for names in lists for name in patterns.within(names)))
+
+    def names_near(self, name: str, most: int) -> tuple[str, ...]:
+        """Some of `names`, sorted: at most `most`, those that would be beside `name`. Costs little however many there
+        are, for which those are left out that only patterns with a wildcard before their end have."""
+        with self._books.lock:
+            return tuple(self._books.catalog.names_near(name, most))
 
     def list(self, after: str = "", limit: int | None = None) -> tuple[AdapterInfo, ...]:
         """Every adapter in its current version, by name. Each is true by itself: changes may fall in between.

@@ -91,10 +91,11 @@ def _first_lease(services: Services, parts: Sequence[Part], is_model: bool) -> L
 
 
 def unknown_model(services: Services, name: str) -> NotFound:
-    """What to raise for a `model` that is neither a name of the base nor an adapter: it lists what exists."""
-    known = [*services.base.served_names, *services.registry.names()]
-    more = len(known) - _MAX_LISTED
-    listed = ", ".join(known[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+    """What to raise for a `model` that is neither a name of the base nor an adapter: it lists what exists, of many
+    those that are nearest to it."""
+    known = ", ".join([*services.base.served_names, *services.registry.names_near(name, _MAX_LISTED)])
     return NotFound(
-        f"There is no model or adapter '{echo(name)}'; there are {listed}.", param="model", code="model_not_found"
+        f"There is no model or adapter '{echo(name)}'; GET /v1/models lists those that there are, such as {known}.",
+        param="model",
+        code="model_not_found",
     )

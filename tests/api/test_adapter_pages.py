@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from server.adapters.books import _MAX_COMPARED, _likely
 from server.ground.config import Settings
 from tests.api.adapter_files import lora_files
 from tests.api.conftest import Live, serving
@@ -67,11 +66,3 @@ def test_a_limit_that_is_none_is_a_bad_request(shelf: Live, limit: str) -> None:
     answer = shelf.http.get("/v1/adapters", params={"limit": limit})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "limit"
-
-
-def test_among_thousands_of_names_the_close_ones_are_still_suggested() -> None:
-    many = [f"name-{number:05d}" for number in range(5000)]
-    likely = _likely("name-02500x", many[::-1])
-    assert "name-02500" in likely
-    assert len(likely) == _MAX_COMPARED
-    assert _likely("anything", ["few", "names"]) == ["few", "names"]
