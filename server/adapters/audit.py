@@ -1,13 +1,16 @@
 """The audit log: who changed which adapter, when, and how it ended, as one line of JSON each.
 
-Owns the line. It has names, digests and error codes, and nothing of what a request or an adapter says. Knows nothing
-about where lines go: the logger "graft.audit" does.
+Owns the line, and what a request has told already, so that each refusal is told once. A line has names, digests and
+error codes, and nothing of what a request or an adapter says. Knows nothing about where lines go: the logger
+"graft.audit" does.
 """
 
 import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,6 +21,32 @@ LOGGER = "graft.audit"
 
 _log = logging.getLogger(LOGGER)
 _MAX_CHARS = 200  # of a name that a client made up
+
+
+@dataclass(slots=True)
+class Trail:
+    """What is known of a request that is to change something, for the line of its refusal."""
+
+    adapter: str | None = None  # which it is about, where its body says so
+    verb: str | None = None  # where its body says that it is another than its route's
+    is_told: bool = False  # whether there is a line of its refusal
+
+
+_trail: ContextVar[Trail | None] = ContextVar("trail", default=None)
+
+
+def begin_trail() -> Trail:
+    """That of a request which begins in this task, and of all that it starts."""
+    trail = Trail()
+    _trail.set(trail)
+    return trail
+
+
+def about(adapter: str | None, verb: str | None = None) -> None:
+    """Says which adapter the request is about, as soon as that is known, and what it asks for."""
+    trail = _trail.get()
+    if trail is not None:
+        trail.adapter, trail.verb = adapter, verb
 
 
 @contextmanager
@@ -35,7 +64,10 @@ def noted(verb: str, adapter: str, **facts: Any) -> Iterator[dict[str, Any]]:
 
 
 def note(verb: str, **facts: Any) -> None:
-    """Writes a line now."""
+    """Writes a line now; a `result` that is not "done" says how what was asked for was refused, or failed."""
+    trail = _trail.get()
+    if trail is not None and facts.get("result", "done") != "done":
+        trail.is_told = True
     asker = current_asker()
     line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "verb": verb, "who": asker.who}
     if asker.owner is not None:

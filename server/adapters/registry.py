@@ -301,8 +301,10 @@ class Registry:
         Raises what `lease` raises, what the load raises, and Conflict where pinned adapters fill the device.
         """
         begun_s = time.monotonic()
-        self._elsewhere.look_for(spec)
-        copy = self._custody.load(spec)
+        with noted("load", spec) as facts:
+            self._elsewhere.look_for(spec)
+            copy = self._custody.load(spec)
+            facts["version"] = copy.version.digest
         with self._books.lock:
             return Loaded(self._info(copy), time.monotonic() - begun_s)
 

@@ -1,9 +1,10 @@
 """The HTTP face put together: routes, errors, and what stands around every request.
 
 From the outside in: HEAD (`paths`), request id, metrics and last resort (`traffic`), size of heads and what they tell
-browsers (`heads`), what browsers ask for pages of other origins, API key and its limits (`auth`) or, where there is
-none, the page that asks (`origin`), what gateways want to know (`load_report`), slashes (`paths`), the key's scope
-(`auth`), size of bodies (`body`), fields to ignore (`unknown_fields`), routes.
+browsers (`heads`), what browsers ask for pages of other origins, API key (`auth`), the note of refused changes
+(`refusals`), the key's limits (`auth`) or, where there is no key, the page that asks (`origin`), what gateways want to
+know (`load_report`), slashes (`paths`), the key's scope (`auth`), size of bodies (`body`), fields to ignore
+(`unknown_fields`), routes.
 """
 
 import re
@@ -36,6 +37,7 @@ from server.api.load_report import LoadReport, load_of
 from server.api.openapi import DocumentedApp
 from server.api.origin import OriginCheck
 from server.api.paths import HeadAsGet, TrailingSlash
+from server.api.refusals import RefusalAudit
 from server.api.services import Services
 from server.api.traffic import Traffic
 from server.api.unknown_fields import IgnoredFields
@@ -96,6 +98,7 @@ def _add_middleware(app: FastAPI, services: Services, routes: Sequence[BaseRoute
         budgets = Budgets()
         services.keyring.watch(lambda keys: budgets.keep({key.name for key in keys}))
         app.add_middleware(BudgetCheck, budgets=budgets)
+    app.add_middleware(RefusalAudit, routes=routes)
     app.add_middleware(KeyCheck, keyring=services.keyring, open_paths=open_paths)
     if services.http.allowed_origins:
         # Outside of the key: a browser asks without it whether it may send it.

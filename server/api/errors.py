@@ -48,6 +48,7 @@ class ErrorResponse(JSONResponse):
         content: Mapping[str, Any] | None = None,
     ) -> None:
         """`content` in the place of OpenAI's error object."""
+        notes.current().error = error.code
         super().__init__(content or error_object(error), status, headers=headers)
         self._reason = error.reason
 

@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
 from server.adapters.asker import current_asker
+from server.adapters.audit import about, note, noted
 from server.adapters.registry import AdapterInfo
 from server.adapters.remote.address import Address
 from server.adapters.remote.fetches import FetchInfo, Order
@@ -51,7 +52,7 @@ def router(services: Services) -> APIRouter:
     @routes.delete("/v1/adapters/{name}/fetch")
     async def cancel(name: str) -> dict[str, Any]:
         """Cancels the fetch, or forgets its failure. An adapter that has the name stays."""
-        if not await services.lanes.changing.run(services.fetches.cancel, name):
+        if not await services.lanes.changing.run(_cancel, services, name):
             raise _no_fetch(name)
         return {"name": name, "object": "fetch", "deleted": True}
 
@@ -72,12 +73,14 @@ async def begin(
     A client that leaves while it waits changes nothing.
     """
     body = _parsed(await _read(request))
+    about(body.name, "order fetch")
     if body.name in services.base.served_names:
         raise Conflict(f"'{echo(body.name)}' is a name of the base; choose another for the adapter.", param="name")
     address = Address.parse(body.source)
-    _check_may_fetch(request, address)
     order = Order(body.name, address, body.replace or replaces, body.base_fingerprint)
-    fetch = await run_in_threadpool(services.fetches.begin, order)
+    with noted("order fetch", body.name, source=str(address)):
+        _check_may_fetch(request, address)
+        fetch = await run_in_threadpool(services.fetches.begin, order)
     if not body.wait:
         return JSONResponse(_shown(fetch.info()), 202, headers={"location": f"/v1/adapters/{order.name}/fetch"})
     registered = await asyncio.wrap_future(fetch.result)
@@ -86,12 +89,19 @@ async def begin(
 
 def delete(services: Services, name: str) -> None:
     """Takes an adapter out, with its fetch or the failure of one. Raises AdapterNotFound if there is neither."""
-    had_fetch = services.fetches.cancel(name)
+    had_fetch = _cancel(services, name)
     try:
         services.registry.delete(name)
     except AdapterNotFound:
         if not had_fetch:
             raise
+
+
+def _cancel(services: Services, name: str) -> bool:
+    is_done = services.fetches.cancel(name)
+    if is_done:
+        note("cancel fetch", adapter=name, result="done")
+    return is_done
 
 
 def listed(services: Services) -> list[dict[str, Any]]:

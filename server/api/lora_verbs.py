@@ -10,6 +10,7 @@ from pathlib import Path
 from fastapi import APIRouter
 from starlette.responses import PlainTextResponse, Response
 
+from server.adapters.audit import about
 from server.adapters.format.content import CONFIG_FILE
 from server.adapters.store.folder_store import content_files
 from server.api.errors import ErrorResponse, echo
@@ -47,6 +48,7 @@ def router(services: Services) -> APIRouter:
 
 def _load(services: Services, body: LoadLoraBody) -> tuple[str, bool]:
     """The name, and whether its content is new."""
+    about(body.lora_name)
     if not body.lora_name or not body.lora_path:
         raise BadRequest("Both 'lora_name' and 'lora_path' must be provided.")
     base = services.base
@@ -69,6 +71,7 @@ def _load(services: Services, body: LoadLoraBody) -> tuple[str, bool]:
 
 
 def _unload(services: Services, body: UnloadLoraBody) -> str:
+    about(body.lora_name)
     if not body.lora_name:
         raise BadRequest("'lora_name' needs to be provided to unload a LoRA adapter.")
     try:

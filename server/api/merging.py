@@ -12,6 +12,7 @@ from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
+from server.adapters.audit import about
 from server.adapters.merging.live import Made, Merge, MergeOrder
 from server.adapters.merging.merge import MAX_RANK, Merged
 from server.adapters.merging.recipe import MAX_INPUTS, recipe_for
@@ -51,6 +52,7 @@ def router(services: Services) -> APIRouter:
         """Answers when the result is stored: 201, or 200 where it is there already. Who leaves gives the merge up."""
         begun_s = time.perf_counter()
         with counted(lambda word: services.metrics.count_merge(word, time.perf_counter() - begun_s)) as result:
+            about(body.name)
             check_name(body.name)
             check_is_no_base(services, body.name)
             await look_elsewhere(services, (item.name for item in body.adapters))

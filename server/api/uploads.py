@@ -16,6 +16,7 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from server.adapters.audit import about
 from server.adapters.format.content import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from server.adapters.format.manifest import MAX_MANIFEST_BYTES
 from server.adapters.served_base import FINGERPRINT
@@ -214,6 +215,7 @@ class _Form:
 
     def end_part(self) -> None:
         if self._part == "name":
+            about(self._text("name"))
             check_name(self._text("name"))
             self._check_room_of(self._text("name"))
         if self._part == "base_fingerprint":

@@ -22,6 +22,7 @@ from typing import Literal, Protocol
 
 from server.adapters.adapter_info import Provenance, Registered
 from server.adapters.asker import current_asker
+from server.adapters.audit import note
 from server.adapters.registry import Registry
 from server.adapters.remote.address import Address, AllowList
 from server.adapters.remote.places import Place, as_refusal, open_place
@@ -304,6 +305,7 @@ class Fetches:
             raise
         except Exception as error:  # what a place's package raises is that fetch's end, and nobody may be left waiting
             refusal = as_refusal(error, fetch.order.address)
+            note("fetch", adapter=fetch.order.name, source=str(fetch.order.address), result=refusal.code)
             _log.warning("The fetch of %r failed: %s", fetch.order.name, refusal.message)
             _log.debug("It failed here:", exc_info=error)
             return refusal

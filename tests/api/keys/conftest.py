@@ -39,6 +39,7 @@ def tenants(settings: Callable[..., Settings], tmp_path_factory: pytest.TempPath
         entry("beta", adapters=["*"]),
         entry("globe", adapters=["public-*", "globe-*"]),
         entry("bare"),
+        entry("spent", ["infer", "adapters", "admin"], limits={"tokens_per_day": 1}),
         entry("operator", ["infer", "adapters", "metrics", "admin"]),
         *(entry(f"only-{scope}", [scope], adapters=["*"]) for scope in ("infer", "adapters", "metrics", "admin")),
     )
