@@ -17,9 +17,10 @@ class NamePatterns:
     """Names that at least one of some patterns has."""
 
     def __init__(self, patterns: Sequence[str]) -> None:
-        self._exact = frozenset(pattern for pattern in patterns if not _has_wildcard(pattern))
+        exact = {pattern for pattern in patterns if not _has_wildcard(pattern)}
+        others = [each for each in patterns if each not in exact and not _is_prefix(each)]
         self._prefixes = _disjoint({each[:-1] for each in patterns if _is_prefix(each)})
-        others = [each for each in patterns if each not in self._exact and not _is_prefix(each)]
+        self._exact = frozenset(name for name in exact if not name.startswith(self._prefixes))
         self._others = re.compile("|".join(map(translate, others))) if others else None
 
     def match(self, name: str) -> bool:
@@ -34,20 +35,26 @@ class NamePatterns:
         """
         if self._others is not None:
             return [name for name in names if self.match(name)]
-        found = {name for begin, end in self._spans(names) for name in names[begin:end]}
-        return sorted(found)
+        return [name for begin, end in sorted(self._spans(names)) for name in names[begin:end]]
 
     def near(self, names: Sequence[str], name: str, most: int) -> list[str]:
-        """Of sorted names some that a pattern has and that lie near to `name`, sorted: `most` of each pattern.
+        """Of sorted names without repetition that a pattern has, at most `most` that lie beside `name`, sorted.
 
         Names that only a pattern with a wildcard before its end has are left out. To find them, all names would have to
         be looked at; and to stop early would tell how many there are that no pattern has.
         """
-        found = {one for begin, end in self._spans(names) for one in nearest(names, name, most, begin, end)}
-        return sorted(found)
+        spans = sorted(self._spans(names))
+        num_before = sum(bisect_left(names, name, begin, end) - begin for begin, end in spans)
+        first, last = _window(num_before, sum(end - begin for begin, end in spans), most)
+        found: list[str] = []
+        num_passed = 0
+        for begin, end in spans:
+            found += names[begin + max(first - num_passed, 0) : begin + max(min(last - num_passed, end - begin), 0)]
+            num_passed += end - begin
+        return found
 
     def _spans(self, names: Sequence[str]) -> Iterator[tuple[int, int]]:
-        """Where the names lie that the simple patterns have."""
+        """Where the names lie that the simple patterns have: no two overlap."""
         for prefix in self._prefixes:
             yield bisect_left(names, prefix), bisect_left(names, prefix + _END)
         for name in self._exact:
@@ -61,13 +68,17 @@ def name_patterns(patterns: tuple[str, ...]) -> NamePatterns:
     return NamePatterns(patterns)
 
 
-def nearest(names: Sequence[str], name: str, most: int, begin: int = 0, end: int | None = None) -> Sequence[str]:
-    """Of the sorted `names[begin:end]` at most `most`, those before and after where `name` would be."""
-    end = len(names) if end is None else end
-    if end - begin <= most:
-        return names[begin:end]
-    at = bisect_left(names, name, begin, end)
-    return names[max(begin, at - most // 2) : min(end, at + most // 2)]
+def nearest(names: Sequence[str], name: str, most: int) -> Sequence[str]:
+    """Of sorted names at most `most`, those before and after where `name` would be."""
+    first, last = _window(bisect_left(names, name), len(names), most)
+    return names[first:last]
+
+
+def _window(at: int, number: int, most: int) -> tuple[int, int]:
+    """Begin and end of at most `most` of `number` things around the place `at`; of all where they are no more."""
+    if number <= most:
+        return 0, number
+    return max(at - most // 2, 0), min(at + most // 2, number)
 
 
 def _has_wildcard(pattern: str) -> bool:

@@ -25,7 +25,15 @@ def test_a_pattern_has_the_names_that_a_shell_would_say(patterns: tuple[str, ...
 @given(PATTERNS, NAMES, st.text("ab-1", max_size=4))
 def test_what_is_near_is_what_a_pattern_has(patterns: tuple[str, ...], names: list[str], name: str) -> None:
     found = NamePatterns(patterns)
-    assert set(found.near(names, name, 4)) <= set(found.within(names))
+    near = found.near(names, name, 4)
+    assert len(near) <= 4
+    assert near == sorted(set(near) & set(found.within(names)))
+
+
+@given(SIMPLE, NAMES, st.text("ab-1", max_size=4))
+def test_what_is_near_are_the_names_beside(patterns: tuple[str, ...], names: list[str], name: str) -> None:
+    found = NamePatterns((*patterns, "ab", "1"))
+    assert found.near(names, name, 4) == nearest(found.within(names), name, 4)
 
 
 @given(SIMPLE, NAMES, NAMES, st.text("ab-1", max_size=4))
