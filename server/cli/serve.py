@@ -35,6 +35,7 @@ from server.ground.heap import keep_one_arena
 # Longer than clients keep an idle connection (httpx 5 s, proxies 60 s): who closes first must not be the server, or a
 # request that is just being sent meets a reset.
 _KEEP_ALIVE_S = 75
+_MAX_WAITING = 2048  # connections that the system keeps until they are accepted; it may allow fewer
 _LAST_WORDS_S = 2  # of --drain-timeout, at most half: what aborted answers have to tell their clients so
 _HEARTBEAT_S = 0.25  # between two looks at whether the server is alive
 _LOST_S = 15.0  # then a process that is lost ends whatever else hangs
@@ -148,6 +149,8 @@ class _Uvicorn(uvicorn.Server):
         except OSError as error:  # another process bound the same address while the base was loading
             host, port = sockets[0].getsockname()[:2] if sockets else ("", 0)
             raise _not_bindable(host, port, error) from None
+        for listener in sockets or ():
+            listener.listen(_MAX_WAITING)
         if self.started:
             self._tasks.append(asyncio.create_task(self._watch()))
             sys.stdout.write(f"{self._server.banner()}\n")
@@ -222,6 +225,10 @@ def listen(server: Served, settings: Settings, listener: socket.socket) -> int:
         log_level="debug" if settings.log_level == "debug" else "warning",
         access_log=settings.log_level == "debug",
         server_header=False,
+        # asyncio accepts so many at a time, and fails as often where the process has no descriptor left, each time with
+        # an error in the log and a new try a second later: with more than one the loop soon does nothing else. The
+        # system is told in `startup` to keep more of them waiting.
+        backlog=1,
         timeout_keep_alive=_KEEP_ALIVE_S,
         http=watched(Patience(max_connections=room_for(settings.max_connections))),
         ws="none",

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import json
 import resource
 import signal
 import socket
@@ -269,9 +268,12 @@ def test_it_has_no_descriptors_left(world: Process, right: Mapping[Case, str]) -
                 connection.close()
         load.await_right()
     load.check(may_refuse={"store_unreachable"})
+    # A try each second, and not one after the other: the loop has other work.
+    assert sum("out of system resource" in line["message"] for line in world.lines()) < 1000
 
 
 def test_its_log_is_json_and_says_nothing_of_prompts(world: Process, right: Mapping[Case, str]) -> None:
+    num_before = len(world.lines())
     with world.client() as http:
         headers = {"x-request-id": "trace-1"}
         body = {"prompt": "zxsecretxz", "adapter": "poet-dora", "max_tokens": 3, "temperature": 0}
@@ -284,5 +286,5 @@ def test_its_log_is_json_and_says_nothing_of_prompts(world: Process, right: Mapp
     assert 1 <= line["output_tokens"] <= 3
     assert line["seconds"] > 0
     assert "zxsecretxz" not in world.said()
-    assert json.dumps(right)[:20] not in world.said()
-    assert not any(line["level"] == "error" for line in world.lines())
+    assert not any(text in world.said() for text in right.values())
+    assert not any(line["level"] == "error" for line in world.lines()[num_before:])
