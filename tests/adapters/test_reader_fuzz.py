@@ -32,5 +32,6 @@ def test_more_of_them_by_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # of computing without a pause; other processes may have the cores
 def test_many_of_them_by_number(tmp_path: Path) -> None:
     assert run(tmp_path, range(300, 50_000)).total() == 49_700
