@@ -91,7 +91,8 @@ def expected_needs(settings: Settings, options: BaseOptions) -> PrefillNeeds:
     Raises StartupRefused when there is no such model.
     """
     config = read_config(options.model)
-    dtype = kv_dtype(options.dtype or default_dtype(config, options.device), options.device)
+    own_dtype = options.dtype or default_dtype(config, options.device)
+    dtype = kv_dtype(own_dtype, options.device, has_kernels=options.ops != "reference")
     max_context = settings.max_context or int(getattr(config.get_text_config(), "max_position_embeddings", 4096))
     return _needs(options.device, dtype, _block_size(settings, options.device, max_context), expected_layers(config))
 

@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from server.ground.errors import StartupRefused
 from server.model.architectures import SERVED
 from server.model.context import BatchOps, Scope, StepContext
-from server.ops import Kernels, decode_attention, prefill_attention, store_kv
+from server.ops import Kernels, decode_attention, native, prefill_attention, store_kv
 from server.ops.prefill import AttentionLayer
 from server.ops.site_ops import OpSite
 
@@ -138,15 +138,21 @@ class PagedAttention:
         return decode_attention(query, keys, values, context.attention.decode, **self._options[layer])
 
     def decode_natively(
-        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, context: StepContext
+        self,
+        layer: int,
+        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        turns: tuple[torch.Tensor, torch.Tensor],
+        context: StepContext,
     ) -> torch.Tensor:
-        """As `decode`, by kernels: query (tokens, heads, width), keys and values (tokens, kv_heads, width)."""
+        """As `decode`, by native kernels and before the rotation: `projected` queries, keys and values, each
+        (1, tokens, heads * width); `turns` as `native.rotary_decode` wants them -> (1, tokens, heads * width)."""
         assert self.cache is not None
-        assert self.kernels is not None
-        batch, cached = context.attention, (self.cache.keys[layer], self.cache.values[layer])
+        batch = context.attention
         assert batch.lists is not None
-        self.kernels.store_kv(keys, values, *cached, batch.blocks, batch.offsets)
-        return self.kernels.decode_attention(query, *cached, batch.lists, **self._options[layer])
+        query, keys, values = (t[0] for t in projected)
+        caches, places = (self.cache.keys[layer], self.cache.values[layer]), (batch.blocks, batch.offsets)
+        options = self._options[layer]
+        return native.rotary_decode(query, keys, values, turns, caches, places, batch.lists, **options)[None]
 
     def _with_ops(
         self, k: torch.Tensor, v: torch.Tensor, site: OpSite, ops: BatchOps

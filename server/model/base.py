@@ -123,7 +123,7 @@ class Base:
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        return kv_dtype(self.dtype, self.device)
+        return kv_dtype(self.dtype, self.device, has_kernels=self.kernels is not None)
 
     @property
     def has_length_dependent_rope(self) -> bool:

@@ -140,10 +140,7 @@ class DecodeAttentions:
         q, k, v = module.q_proj(x), module.k_proj(x), module.v_proj(x)
         if context.attention.lists is not None:
             turns = self._turns(angles, torch.float32)
-            queries, keys, values = (t.view(num_tokens, -1, width) for t in (q, k, v))
-            queries, keys = (native.rotate(t, turns.cos, turns.sin) for t in (queries, keys))
-            out = self._attention.decode_natively(module.layer_idx, queries, keys, values, context)
-            return out.view(1, num_tokens, -1)
+            return self._attention.decode_natively(module.layer_idx, (q, k, v), (turns.cos, turns.sin), context)
         num_kv = k.shape[-1] // width
         heads = torch.cat((q, k, v), dim=-1).to(dtype).view(num_tokens, -1, width)
         turns = self._turns(angles, dtype)

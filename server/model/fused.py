@@ -81,7 +81,7 @@ class FusedLinear:
 
     def output_of(self, member: int, outputs: torch.Tensor) -> torch.Tensor:
         """The part (..., d_out) of one member, a view of what a call returned."""
-        return outputs[..., self.offsets[member] : self.offsets[member] + self.widths[member]]
+        return outputs.narrow(-1, self.offsets[member], self.widths[member])
 
     def weight_of(self, member: int) -> torch.Tensor:
         """(d_out, d_in) of one member: a view, or a copy where the weight is packed."""

@@ -48,12 +48,14 @@ def expected_size(options: BaseOptions) -> BaseSize | None:
     if base_bytes is None:
         return None
     max_context = int(getattr(config.get_text_config(), "max_position_embeddings", 4096))
-    return BaseSize(base_bytes, shapes, kv_dtype(dtype, options.device), max_context, config)
+    return BaseSize(
+        base_bytes, shapes, kv_dtype(dtype, options.device, has_kernels=options.ops != "reference"), max_context, config
+    )
 
 
-def kv_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What keys and values are cached in: float32 on a CPU, whose small 16-bit products are slower."""
-    return torch.float32 if device.type == "cpu" else dtype
+def kv_dtype(dtype: torch.dtype, device: torch.device, *, has_kernels: bool) -> torch.dtype:
+    """What keys and values are cached in: float32 for PyTorch on a CPU: its small 16-bit products are slower."""
+    return torch.float32 if device.type == "cpu" and not has_kernels else dtype
 
 
 def _least_bytes(options: BaseOptions, config: PreTrainedConfig, dtype: torch.dtype) -> int | None:

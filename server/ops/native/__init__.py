@@ -21,7 +21,7 @@ __all__ = [
     "gated",
     "library",
     "rms_norm",
-    "rotate",
+    "rotary_decode",
     "scale",
     "shrink",
     "store_kv",
@@ -172,7 +172,7 @@ def decode_attention(
     query = _dense_rows(query)
     num_sequences, num_heads, width = query.shape
     assert width <= _MAX_HEAD_WIDTH
-    out = torch.empty(query.shape, dtype=query.dtype)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
     scores = None if sinks is None else sinks.float().contiguous()
     library().graft_decode_attention(
         query.data_ptr(), query.stride(0), query.stride(1), out.data_ptr(), DTYPES[query.dtype],
@@ -187,9 +187,8 @@ def decode_attention(
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """weight * x / sqrt(mean(x^2) + eps), rounded once: x (..., width), weight (width,) float32 (Zhang and Sennrich
     2019, arXiv:1910.07467)."""
-    rows = x.reshape(-1, x.shape[-1])
-    rows = _dense_rows(rows)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    rows = _dense_rows(x.reshape(-1, x.shape[-1]))
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     library().graft_rms_norm(
         rows.data_ptr(), rows.stride(0), y.data_ptr(), DTYPES[x.dtype], weight.data_ptr(), *rows.shape, eps
     )
@@ -202,7 +201,7 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     gates, ups = (_dense_rows(t.reshape(-1, width)) for t in (gate, up))
     if gates.stride(0) != ups.stride(0):
         gates, ups = gates.contiguous(), ups.contiguous()
-    y = torch.empty(gate.shape, dtype=gate.dtype)
+    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     library().graft_gated(
         gates.data_ptr(), ups.data_ptr(), gates.stride(0), y.data_ptr(), DTYPES[gate.dtype], gates.shape[0], width,
         torch.get_num_threads(),
@@ -210,14 +209,40 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`reference.rotate` into a tensor of its own: x (tokens, heads, width), each head dense and the width even; cos
-    and sin (tokens, 1, width) float32, dense, the first half of sin negated."""
-    y = torch.empty(x.shape, dtype=x.dtype)
-    library().graft_rotate(
-        x.data_ptr(), x.stride(0), x.stride(1), y.data_ptr(), DTYPES[x.dtype], cos.data_ptr(), sin.data_ptr(), *x.shape
-    )
-    return y
+def rotary_decode(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    turns: tuple[torch.Tensor, torch.Tensor],
+    caches: tuple[torch.Tensor, torch.Tensor],
+    places: tuple[torch.Tensor, torch.Tensor],
+    batch: DecodeLists,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """`rotate`, `store_kv` and `decode_attention` of a step of decodes in one call.
+
+    query (tokens, heads * width), keys and values (tokens, kv_heads * width), as the projections give them; `turns`:
+    cos and sin, each (tokens, 1, width) float32 as `reference.rotate` has them, and dense; `caches` and `places`
+    (blocks, offsets) as in `store_kv`. Returns (tokens, heads * width), dense.
+    """
+    query, keys, values = _dense_rows(query), _dense_rows(keys), _dense_rows(values)
+    (cos, sin), (key_cache, value_cache), (blocks, offsets) = turns, caches, places
+    num_kv_heads, block_size, width = key_cache.shape[1:]
+    assert width <= _MAX_HEAD_WIDTH
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    num_sequences, num_outputs = query.shape
+    library().graft_rotary_decode(
+        query.data_ptr(), query.stride(0), keys.data_ptr(), keys.stride(0), values.data_ptr(), values.stride(0),
+        DTYPES[query.dtype], cos.data_ptr(), sin.data_ptr(), out.data_ptr(),
+        key_cache.data_ptr(), value_cache.data_ptr(), DTYPES[key_cache.dtype], blocks.data_ptr(), offsets.data_ptr(),
+        num_sequences, num_outputs // width, num_kv_heads, block_size, width,
+        batch.lengths.data_ptr(), batch.firsts.data_ptr(), batch.blocks.data_ptr(),
+        scaling, window or 0, softcap or 0.0, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def _dense_rows(x: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ _SIGNATURES = {
     "graft_decode_attention": "piipippiiiiiipppdidpi",
     "graft_rms_norm": "pipipiid",
     "graft_gated": "ppipiiii",
-    "graft_rotate": "piipippiii",
+    "graft_rotary_decode": "pipipiipppppippiiiiipppdidi",
 }
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
 

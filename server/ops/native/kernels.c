@@ -373,23 +373,29 @@ void graft_scale(const void *x, int64_t x_stride, void *y, int64_t x_dtype, cons
 
 /* Attention over the paged cache: blocks (blocks, kv_heads, block_size, width), both caches of one layout. */
 
+INLINE void store_finite(void *cache, int64_t to, const void *values, int64_t from, int64_t width, int dtype,
+                         int cache_dtype) {
+    floats highest = all(dtype == BFLOAT16 || cache_dtype == BFLOAT16 ? 0x1.fep127f : 0x1.fffffep127f);
+    for (int64_t d = 0; d < width; d += LANES) {
+        floats value = load(values, from + d, width - d, dtype);
+        value = chosen(value > highest, highest, chosen(value < -highest, -highest, value));
+        store(cache, to + d, width - d, chosen(value == value, value, all(0)), cache_dtype);
+    }
+}
+
 /* key_cache[blocks[t], :, offsets[t]] = keys[t], values likewise and made finite, as `reference.store_kv` says why. */
 void graft_store_kv(const void *keys, int64_t key_stride, int64_t key_head, const void *values, int64_t value_stride,
                     int64_t value_head, int64_t dtype, void *key_cache, void *value_cache, int64_t cache_dtype,
                     int64_t num_heads, int64_t block_size, int64_t width, const int64_t *blocks, const int64_t *offsets,
                     int64_t num_tokens) {
-    float largest = dtype == BFLOAT16 || cache_dtype == BFLOAT16 ? 0x1.fep127f : 0x1.fffffep127f;
-    floats highest = all(largest);
     for (int64_t t = 0; t < num_tokens; t++)
         for (int64_t head = 0; head < num_heads; head++) {
             int64_t to = ((blocks[t] * num_heads + head) * block_size + offsets[t]) * width;
-            int64_t key_at = t * key_stride + head * key_head, value_at = t * value_stride + head * value_head;
             for (int64_t d = 0; d < width; d += LANES) {
-                store(key_cache, to + d, width - d, load(keys, key_at + d, width - d, dtype), cache_dtype);
-                floats value = load(values, value_at + d, width - d, dtype);
-                value = chosen(value > highest, highest, chosen(value < -highest, -highest, chosen(value == value, value, all(0))));
-                store(value_cache, to + d, width - d, value, cache_dtype);
+                floats key = load(keys, t * key_stride + head * key_head + d, width - d, dtype);
+                store(key_cache, to + d, width - d, key, cache_dtype);
             }
+            store_finite(value_cache, to, values, t * value_stride + head * value_head, width, dtype, cache_dtype);
         }
 }
 
@@ -407,12 +413,13 @@ INLINE int64_t cached_at(const struct cache *cache, int64_t position, int64_t he
 }
 
 /* One query head over positions [start, stop), with a running maximum (Milakov and Gimelshein 2018, arXiv:1805.02867). */
-INLINE void attend(const struct cache *cache, const void *query, void *out, int64_t head, int64_t start, int64_t stop,
-                   float scaling, float softcap, const float *sink, int dtype, int cache_dtype, int is_whole) {
+INLINE void attend(const struct cache *cache, const void *query, int query_dtype, void *out, int dtype, int64_t head,
+                   int64_t start, int64_t stop, float scaling, float softcap, const float *sink, int cache_dtype,
+                   int is_whole) {
     int64_t width = cache->width, num_vectors = (width + LANES - 1) / LANES;
     floats q[MAX_WIDTH / LANES], sums[MAX_WIDTH / LANES];
     for (int64_t v = 0; v < num_vectors; v++) {
-        q[v] = load(query, v * LANES, is_whole ? LANES : width - v * LANES, dtype) * scaling;
+        q[v] = load(query, v * LANES, is_whole ? LANES : width - v * LANES, query_dtype) * scaling;
         sums[v] = all(0);
     }
     float top = sink ? *sink : -INFINITY, weight = sink ? 1 : 0;
@@ -446,13 +453,24 @@ INLINE void attend(const struct cache *cache, const void *query, void *out, int6
     for (int64_t v = 0; v < num_vectors; v++) store(out, v * LANES, is_whole ? LANES : width - v * LANES, sums[v] / weight, dtype);
 }
 
+/* `attend` for whatever dtypes, those of most bases made for themselves. */
+static void attend_any(const struct cache *cache, const void *query, int query_dtype, void *out, int dtype, int64_t head,
+                       int64_t start, int64_t stop, float scaling, float softcap, const float *sink, int cache_dtype) {
+    if (cache_dtype == BFLOAT16 && cache->width % LANES == 0)
+        attend(cache, query, query_dtype, out, dtype, head, start, stop, scaling, softcap, sink, BFLOAT16, 1);
+    else if (cache_dtype == FLOAT32 && cache->width % LANES == 0)
+        attend(cache, query, query_dtype, out, dtype, head, start, stop, scaling, softcap, sink, FLOAT32, 1);
+    else
+        attend(cache, query, query_dtype, out, dtype, head, start, stop, scaling, softcap, sink, cache_dtype, 0);
+}
+
 /* query (sequences, heads, width) -> out, dense: softmax(cap(scaling * query . keys) ++ sinks) @ values over the last
    `window` of each sequence's cached tokens, 0 for all of them. softcap 0 is none, sinks null for none. */
 void graft_decode_attention(const void *query, int64_t query_stride, int64_t query_head, void *out, int64_t dtype,
-                            const void *key_cache, const void *value_cache, int64_t cache_dtype, int64_t num_sequences, int64_t num_heads,
-                            int64_t num_kv_heads, int64_t block_size, int64_t width, const int64_t *lengths,
-                            const int64_t *firsts, const int64_t *blocks, double scaling, int64_t window,
-                            double softcap, const float *sinks, int64_t num_threads) {
+                            const void *key_cache, const void *value_cache, int64_t cache_dtype, int64_t num_sequences,
+                            int64_t num_heads, int64_t num_kv_heads, int64_t block_size, int64_t width,
+                            const int64_t *lengths, const int64_t *firsts, const int64_t *blocks, double scaling,
+                            int64_t window, double softcap, const float *sinks, int64_t num_threads) {
     int64_t num_items = num_sequences * num_heads, group = num_heads / num_kv_heads;
     (void)num_threads;
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_items * width >= WORTH_A_THREAD)
@@ -460,16 +478,56 @@ void graft_decode_attention(const void *query, int64_t query_stride, int64_t que
         int64_t sequence = item / num_heads, head = item % num_heads, stop = lengths[sequence];
         struct cache cache = {key_cache, value_cache, num_kv_heads, block_size, width, blocks + firsts[sequence]};
         int64_t start = window && window < stop ? stop - window : 0;
-        const void *q = at(query, sequence * query_stride + head * query_head, dtype);
-        void *to = at(out, item * width, dtype);
-        const float *sink = sinks ? sinks + head : 0;
-        int is_whole = width % LANES == 0;
-        if (dtype == BFLOAT16 && cache_dtype == BFLOAT16 && is_whole)
-            attend(&cache, q, to, head / group, start, stop, scaling, softcap, sink, BFLOAT16, BFLOAT16, 1);
-        else if (dtype == BFLOAT16 && cache_dtype == FLOAT32 && is_whole)
-            attend(&cache, q, to, head / group, start, stop, scaling, softcap, sink, BFLOAT16, FLOAT32, 1);
-        else
-            attend(&cache, q, to, head / group, start, stop, scaling, softcap, sink, dtype, cache_dtype, 0);
+        attend_any(&cache, at(query, sequence * query_stride + head * query_head, dtype), dtype,
+                   at(out, item * width, dtype), dtype, head / group, start, stop, scaling, softcap,
+                   sinks ? sinks + head : 0, cache_dtype);
+    }
+}
+
+/* One vector of each half of a head, turned by the angles whose cosines and sines are given, the first half of the sines
+   negated: y[i] = cos[i] * x[i] + sin[i] * x[(i + width / 2) % width] (Su et al. 2021, arXiv:2104.09864). */
+INLINE void turn(const void *x, int64_t from, const float *cos, const float *sin, int64_t half, int64_t n, int dtype,
+                 floats *first, floats *last) {
+    floats low = load(x, from, n, dtype), high = load(x, from + half, n, dtype);
+    *first = load(cos, 0, n, FLOAT32) * low + load(sin, 0, n, FLOAT32) * high;
+    *last = load(cos, half, n, FLOAT32) * high + load(sin, half, n, FLOAT32) * low;
+}
+
+/* A step of decodes as Llama has it: query (sequences, heads, width), keys and values (sequences, kv_heads, width) as the
+   projections gave them, each head dense. Turns queries and keys, stores keys and values, and attends to all of them;
+   cos and sin (sequences, width). */
+void graft_rotary_decode(const void *query, int64_t query_stride, const void *keys, int64_t key_stride,
+                         const void *values, int64_t value_stride, int64_t dtype, const float *cos, const float *sin,
+                         void *out, void *key_cache, void *value_cache, int64_t cache_dtype, const int64_t *own_blocks,
+                         const int64_t *offsets, int64_t num_sequences, int64_t num_heads, int64_t num_kv_heads,
+                         int64_t block_size, int64_t width, const int64_t *lengths, const int64_t *firsts,
+                         const int64_t *blocks, double scaling, int64_t window, double softcap, int64_t num_threads) {
+    int64_t num_items = num_sequences * num_kv_heads, group = num_heads / num_kv_heads, half = width / 2;
+    (void)num_threads;
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_items * group * width >= WORTH_A_THREAD)
+    for (int64_t item = 0; item < num_items; item++) {
+        int64_t s = item / num_kv_heads, kv_head = item % num_kv_heads, stop = lengths[s];
+        int64_t to = ((own_blocks[s] * num_kv_heads + kv_head) * block_size + offsets[s]) * width;
+        const float *c = cos + s * width, *d = sin + s * width;
+        floats first, last;
+        for (int64_t n = 0; n < half; n += LANES) {
+            turn(keys, s * key_stride + kv_head * width + n, c + n, d + n, half, half - n, dtype, &first, &last);
+            store(key_cache, to + n, half - n, first, cache_dtype);
+            store(key_cache, to + half + n, half - n, last, cache_dtype);
+        }
+        store_finite(value_cache, to, values, s * value_stride + kv_head * width, width, dtype, cache_dtype);
+        struct cache cache = {key_cache, value_cache, num_kv_heads, block_size, width, blocks + firsts[s]};
+        int64_t start = window && window < stop ? stop - window : 0;
+        for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
+            float turned[MAX_WIDTH];
+            for (int64_t n = 0; n < half; n += LANES) {
+                turn(query, s * query_stride + head * width + n, c + n, d + n, half, half - n, dtype, &first, &last);
+                store(turned, n, half - n, first, FLOAT32);
+                store(turned, half + n, half - n, last, FLOAT32);
+            }
+            attend_any(&cache, turned, FLOAT32, at(out, (s * num_heads + head) * width, dtype), dtype, kv_head, start,
+                       stop, scaling, softcap, 0, cache_dtype);
+        }
     }
 }
 
@@ -503,22 +561,4 @@ void graft_gated(const void *gate, const void *up, int64_t stride, void *y, int6
             floats other = load(up, row * stride + n, width - n, dtype);
             store(y, row * width + n, width - n, value / (1.0f + exponential(-value)) * other, dtype);
         }
-}
-
-/* Rotary embedding of x (tokens, heads, width) into y, dense, by cos and sin (tokens, width) float32, the first half of
-   sin negated: y[i] = cos[i] * x[i] + sin[i] * x[(i + width / 2) % width] (Su et al. 2021, arXiv:2104.09864). */
-void graft_rotate(const void *x, int64_t x_stride, int64_t x_head, void *y, int64_t dtype, const float *cos,
-                  const float *sin, int64_t num_tokens, int64_t num_heads, int64_t width) {
-    int64_t half = width / 2;
-    for (int64_t t = 0; t < num_tokens; t++)
-        for (int64_t head = 0; head < num_heads; head++)
-            for (int64_t n = 0; n < half; n += LANES) {
-                int64_t from = t * x_stride + head * x_head + n, to = (t * num_heads + head) * width + n, num = half - n;
-                const float *c = cos + t * width + n, *s = sin + t * width + n;
-                floats low = load(x, from, num, dtype), high = load(x, from + half, num, dtype);
-                floats first = load(c, 0, num, FLOAT32) * low + load(s, 0, num, FLOAT32) * high;
-                floats last = load(c, half, num, FLOAT32) * high + load(s, half, num, FLOAT32) * low;
-                store(y, to, num, first, dtype);
-                store(y, to + half, num, last, dtype);
-            }
 }

@@ -2,6 +2,7 @@
 products, 16 bits, and that an answer does not depend on its neighbours or on how many threads there are."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -83,16 +84,33 @@ def test_numbers_are_rounded_as_pytorch_rounds_them(bits: list[int]) -> None:
     assert torch.equal(keys.flatten().nan_to_num(), expected.nan_to_num())
 
 
+@pytest.mark.usefixtures("_threads")
 @DTYPES
 @pytest.mark.parametrize("width", [2, 16, 40, 64])
-def test_heads_are_rotated(dtype: torch.dtype, width: int) -> None:
-    heads = normal(7, 5, width, seed=1).to(dtype)
-    angles = torch.rand(7, 1, width // 2).repeat(1, 1, 2)
+@pytest.mark.parametrize("options", [{}, {"window": 9, "softcap": 3.0}], ids=["plain", "window and cap"])
+def test_a_rotary_decode_is_a_rotation_a_store_and_attention(
+    dtype: torch.dtype, width: int, options: dict[str, Any]
+) -> None:
+    lengths, heads, kv_heads = [1, 30, 70], 6, 2
+    projected = normal(3, (heads + 2 * kv_heads) * width, seed=1).to(dtype)
+    query, keys, values = projected.split([n * width for n in (heads, kv_heads, kv_heads)], dim=1)
+    values[1, 3] = torch.inf
+    angles = torch.rand(3, 1, width // 2, generator=torch.Generator().manual_seed(2)).repeat(1, 1, 2)
     cos, sin = angles.cos(), angles.sin()
     sin[..., : width // 2] *= -1
-    expected = heads[:, 1:4].float().clone()
-    reference.rotate(expected, cos, sin)
-    torch.testing.assert_close(native.rotate(heads[:, 1:4], cos, sin), expected.to(dtype), **limits(dtype))
+    at_once, expected = (normal(2, 5, kv_heads, 32, width, seed=3).to(dtype) for _ in range(2))
+    places = torch.tensor([2, 0, 1]), torch.tensor([0, 29, 5])
+    lists = DecodeLists(torch.tensor(lengths), torch.tensor([0, 1, 2]), torch.tensor([2, 0, 4, 3, 1]))
+
+    found = native.rotary_decode(query, keys, values, (cos, sin), tuple(at_once), places, lists, scaling=0.3, **options)
+
+    turned = [t.float().reshape(3, -1, width) for t in (query, keys)]
+    for t in turned:
+        reference.rotate(t, cos, sin)
+    native.store_kv(turned[1], values.float().reshape(3, -1, width), *expected, *places)
+    torch.testing.assert_close(at_once, expected, rtol=0, atol=0)
+    answer = native.decode_attention(turned[0], *expected, lists, scaling=0.3, **options).flatten(1)
+    torch.testing.assert_close(found, answer.to(dtype), **limits(dtype))
 
 
 @pytest.mark.usefixtures("_threads")
