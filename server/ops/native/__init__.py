@@ -9,6 +9,8 @@ Activations and rows are float32 or bfloat16 (`DTYPES`), each for itself; sums a
 import torch
 
 from server.ops.native.build import CannotCompile, library
+from server.ops.native.dtypes import DTYPES
+from server.ops.native.long_runs import LONGEST, expand_long, shrink_long
 from server.ops.runs import DecodeLists, TokenRuns
 from server.ops.sheets import GroupTable, Sheets
 
@@ -27,7 +29,6 @@ __all__ = [
     "store_kv",
 ]
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _MAX_HEAD_WIDTH = 512  # MAX_WIDTH of kernels.c
 
 
@@ -49,8 +50,9 @@ def shrink(x: torch.Tensor, group: GroupTable, table: Sheets, tokens: TokenRuns)
         table.buffer.data_ptr(), DTYPES[table.buffer.dtype], group.down_stride,
         table.addresses.data_ptr(), group.members.data_ptr(), num_members,
         tokens.slots.data_ptr(), runs.order.data_ptr(), runs.starts.data_ptr(), runs.num,
-        h.data_ptr(), table.max_rank, group.d_in, torch.get_num_threads(),
+        h.data_ptr(), table.max_rank, group.d_in, LONGEST, torch.get_num_threads(),
     )  # fmt: skip
+    shrink_long(x, h, group, table, tokens.slots, runs)
     return h
 
 
@@ -59,9 +61,10 @@ def embed_low_rank(ids: torch.Tensor, group: GroupTable, table: Sheets, tokens: 
 
     Semantics: as shrink, with dot(down[i], x[t]) = down[i][ids[t]].
     """
-    runs, h = tokens.by_down, torch.empty(ids.shape[0], 1, table.max_rank)
+    ids, runs = ids.contiguous(), tokens.by_down  # bound to a name: its memory must outlive the call
+    h = torch.empty(ids.shape[0], 1, table.max_rank)
     library().graft_embed(
-        ids.contiguous().data_ptr(), table.buffer.data_ptr(), DTYPES[table.buffer.dtype], group.down_stride,
+        ids.data_ptr(), table.buffer.data_ptr(), DTYPES[table.buffer.dtype], group.down_stride,
         table.addresses.data_ptr(), group.members.data_ptr(),
         tokens.slots.data_ptr(), runs.order.data_ptr(), runs.starts.data_ptr(), runs.num, h.data_ptr(), table.max_rank,
     )  # fmt: skip
@@ -97,8 +100,10 @@ def expand(
         table.buffer.data_ptr(), DTYPES[table.buffer.dtype],
         table.addresses.data_ptr(), group.members.data_ptr(), num_members, first, last, member is None,
         tokens.slots.data_ptr(), runs.order.data_ptr(), runs.starts.data_ptr(), runs.num,
-        table.max_rank, max(group.widths[first:last]), gain, table.has_vectors, torch.get_num_threads(),
+        table.max_rank, max(group.widths[first:last]), gain, table.has_vectors, LONGEST,
+        torch.get_num_threads(),
     )  # fmt: skip
+    expand_long(rows, h, group, table, tokens.slots, runs, range(first, last), gain, is_joint=member is None)
     if rows is not y:
         y.copy_(rows)
 
@@ -190,8 +195,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     rows = _dense_rows(x.reshape(-1, x.shape[-1]))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     library().graft_rms_norm(
-        rows.data_ptr(), rows.stride(0), y.data_ptr(), DTYPES[x.dtype], weight.data_ptr(), *rows.shape, eps
-    )
+        rows.data_ptr(), rows.stride(0), y.data_ptr(), DTYPES[x.dtype], weight.data_ptr(), *rows.shape, eps,
+        torch.get_num_threads(),
+    )  # fmt: skip
     return y
 
 

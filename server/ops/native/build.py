@@ -27,13 +27,16 @@ _MAX_COMPILE_S = 120
 
 # p a pointer, i an int64, d a double.
 _SIGNATURES = {
-    "graft_shrink": "piipiippipppipiii",
+    "graft_shrink": "piipiippipppipiiii",
     "graft_embed": "ppiipppppipi",
-    "graft_expand": "piippippiiiipppiiidii",
+    "graft_expand": "piippippiiiipppiiidiii",
+    "graft_rows": "piippiiipi",
+    "graft_middle": "piippippipii",
+    "graft_finish": "piiippippippidi",
     "graft_scale": "pipipippipii",
     "graft_store_kv": "piipiiippiiiippi",
     "graft_decode_attention": "piipippiiiiiipppdidpi",
-    "graft_rms_norm": "pipipiid",
+    "graft_rms_norm": "pipipiidi",
     "graft_gated": "ppipiiii",
     "graft_rotary_decode": "pipipiipppppippiiiiipppdidi",
 }
@@ -51,7 +54,7 @@ def library() -> ctypes.CDLL:
     for name, signature in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes = [_TYPES[letter] for letter in signature]
-        function.restype = None
+        function.restype = ctypes.c_int64 if name == "graft_rows" else None
     return loaded
 
 

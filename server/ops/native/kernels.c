@@ -185,18 +185,19 @@ INLINE void shrink_run(struct run run, const void *x, int64_t x_stride, const vo
     }
 }
 
-/* x (tokens, width) -> h (tokens, members, max_rank) float32: dot(down[i], x[t]), where a token's adapter has rows. */
+/* x (tokens, width) -> h (tokens, members, max_rank) float32: dot(down[i], x[t]), where a token's adapter has rows. Runs
+   of more than `longest` tokens are left out, here and in `graft_expand`: a library's product is better for those. */
 void graft_shrink(const void *x, int64_t x_stride, int64_t x_dtype, const void *buffer, int64_t dtype, int64_t stride,
                   const int64_t *addresses, const int32_t *members, int64_t num_members, const int64_t *slots,
                   const int64_t *order, const int64_t *starts, int64_t num_runs, float *h, int64_t max_rank,
-                  int64_t width, int64_t num_threads) {
+                  int64_t width, int64_t longest, int64_t num_threads) {
     int64_t num_items = num_runs * num_members, h_stride = num_members * max_rank;
     (void)num_threads;
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_items * width >= WORTH_A_THREAD)
     for (int64_t item = 0; item < num_items; item++) {
         int64_t member = item % num_members;
         struct run run = run_of(item / num_members, member, addresses, members, slots, order, starts);
-        if (!run.rank) continue;
+        if (!run.rank || run.num > longest) continue;
         float *own = h + member * max_rank;
         if (x_dtype == BFLOAT16 && dtype == BFLOAT16)
             shrink_run(run, x, x_stride, buffer, stride, order, own, h_stride, width, BFLOAT16, BFLOAT16);
@@ -243,6 +244,20 @@ INLINE struct token token_of(const int32_t *sheet, const int32_t *fields, const 
     return token;
 }
 
+/* What comes after the low-rank part of `num` outputs from n on. */
+INLINE void finish(const struct token *token, floats low, int64_t n, int64_t num, int y_dtype) {
+    if (token->up_scale) low *= load(token->up_scale, n, num, FLOAT32);
+    floats value = load(token->y, n, num, y_dtype) + low;
+    if (token->out_scale) value *= load(token->out_scale, n, num, FLOAT32);
+    if (token->out_shift) value += load(token->out_shift, n, num, FLOAT32);
+    store(token->y, n, num, value, y_dtype);
+}
+
+INLINE float middle(const struct token *token, int64_t i) {
+    float scale = token->mid_scale ? token->mid_scale[i] : 1, shift = token->mid_shift ? token->mid_shift[i] : 0;
+    return fmaf(token->h[i], scale, shift); /* one rounding, whatever else the compiler joins */
+}
+
 /* The outputs from `first` on of a few tokens with the same rows: `num_vectors` vectors of `num` numbers each. */
 INLINE void expand_tile(int num_tokens, int num_vectors, const struct token *tokens, const void *buffer,
                         const int32_t *numbers, int64_t rank, int64_t stride, int64_t first, int64_t num, float gain,
@@ -252,11 +267,7 @@ INLINE void expand_tile(int num_tokens, int num_vectors, const struct token *tok
         for (int v = 0; v < num_vectors; v++) sums[t][v] = all(0);
     for (int64_t i = 0; i < rank; i++) {
         float g[4];
-        for (int t = 0; t < num_tokens; t++) {
-            float scale = tokens[t].mid_scale ? tokens[t].mid_scale[i] : 1;
-            float shift = tokens[t].mid_shift ? tokens[t].mid_shift[i] : 0;
-            g[t] = fmaf(tokens[t].h[i], scale, shift); /* one rounding, whatever else the compiler joins */
-        }
+        for (int t = 0; t < num_tokens; t++) g[t] = middle(&tokens[t], i);
         for (int v = 0; v < num_vectors; v++) {
             int64_t n = first + v * LANES;
             floats row = load(buffer, numbers[i] * stride + n, num, dtype);
@@ -265,15 +276,7 @@ INLINE void expand_tile(int num_tokens, int num_vectors, const struct token *tok
         }
     }
     for (int t = 0; t < num_tokens; t++)
-        for (int v = 0; v < num_vectors; v++) {
-            int64_t n = first + v * LANES;
-            floats low = sums[t][v] * gain;
-            if (tokens[t].up_scale) low *= load(tokens[t].up_scale, n, num, FLOAT32);
-            floats value = load(tokens[t].y, n, num, y_dtype) + low;
-            if (tokens[t].out_scale) value *= load(tokens[t].out_scale, n, num, FLOAT32);
-            if (tokens[t].out_shift) value += load(tokens[t].out_shift, n, num, FLOAT32);
-            store(tokens[t].y, n, num, value, y_dtype);
-        }
+        for (int v = 0; v < num_vectors; v++) finish(&tokens[t], sums[t][v] * gain, first + v * LANES, num, y_dtype);
 }
 
 INLINE void expand_columns(int num_tokens, const struct token *tokens, const void *buffer, const int32_t *numbers,
@@ -333,7 +336,7 @@ void graft_expand(void *y, int64_t y_stride, int64_t y_dtype, const float *h, co
                   const int64_t *addresses, const int32_t *members, int64_t num_members, int64_t first_member,
                   int64_t last_member, int64_t is_joint, const int64_t *slots, const int64_t *order,
                   const int64_t *starts, int64_t num_runs, int64_t max_rank, int64_t max_width, double gain,
-                  int64_t has_vectors, int64_t num_threads) {
+                  int64_t has_vectors, int64_t longest, int64_t num_threads) {
     struct expand all = {y, y_stride, h, num_members, max_rank, buffer, addresses, members, slots, order, gain};
     int64_t num_parts = (max_width + COLUMNS_AT_ONCE - 1) / COLUMNS_AT_ONCE;
     int64_t per_run = num_parts * (last_member - first_member), num_items = num_runs * per_run;
@@ -345,7 +348,7 @@ void graft_expand(void *y, int64_t y_stride, int64_t y_dtype, const float *h, co
         const int32_t *columns = members + member * NUM_COLUMNS;
         int64_t last = least(first + COLUMNS_AT_ONCE, columns[WIDTH]);
         struct run run = run_of(item / per_run, member, addresses, members, slots, order, starts);
-        if (first >= last || !run.num || (!run.rank && !has_vectors)) continue;
+        if (first >= last || !run.num || run.num > longest || (!run.rank && !has_vectors)) continue;
         int64_t column = is_joint ? columns[COLUMN] : 0;
         if (y_dtype == BFLOAT16 && dtype == BFLOAT16)
             expand_run(&all, run, member, column, first, last, BFLOAT16, BFLOAT16);
@@ -353,6 +356,50 @@ void graft_expand(void *y, int64_t y_stride, int64_t y_dtype, const float *h, co
             expand_run(&all, run, member, column, first, last, FLOAT32, FLOAT32);
         else
             expand_run(&all, run, member, column, first, last, y_dtype, dtype);
+    }
+}
+
+/* For runs that a library multiplies: their rows in one matrix, and what comes before and after the product with `up`. */
+
+/* The rows that a slot has at a member, `list` being DOWN or UP, into rows (rank, width), dense; returns the rank. Without
+   `rows` it only returns that. */
+int64_t graft_rows(const void *buffer, int64_t dtype, int64_t stride, const int64_t *addresses, const int32_t *members,
+                   int64_t member, int64_t slot, int64_t list, void *rows, int64_t width) {
+    const int32_t *sheet = sheet_of(addresses, slot), *fields = fields_of(sheet, members, member);
+    for (int64_t i = 0; rows && i < fields[RANK]; i++)
+        memcpy(at(rows, i * width, dtype), at(buffer, sheet[fields[list] + i] * stride, dtype),
+               at(0, width, dtype) - (char *)0);
+    return fields[RANK];
+}
+
+/* g (num, rank), dense, of the tokens order[0], ... of one run: mid_scale * h + mid_shift. */
+void graft_middle(const float *h, int64_t num_members, int64_t max_rank, const int64_t *addresses,
+                  const int32_t *members, int64_t member, const int64_t *slots, const int64_t *order, int64_t num,
+                  void *g, int64_t dtype, int64_t rank) {
+    for (int64_t place = 0; place < num; place++) {
+        const int32_t *sheet = sheet_of(addresses, slots[order[place]]);
+        struct token token = token_of(sheet, fields_of(sheet, members, member), 0, 0);
+        token.h = h + (order[place] * num_members + member) * max_rank;
+        for (int64_t i = 0; i < rank; i++) store(g, place * rank + i, 1, all(middle(&token, i)), dtype);
+    }
+}
+
+/* What `graft_expand` does with y once it has the product low (num, width), dense; null for none. */
+void graft_finish(void *y, int64_t y_stride, int64_t y_dtype, int64_t first_column, const void *low, const void *buffer,
+                  int64_t dtype, const int64_t *addresses, const int32_t *members, int64_t member, const int64_t *slots,
+                  const int64_t *order, int64_t num, double gain, int64_t num_threads) {
+    const int32_t *columns = members + member * NUM_COLUMNS;
+    int64_t width = columns[WIDTH];
+    (void)num_threads;
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num * width >= WORTH_A_THREAD)
+    for (int64_t place = 0; place < num; place++) {
+        const int32_t *sheet = sheet_of(addresses, slots[order[place]]);
+        struct token token = token_of(sheet, fields_of(sheet, members, member), buffer, columns[VECTOR_STRIDE]);
+        token.y = at(y, order[place] * y_stride + first_column, y_dtype);
+        for (int64_t n = 0; n < width; n += LANES) {
+            floats value = low ? load(low, place * width + n, width - n, dtype) * (float)gain : all(0);
+            finish(&token, value, n, width - n, y_dtype);
+        }
     }
 }
 
@@ -535,7 +582,9 @@ void graft_rotary_decode(const void *query, int64_t query_stride, const void *ke
 
 /* x (rows, width) -> y, dense: weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, arXiv:1910.07467). */
 void graft_rms_norm(const void *x, int64_t x_stride, void *y, int64_t dtype, const float *weight, int64_t num_rows,
-                    int64_t width, double eps) {
+                    int64_t width, double eps, int64_t num_threads) {
+    (void)num_threads;
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_rows * width >= 8 * WORTH_A_THREAD)
     for (int64_t row = 0; row < num_rows; row++) {
         floats squares = {0};
         for (int64_t n = 0; n < width; n += LANES) {
