@@ -35,6 +35,10 @@ _MAX_SPLITS = 4  # an expand reads every split's sums again, once per block of o
 # The normal form
 
 
+def joint(group: GroupTable, table: Sheets, tokens: TokenRuns, *, has_rows: bool) -> None:
+    """Nothing: a GPU takes shrink and expand as two launches."""
+
+
 def shrink(x: torch.Tensor, group: GroupTable, table: Sheets, tokens: TokenRuns) -> torch.Tensor:
     """The dot products of a site group: x (tokens, d_in), strided as it likes -> (splits, tokens, members, max_rank).
 

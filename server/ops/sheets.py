@@ -104,3 +104,5 @@ class StepTables:
     edited: int
     scaled: int  # where a slot of the step has an in_scale
     with_rows: int
+    # What kernels have made of these for a group, by its number; kept for steps of the same slots.
+    joints: dict[int, Callable[[torch.Tensor, torch.Tensor], None] | None] = field(default_factory=dict, compare=False)

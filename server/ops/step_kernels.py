@@ -4,6 +4,7 @@ Owns what is computed once for several sites, and the interface that every imple
 they compute, nor about adapters or models.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -31,6 +32,11 @@ class Kernels(Protocol):
         self, x: torch.Tensor, group: GroupTable, table: Sheets, tokens: TokenRuns, *, member: int
     ) -> torch.Tensor:
         """A tensor of its own."""
+
+    def joint(
+        self, group: GroupTable, table: Sheets, tokens: TokenRuns, *, has_rows: bool
+    ) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
+        """What does shrink and expand of all members at once, called with y and x; None where they are called apart."""
 
     def store_kv(
         self, keys: torch.Tensor, values: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor,
@@ -80,6 +86,9 @@ class StepKernels:
         x as the group's members were given it: (..., d_in), or an embedding's ids (..., tokens).
         """
         table, tokens = self._step.group(group), self._tokens(is_head)
+        if member is None and not is_head and (apply := self._joint(group, table)) is not None:
+            apply(y, x.reshape(-1, table.d_in))
+            return
         h = self._dots(x, group, table, tokens)
         self._kernels.expand(y, h, table, self._step.sheets, tokens, member=member, gain=gain)
 
@@ -88,6 +97,13 @@ class StepKernels:
             return self._step.tokens
         assert self._step.kept is not None, "the head is not edited"
         return self._step.kept
+
+    def _joint(self, group: int, table: GroupTable) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
+        step = self._step
+        if group not in step.joints:
+            has_rows = bool(step.with_rows & table.sites)
+            step.joints[group] = self._kernels.joint(table, step.sheets, step.tokens, has_rows=has_rows)
+        return step.joints[group]
 
     def _dots(self, x: torch.Tensor, group: int, table: GroupTable, tokens: TokenRuns) -> torch.Tensor | None:
         known = self._hidden.get(group)

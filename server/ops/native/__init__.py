@@ -10,6 +10,7 @@ import torch
 
 from server.ops.native.build import CannotCompile, library
 from server.ops.native.dtypes import DTYPES
+from server.ops.native.joint import joint
 from server.ops.native.long_runs import LONGEST, expand_long, shrink_long
 from server.ops.runs import DecodeLists, TokenRuns
 from server.ops.sheets import GroupTable, Sheets
@@ -21,6 +22,7 @@ __all__ = [
     "embed_low_rank",
     "expand",
     "gated",
+    "joint",
     "library",
     "rms_norm",
     "rotary_decode",

@@ -30,6 +30,7 @@ _SIGNATURES = {
     "graft_shrink": "piipiippipppipiiii",
     "graft_embed": "ppiipppppipi",
     "graft_expand": "piippippiiiipppiiidiii",
+    "graft_joint": "ppipii",
     "graft_rows": "piippiiipi",
     "graft_middle": "piippippipii",
     "graft_finish": "piiippippippidi",

@@ -359,6 +359,32 @@ void graft_expand(void *y, int64_t y_stride, int64_t y_dtype, const float *h, co
     }
 }
 
+/* Both for all members of a group that read one input: x (tokens, d_in), y (tokens, all outputs). The struct is what stays
+   from step to step; h (tokens, members, max_rank) is its own. */
+struct joint {
+    const void *buffer;
+    int64_t dtype;
+    const int64_t *addresses;
+    const int32_t *members;
+    int64_t num_members;
+    const int64_t *slots, *down_order, *down_starts;
+    int64_t num_down;
+    const int64_t *up_order, *up_starts;
+    int64_t num_up;
+    float *h;
+    int64_t max_rank, d_in, down_stride, max_width, has_rows, has_vectors, num_threads;
+};
+
+void graft_joint(const struct joint *j, const void *x, int64_t x_stride, void *y, int64_t y_stride, int64_t dtype) {
+    if (j->has_rows)
+        graft_shrink(x, x_stride, dtype, j->buffer, j->dtype, j->down_stride, j->addresses, j->members, j->num_members,
+                     j->slots, j->down_order, j->down_starts, j->num_down, j->h, j->max_rank, j->d_in, INT64_MAX,
+                     j->num_threads);
+    graft_expand(y, y_stride, dtype, j->h, j->buffer, j->dtype, j->addresses, j->members, j->num_members, 0,
+                 j->num_members, 1, j->slots, j->up_order, j->up_starts, j->num_up, j->max_rank, j->max_width, 1,
+                 j->has_vectors, INT64_MAX, j->num_threads);
+}
+
 /* For runs that a library multiplies: their rows in one matrix, and what comes before and after the product with `up`. */
 
 /* The rows that a slot has at a member, `list` being DOWN or UP, into rows (rank, width), dense; returns the rank. Without

@@ -1,0 +1,62 @@
+"""A group's edits in one call, whose arguments are made once for all steps of the same slots.
+
+Owns that call's struct. A decode step makes dozens of these calls, each after megabytes of weights were read, so what
+Python does for it is done in a cold cache and costs more than it seems. Knows nothing of long runs.
+"""
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+
+from server.ops.native.build import library
+from server.ops.native.dtypes import DTYPES
+from server.ops.runs import SHORT_RUN, TokenRuns
+from server.ops.sheets import GroupTable, Sheets
+
+Apply = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+class _Joint(ctypes.Structure):
+    """`struct joint` of kernels.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("buffer",)),
+        ("dtype", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("addresses", "members")),
+        ("num_members", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("slots", "down_order", "down_starts")),
+        ("num_down", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("up_order", "up_starts")),
+        ("num_up", ctypes.c_int64),
+        ("h", ctypes.c_void_p),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("max_rank", "d_in", "down_stride", "max_width", "has_rows", "has_vectors", "num_threads")
+        ),
+    ]
+
+
+def joint(group: GroupTable, table: Sheets, tokens: TokenRuns, *, has_rows: bool) -> Apply | None:
+    """What adds the edits of all members to y: called with y (tokens, all outputs), rows dense, and x (tokens, d_in) of
+    the same dtype. None for an embedding and for long runs, whose products are not made here."""
+    if group.is_embedding or max(tokens.by_down.max_length, tokens.by_up.max_length) > SHORT_RUN:
+        return None
+    num_tokens, num_members = tokens.slots.shape[0], len(group.widths)
+    h = torch.empty(num_tokens if has_rows else 0, num_members, table.max_rank)
+    down, up = tokens.by_down, tokens.by_up
+    struct = _Joint(
+        table.buffer.data_ptr(), DTYPES[table.buffer.dtype], table.addresses.data_ptr(), group.members.data_ptr(),
+        num_members, tokens.slots.data_ptr(), down.order.data_ptr(), down.starts.data_ptr(), down.num,
+        up.order.data_ptr(), up.starts.data_ptr(), up.num, h.data_ptr(), table.max_rank, group.d_in, group.down_stride,
+        max(group.widths), has_rows, table.has_vectors, torch.get_num_threads(),
+    )  # fmt: skip
+    call, place = library().graft_joint, ctypes.addressof(struct)
+    kept = struct, h, group, table, tokens  # whose addresses it has
+
+    def apply(y: torch.Tensor, x: torch.Tensor, kept: object = kept) -> None:
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        call(place, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), DTYPES[x.dtype])
+
+    return apply
