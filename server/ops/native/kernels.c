@@ -480,19 +480,23 @@ struct cache {
     const int64_t *blocks; /* of this sequence */
 };
 
-INLINE int64_t cached_at(const struct cache *cache, int64_t position, int64_t head) {
-    int64_t block = cache->blocks[position / cache->block_size] * cache->num_heads + head;
-    return (block * cache->block_size + position % cache->block_size) * cache->width;
+/* Where `num` tokens from position `first` on lie; a division for each of them would take longer than its product. */
+INLINE void find_places(const struct cache *cache, int64_t first, int64_t num, int64_t head, int64_t *places) {
+    int64_t block = first / cache->block_size, offset = first % cache->block_size;
+    for (int64_t i = 0; i < num; block++, offset = 0) {
+        int64_t start = (cache->blocks[block] * cache->num_heads + head) * cache->block_size;
+        for (; offset < cache->block_size && i < num; offset++, i++) places[i] = (start + offset) * cache->width;
+    }
 }
 
 /* One query head over positions [start, stop), with a running maximum (Milakov and Gimelshein 2018, arXiv:1805.02867). */
 INLINE void attend(const struct cache *cache, const void *query, int query_dtype, void *out, int dtype, int64_t head,
                    int64_t start, int64_t stop, float scaling, float softcap, const float *sink, int cache_dtype,
-                   int is_whole) {
-    int64_t width = cache->width, num_vectors = (width + LANES - 1) / LANES;
+                   int64_t width) {
+    int64_t num_vectors = (width + LANES - 1) / LANES;
     floats q[MAX_WIDTH / LANES], sums[MAX_WIDTH / LANES];
     for (int64_t v = 0; v < num_vectors; v++) {
-        q[v] = load(query, v * LANES, is_whole ? LANES : width - v * LANES, query_dtype) * scaling;
+        q[v] = load(query, v * LANES, width - v * LANES, query_dtype) * scaling;
         sums[v] = all(0);
     }
     float top = sink ? *sink : -INFINITY, weight = sink ? 1 : 0;
@@ -500,11 +504,11 @@ INLINE void attend(const struct cache *cache, const void *query, int query_dtype
         int64_t num = least(TOKENS_AT_ONCE, stop - first), places[TOKENS_AT_ONCE];
         float scores[TOKENS_AT_ONCE];
         float new_top = top;
+        find_places(cache, first, num, head, places);
         for (int64_t i = 0; i < num; i++) {
-            floats products = {0};
-            places[i] = cached_at(cache, first + i, head);
+            floats products = all(0);
             for (int64_t v = 0; v < num_vectors; v++)
-                products += q[v] * load(cache->keys, places[i] + v * LANES, is_whole ? LANES : width - v * LANES, cache_dtype);
+                products += q[v] * load(cache->keys, places[i] + v * LANES, width - v * LANES, cache_dtype);
             scores[i] = total(products);
             if (softcap) scores[i] = softcap * tanhf(scores[i] / softcap);
             if (!(scores[i] <= new_top)) new_top = scores[i]; /* NaN too, so that it reaches the answer */
@@ -520,21 +524,22 @@ INLINE void attend(const struct cache *cache, const void *query, int query_dtype
         }
         for (int64_t i = 0; i < num; i++)
             for (int64_t v = 0; v < num_vectors; v++)
-                sums[v] += scores[i] * load(cache->values, places[i] + v * LANES, is_whole ? LANES : width - v * LANES, cache_dtype);
+                sums[v] += scores[i] * load(cache->values, places[i] + v * LANES, width - v * LANES, cache_dtype);
         top = new_top;
     }
-    for (int64_t v = 0; v < num_vectors; v++) store(out, v * LANES, is_whole ? LANES : width - v * LANES, sums[v] / weight, dtype);
+    for (int64_t v = 0; v < num_vectors; v++) store(out, v * LANES, width - v * LANES, sums[v] / weight, dtype);
 }
 
-/* `attend` for whatever dtypes, those of most bases made for themselves. */
+/* `attend` for whatever dtype and width; for those of most bases its loops are made for themselves. */
 static void attend_any(const struct cache *cache, const void *query, int query_dtype, void *out, int dtype, int64_t head,
                        int64_t start, int64_t stop, float scaling, float softcap, const float *sink, int cache_dtype) {
-    if (cache_dtype == BFLOAT16 && cache->width % LANES == 0)
-        attend(cache, query, query_dtype, out, dtype, head, start, stop, scaling, softcap, sink, BFLOAT16, 1);
-    else if (cache_dtype == FLOAT32 && cache->width % LANES == 0)
-        attend(cache, query, query_dtype, out, dtype, head, start, stop, scaling, softcap, sink, FLOAT32, 1);
+    if (cache_dtype == BFLOAT16 && cache->width == 64)
+        attend(cache, query, query_dtype, out, dtype, head, start, stop, scaling, softcap, sink, BFLOAT16, 64);
+    else if (cache_dtype == BFLOAT16 && cache->width == 128)
+        attend(cache, query, query_dtype, out, dtype, head, start, stop, scaling, softcap, sink, BFLOAT16, 128);
     else
-        attend(cache, query, query_dtype, out, dtype, head, start, stop, scaling, softcap, sink, cache_dtype, 0);
+        attend(cache, query, query_dtype, out, dtype, head, start, stop, scaling, softcap, sink, cache_dtype,
+               cache->width);
 }
 
 /* query (sequences, heads, width) -> out, dense: softmax(cap(scaling * query . keys) ++ sinks) @ values over the last
