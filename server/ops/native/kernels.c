@@ -1,10 +1,12 @@
-/* The ops on a processor: the meaning of `reference.py`, reading rank rows where they lie, as the Triton kernels do.
+/* The ops on a processor: the meaning of `reference.py`, reading rank rows where they lie, as the Triton kernels
+   do.
 
    Owns the arithmetic and its vectors. Knows nothing about who fills the sheets or cuts the runs, nor about Python.
 
-   Numbers are float32 or bfloat16 in memory and float32 in every sum. The sums of one token have the same order whatever
-   shares its batch, so an answer does not depend on its neighbours. Vectors are the C compiler's (GCC and Clang have
-   them), which makes of them what the processor has. Strides are in elements; the last dimension is dense. */
+   Numbers are float32 or bfloat16 in memory and float32 in every sum. The sums of one token have the same order
+   whatever shares its batch, so an answer does not depend on its neighbours. Vectors are the C compiler's (GCC and
+   Clang have them), which makes of them what the processor has. Strides are in elements; the last dimension is
+   dense. */
 
 #include <math.h>
 #include <stdint.h>
@@ -89,8 +91,8 @@ INLINE floats chosen(ints condition, floats yes, floats no) {
     return (floats)(((words)yes & (words)condition) | ((words)no & ~(words)condition));
 }
 
-/* e^x within two units in the last place: e^x = 2^n e^r with |r| <= ln(2) / 2, e^r by its series to r^7. What is below
-   2^-126 becomes 0, and what is no number stays none. */
+/* e^x within two units in the last place: e^x = 2^n e^r with |r| <= ln(2) / 2, e^r by its series to r^7. What is
+   below 2^-126 becomes 0, and what is no number stays none. */
 INLINE floats exponential(floats x) {
     floats bounded = chosen(x > 88.7f, all(88.7f), chosen(x < -87.3f, all(-87.3f), x));
     floats shifted = bounded * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum is rounded to a whole number */
@@ -185,8 +187,9 @@ INLINE void shrink_run(struct run run, const void *x, int64_t x_stride, const vo
     }
 }
 
-/* x (tokens, width) -> h (tokens, members, max_rank) float32: dot(down[i], x[t]), where a token's adapter has rows. Runs
-   of more than `longest` tokens are left out, here and in `graft_expand`: a library's product is better for those. */
+/* x (tokens, width) -> h (tokens, members, max_rank) float32: dot(down[i], x[t]), where a token's adapter has rows.
+   Runs of more than `longest` tokens are left out, here and in `graft_expand`: a library's product is better for
+   those. */
 void graft_shrink(const void *x, int64_t x_stride, int64_t x_dtype, const void *buffer, int64_t dtype, int64_t stride,
                   const int64_t *addresses, const int32_t *members, int64_t num_members, const int64_t *slots,
                   const int64_t *order, const int64_t *starts, int64_t num_runs, float *h, int64_t max_rank,
@@ -359,8 +362,8 @@ void graft_expand(void *y, int64_t y_stride, int64_t y_dtype, const float *h, co
     }
 }
 
-/* Both for all members of a group that read one input: x (tokens, d_in), y (tokens, all outputs). The struct is what stays
-   from step to step; h (tokens, members, max_rank) is its own. */
+/* Both for all members of a group that read one input: x (tokens, d_in), y (tokens, all outputs). The struct is
+   what stays from step to step; h (tokens, members, max_rank) is its own. */
 struct joint {
     const void *buffer;
     int64_t dtype;
@@ -385,10 +388,11 @@ void graft_joint(const struct joint *j, const void *x, int64_t x_stride, void *y
                  j->has_vectors, INT64_MAX, j->num_threads);
 }
 
-/* For runs that a library multiplies: their rows in one matrix, and what comes before and after the product with `up`. */
+/* For runs that a library multiplies: their rows in one matrix, and what comes before and after the product with
+   `up`. */
 
-/* The rows that a slot has at a member, `list` being DOWN or UP, into rows (rank, width), dense; returns the rank. Without
-   `rows` it only returns that. */
+/* The rows that a slot has at a member, `list` being DOWN or UP, into rows (rank, width), dense; returns the rank.
+   Without `rows` it only returns that. */
 int64_t graft_rows(const void *buffer, int64_t dtype, int64_t stride, const int64_t *addresses, const int32_t *members,
                    int64_t member, int64_t slot, int64_t list, void *rows, int64_t width) {
     const int32_t *sheet = sheet_of(addresses, slot), *fields = fields_of(sheet, members, member);
@@ -489,7 +493,8 @@ INLINE void find_places(const struct cache *cache, int64_t first, int64_t num, i
     }
 }
 
-/* One query head over positions [start, stop), with a running maximum (Milakov and Gimelshein 2018, arXiv:1805.02867). */
+/* One query head over positions [start, stop), with a running maximum (Milakov and Gimelshein 2018,
+   arXiv:1805.02867). */
 INLINE void attend(const struct cache *cache, const void *query, int query_dtype, void *out, int dtype, int64_t head,
                    int64_t start, int64_t stop, float scaling, float softcap, const float *sink, int cache_dtype,
                    int64_t width) {
@@ -531,8 +536,9 @@ INLINE void attend(const struct cache *cache, const void *query, int query_dtype
 }
 
 /* `attend` for whatever dtype and width; for those of most bases its loops are made for themselves. */
-static void attend_any(const struct cache *cache, const void *query, int query_dtype, void *out, int dtype, int64_t head,
-                       int64_t start, int64_t stop, float scaling, float softcap, const float *sink, int cache_dtype) {
+static void attend_any(const struct cache *cache, const void *query, int query_dtype, void *out, int dtype,
+                       int64_t head, int64_t start, int64_t stop, float scaling, float softcap, const float *sink,
+                       int cache_dtype) {
     if (cache_dtype == BFLOAT16 && cache->width == 64)
         attend(cache, query, query_dtype, out, dtype, head, start, stop, scaling, softcap, sink, BFLOAT16, 64);
     else if (cache_dtype == BFLOAT16 && cache->width == 128)
@@ -562,8 +568,8 @@ void graft_decode_attention(const void *query, int64_t query_stride, int64_t que
     }
 }
 
-/* One vector of each half of a head, turned by the angles whose cosines and sines are given, the first half of the sines
-   negated: y[i] = cos[i] * x[i] + sin[i] * x[(i + width / 2) % width] (Su et al. 2021, arXiv:2104.09864). */
+/* One vector of each half of a head, turned by the angles whose cosines and sines are given, the first half of the
+   sines negated: y[i] = cos[i] * x[i] + sin[i] * x[(i + width / 2) % width] (Su et al. 2021, arXiv:2104.09864). */
 INLINE void turn(const void *x, int64_t from, const float *cos, const float *sin, int64_t half, int64_t n, int dtype,
                  floats *first, floats *last) {
     floats low = load(x, from, n, dtype), high = load(x, from + half, n, dtype);
@@ -571,9 +577,9 @@ INLINE void turn(const void *x, int64_t from, const float *cos, const float *sin
     *last = load(cos, half, n, FLOAT32) * high + load(sin, half, n, FLOAT32) * low;
 }
 
-/* A step of decodes as Llama has it: query (sequences, heads, width), keys and values (sequences, kv_heads, width) as the
-   projections gave them, each head dense. Turns queries and keys, stores keys and values, and attends to all of them;
-   cos and sin (sequences, width). */
+/* A step of decodes as Llama has it: query (sequences, heads, width), keys and values (sequences, kv_heads, width)
+   as the projections gave them, each head dense. Turns queries and keys, stores keys and values, and attends to all
+   of them; cos and sin (sequences, width). */
 void graft_rotary_decode(const void *query, int64_t query_stride, const void *keys, int64_t key_stride,
                          const void *values, int64_t value_stride, int64_t dtype, const float *cos, const float *sin,
                          void *out, void *key_cache, void *value_cache, int64_t cache_dtype, const int64_t *own_blocks,
