@@ -5,7 +5,7 @@ of a few microseconds each, so their number is its time. Knows nothing about ada
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,18 +89,11 @@ class _Angles:
     sin: torch.Tensor  # the same, its first half negated
 
 
-class DecodeAttentions:
-    """The attention modules of a base that are Llama's by their code, with a forward of their own for decodes.
+class _Replaced:
+    """Modules with a forward of ours, until it is taken back."""
 
-    Keys and values of a step are rotated together, in the dtype of the cache, and stored at once. A step that does
-    anything else - prefills, ops at keys and values, Triton kernels - takes the module's own forward.
-    """
-
-    def __init__(self, model: nn.Module, attention: PagedAttention, scope: Scope) -> None:
-        self._attention = attention
-        self._scope = scope
-        self._angles: _Angles | None = None
-        self._modules = [module for module in model.modules() if is_attention(module) and _is_rotary(module)]
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = list(modules)
         for module in self._modules:
             module.forward = self._forward_of(module)
 
@@ -112,6 +105,23 @@ class DecodeAttentions:
         for module in self._modules:
             del module.forward
         self._modules = []
+
+    def _forward_of(self, module: Any) -> Callable[..., Any]:
+        raise NotImplementedError
+
+
+class DecodeAttentions(_Replaced):
+    """The attention modules of a base that are Llama's by their code, with a forward of their own for decodes.
+
+    Keys and values of a step are rotated together, in the dtype of the cache, and stored at once. A step that does
+    anything else - prefills, ops at keys and values, Triton kernels - takes the module's own forward.
+    """
+
+    def __init__(self, model: nn.Module, attention: PagedAttention, scope: Scope) -> None:
+        self._attention = attention
+        self._scope = scope
+        self._angles: _Angles | None = None
+        super().__init__(module for module in model.modules() if is_attention(module) and _is_rotary(module))
 
     def _forward_of(self, module: Any) -> Callable[..., Any]:
         stock = module.forward
@@ -157,25 +167,14 @@ class DecodeAttentions:
         return self._angles
 
 
-class GatedMLPs:
+class GatedMLPs(_Replaced):
     """The MLPs of a base that are Llama's by their code, with SiLU: one native call between their products.
 
     `native.gated` rounds once, where the stock code rounds twice.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [module for module in model.modules() if _is_gated(module)]
-        for module in self._modules:
-            module.forward = self._forward_of(module)
-
-    def __len__(self) -> int:
-        return len(self._modules)
-
-    def remove(self) -> None:
-        """Gives the modules their own forward back."""
-        for module in self._modules:
-            del module.forward
-        self._modules = []
+        super().__init__(module for module in model.modules() if _is_gated(module))
 
     def _forward_of(self, module: Any) -> _Forward:
         def forward(x: torch.Tensor) -> torch.Tensor:
