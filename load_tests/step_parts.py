@@ -73,6 +73,7 @@ def parts_of(server: Server) -> Iterator[tuple[str, Any, str]]:
     yield "launch: the rest", server.runner, "run"
     yield "launch: pack", runner_module, "PackedStep"
     yield "launch: collect the edits", server.adapters, "batch"
+    yield "launch: collect the edits", server.adapters, "tables"
     yield "forward: the rest", server.base, "forward"
     yield "forward: base, its norms included", BaseSite, "_plain"
     yield "forward: base, its norms included", FusedLinear, "__call__"
