@@ -1,12 +1,14 @@
 """The shared library of `kernels.c`: compiled for this processor when it is first wanted, and kept on disk.
 
-Owns the compiler's command, where its result lies, and the signatures. Knows nothing about tensors.
+Owns the compiler's command, where its result lies, and how its functions are called, which the source says. Knows
+nothing about tensors.
 """
 
 import ctypes
 import hashlib
 import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,23 +27,7 @@ _COMPILERS = (
 )  # GCC first: PyTorch's wheels bring its OpenMP, and two pools of threads would fight
 _MAX_COMPILE_S = 120
 
-# p a pointer, i an int64, d a double.
-_SIGNATURES = {
-    "graft_shrink": "piipiippipppipiiii",
-    "graft_embed": "ppiipppppipi",
-    "graft_expand": "piippippiiiipppiiidiii",
-    "graft_joint": "ppipii",
-    "graft_rows": "piippiiipi",
-    "graft_middle": "piippippipii",
-    "graft_finish": "piiippippippidi",
-    "graft_scale": "pipipippipii",
-    "graft_store_kv": "piipiiippiiiippi",
-    "graft_decode_attention": "piipippiiiiiipppdidpi",
-    "graft_rms_norm": "pipipiidi",
-    "graft_gated": "ppipiiii",
-    "graft_rotary_decode": "pipipiipppppippiiiiipppdidi",
-}
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
+_FUNCTION = re.compile(r"^(void|int64_t) (graft_\w+)\(([^)]*)\) \{", re.MULTILINE)
 
 
 class CannotCompile(Exception):
@@ -52,11 +38,18 @@ class CannotCompile(Exception):
 def library() -> ctypes.CDLL:
     """The compiled kernels. Raises CannotCompile."""
     loaded = ctypes.CDLL(str(_built()))
-    for name, signature in _SIGNATURES.items():
+    for result, name, parameters in _FUNCTION.findall(_SOURCE.read_text()):
         function = getattr(loaded, name)
-        function.argtypes = [_TYPES[letter] for letter in signature]
-        function.restype = ctypes.c_int64 if name == "graft_rows" else None
+        function.argtypes = [_type_of(parameter) for parameter in parameters.split(",")]
+        function.restype = None if result == "void" else ctypes.c_int64
     return loaded
+
+
+def _type_of(parameter: str) -> type[ctypes.c_void_p | ctypes.c_double | ctypes.c_int64]:
+    """Of a parameter as the source declares it; its functions have no others."""
+    if "*" in parameter:
+        return ctypes.c_void_p
+    return ctypes.c_double if parameter.split()[0] == "double" else ctypes.c_int64
 
 
 def _built() -> Path:

@@ -17,24 +17,20 @@ from server.ops.sheets import GroupTable, Sheets
 Apply = Callable[[torch.Tensor, torch.Tensor], None]
 
 
+_POINTERS = ("buffer", "addresses", "members", "slots", "down_order", "down_starts", "up_order", "up_starts", "h")
+
+
 class _Joint(ctypes.Structure):
     """`struct joint` of kernels.c."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("buffer",)),
-        ("dtype", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("addresses", "members")),
-        ("num_members", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("slots", "down_order", "down_starts")),
-        ("num_down", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("up_order", "up_starts")),
-        ("num_up", ctypes.c_int64),
-        ("h", ctypes.c_void_p),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("max_rank", "d_in", "down_stride", "max_width", "has_rows", "has_vectors", "num_threads")
-        ),
-    ]
+        (name, ctypes.c_void_p if name in _POINTERS else ctypes.c_int64)
+        for name in (
+            "buffer", "dtype", "addresses", "members", "num_members", "slots", "down_order", "down_starts", "num_down",
+            "up_order", "up_starts", "num_up", "h", "max_rank", "d_in", "down_stride", "max_width", "has_rows",
+            "has_vectors", "num_threads",
+        )
+    ]  # fmt: skip
 
 
 def joint(group: GroupTable, table: Sheets, tokens: TokenRuns, *, has_rows: bool) -> Apply | None:

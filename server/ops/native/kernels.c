@@ -38,9 +38,9 @@ INLINE floats all(float value) { return (floats){0} + value; }
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-INLINE char *at(const void *base, int64_t index, int dtype) {
-    return (char *)base + index * (dtype == BFLOAT16 ? 2 : 4);
-}
+INLINE int64_t bytes_of(int64_t n, int dtype) { return n * (dtype == BFLOAT16 ? 2 : 4); }
+
+INLINE char *at(const void *base, int64_t index, int dtype) { return (char *)base + bytes_of(index, dtype); }
 
 INLINE floats widened(halves half) { return (floats)(__builtin_convertvector(half, words) << 16); }
 
@@ -398,7 +398,7 @@ int64_t graft_rows(const void *buffer, int64_t dtype, int64_t stride, const int6
     const int32_t *sheet = sheet_of(addresses, slot), *fields = fields_of(sheet, members, member);
     for (int64_t i = 0; rows && i < fields[RANK]; i++)
         memcpy(at(rows, i * width, dtype), at(buffer, sheet[fields[list] + i] * stride, dtype),
-               at(0, width, dtype) - (char *)0);
+               bytes_of(width, dtype));
     return fields[RANK];
 }
 
