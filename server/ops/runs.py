@@ -4,7 +4,8 @@ Owns the order of the tokens and the cut, made on the CPU in vectorised code. Kn
 same rows: it is given a class for each slot. All numbers are int64.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 
@@ -27,10 +28,22 @@ class Runs:
     max_length: int
     order: torch.Tensor  # (tokens,)
     starts: torch.Tensor  # (num + 1,) ascending
+    # What `long_stretches` has found, by `longest`: every site of a step asks for the same.
+    stretches: dict[int, tuple["Stretch", ...]] = field(init=False, default_factory=dict, compare=False)
 
     @property
     def num(self) -> int:
         return self.starts.shape[0] - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Tokens order[first:last] in runs that follow one another, all with the rows of one slot."""
+
+    first: int
+    last: int
+    slot: int
+    tokens: torch.Tensor | slice  # their numbers; a slice where they follow one another
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +100,34 @@ class TokenRuns:
         n = num_tokens
         slots, *cuts = torch.split(numbers, [n, n, n + 1, n, n + 1])
         return cls(slots, Runs(SHORT_RUN, *cuts[:2]), Runs(SHORT_RUN, *cuts[2:]))
+
+
+def long_stretches(slots: torch.Tensor, runs: Runs, longest: int) -> tuple[Stretch, ...]:
+    """The runs of more than `longest` tokens; those that follow one another with the same slot first are one, for they
+    are of one class."""
+    if runs.max_length == SHORT_RUN:
+        return ()
+    if longest not in runs.stretches:
+        runs.stretches[longest] = tuple(_stretches(slots, runs, longest))
+    return runs.stretches[longest]
+
+
+def _stretches(slots: torch.Tensor, runs: Runs, longest: int) -> Iterator[Stretch]:
+    starts = runs.starts.tolist()
+    slot_of = slots[runs.order[runs.starts[:-1]]].tolist()
+    long_runs = [run for run in zip(starts, starts[1:], slot_of, strict=False) if run[1] - run[0] > longest]
+    first = 0
+    for number, (_, last, slot) in enumerate(long_runs, start=1):
+        if number < len(long_runs) and (long_runs[number][0], long_runs[number][2]) == (last, slot):
+            continue
+        begin = long_runs[first][0]
+        yield Stretch(begin, last, slot, _numbers(runs.order[begin:last]))
+        first = number
+
+
+def _numbers(order: torch.Tensor) -> torch.Tensor | slice:
+    is_dense = bool((order.diff() == 1).all())
+    return slice(int(order[0]), int(order[-1]) + 1) if is_dense else order
 
 
 def _cut(classes: torch.Tensor, *, is_static: bool) -> tuple[int, torch.Tensor, torch.Tensor]:

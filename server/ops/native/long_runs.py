@@ -4,61 +4,22 @@ Owns which runs are long, and the same arithmetic around a product of PyTorch: t
 matrix, and what may differ from token to token is done before and after. Knows nothing of short runs.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
 
 from server.ops.native.build import library
 from server.ops.native.dtypes import DTYPES
-from server.ops.runs import SHORT_RUN, Runs
+from server.ops.runs import Runs, long_stretches
 from server.ops.sheets import COLUMN, DOWN, ROW_STRIDE, UP, WIDTH, GroupTable, Sheets
 
 LONGEST = 40  # tokens of a run that the kernels' own loops are as good for, whatever its rank
-
-
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Tokens order[first:last], all with the rows of one slot."""
-
-    first: int
-    last: int
-    slot: int
-
-    def tokens(self, order: torch.Tensor) -> torch.Tensor | slice:
-        """Their numbers; a slice where they follow one another."""
-        own = order[self.first : self.last]
-        start, end = int(own[0]), int(own[-1]) + 1
-        is_dense = end - start == self.last - self.first and bool((own.diff() == 1).all())
-        return slice(start, end) if is_dense else own
-
-
-def stretches(slots: torch.Tensor, runs: Runs) -> Iterator[Stretch]:
-    """The long runs, those that follow one another with the same slot first as one: they are of one class."""
-    if runs.max_length == SHORT_RUN:
-        return
-    starts = runs.starts.tolist()
-    firsts = slots[runs.order[runs.starts[:-1]]].tolist() if runs.num else []
-    open_one: Stretch | None = None
-    for first, last, slot in zip(starts, starts[1:], firsts, strict=False):
-        if last - first <= LONGEST:
-            continue
-        if open_one is not None and (open_one.last, open_one.slot) == (first, slot):
-            open_one = Stretch(open_one.first, last, slot)
-            continue
-        if open_one is not None:
-            yield open_one
-        open_one = Stretch(first, last, slot)
-    if open_one is not None:
-        yield open_one
 
 
 def shrink_long(
     x: torch.Tensor, h: torch.Tensor, group: GroupTable, table: Sheets, slots: torch.Tensor, runs: Runs
 ) -> None:
     """What `shrink` leaves out: x (tokens, d_in), into h (tokens, members, max_rank) float32."""
-    for stretch in stretches(slots, runs):
-        tokens = stretch.tokens(runs.order)
+    for stretch in long_stretches(slots, runs, LONGEST):
+        tokens = stretch.tokens
         for member in range(len(group.widths)):
             down = _rows(group, table, member, stretch.slot, DOWN)
             if down is not None:
@@ -78,8 +39,8 @@ def expand_long(
     is_joint: bool,
 ) -> None:
     """What `expand` leaves out: y (tokens, outputs), rows dense, in place."""
-    for stretch in stretches(slots, runs):
-        order, num, tokens = runs.order[stretch.first :], stretch.last - stretch.first, stretch.tokens(runs.order)
+    for stretch in long_stretches(slots, runs, LONGEST):
+        order, num, tokens = runs.order[stretch.first :], stretch.last - stretch.first, stretch.tokens
         for member in members:
             up = None if h is None else _rows(group, table, member, stretch.slot, UP)
             if up is None and not table.has_vectors:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from server.ops import native
-from server.ops.native.long_runs import Stretch, stretches
+from server.ops.native.long_runs import LONGEST
+from server.ops.runs import Stretch, long_stretches
 from tests.ops.resident import EVERY_FIELD, Resident, Shape, drawn, normal
 
 CPU = torch.device("cpu")
@@ -55,6 +56,8 @@ def test_a_chunk_is_one_stretch_and_short_runs_are_none() -> None:
     one, two, three = (case.admit({0: drawn(case, 0, Shape(2), seed)}) for seed in range(3))
     tokens = case.runs([one] * 200 + [two] * 30 + [three] * 64)
     # 200 are three runs of 64 and one of 8, which the kernels' own loops take.
-    assert list(stretches(tokens.slots, tokens.by_down)) == [Stretch(0, 192, one), Stretch(230, 294, three)]
+    found = long_stretches(tokens.slots, tokens.by_down, LONGEST)
+    assert found == (Stretch(0, 192, one, slice(0, 192)), Stretch(230, 294, three, slice(230, 294)))
+    assert long_stretches(tokens.slots, tokens.by_down, LONGEST) is found
     decodes = case.runs([one, two, one])
-    assert list(stretches(decodes.slots, decodes.by_down)) == []
+    assert long_stretches(decodes.slots, decodes.by_down, LONGEST) == ()
