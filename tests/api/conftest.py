@@ -74,6 +74,11 @@ def eventually(is_true: Callable[[], bool], within_s: float = 120) -> None:
         time.sleep(0.005)
 
 
+def event_data(answer: httpx.Response) -> Iterator[str]:
+    """The data of a stream's events, [DONE] among them; comments keep a slow stream alive and say nothing."""
+    return (line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: "))
+
+
 class Gate:
     """Stands before the engine's steps and lets through as many as the test allows."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.api.conftest import Live
+from tests.api.conftest import Live, event_data
 from tests.models import byte_tokenizer
 
 PROMPT = "Once upon a time"
@@ -205,7 +205,7 @@ def test_openais_client_reaches_the_adapter_field(live: Live) -> None:
 def chunks(live: Live, **body: object) -> list[dict[str, Any]]:
     with live.http.stream("POST", "/v1/completions", json={"stream": True, **body}) as answer:
         answer.raise_for_status()
-        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+        lines = list(event_data(answer))
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
 

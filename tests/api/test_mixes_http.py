@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.api.conftest import Live
+from tests.api.conftest import Live, event_data
 
 MIX = [{"name": "first", "weight": 0.7}, {"name": "second", "weight": 0.3}]
 
@@ -50,7 +50,7 @@ def test_a_mix_tells_what_it_is_made_of(live: Live, versions: dict[str, str]) ->
 def test_a_stream_tells_it_in_every_chunk(live: Live, versions: dict[str, str]) -> None:
     body = {"prompt": "Hi", "max_tokens": 3, "adapter": [*MIX], "stream": True, "n": 2, "ignore_eos": True}
     with live.http.stream("POST", "/v1/completions", json=body) as stream:
-        lines = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
+        lines = list(event_data(stream))
     assert lines[-1] == "[DONE]"
     shown = [json.loads(line)["adapter"] for line in lines[:-1]]
     assert shown

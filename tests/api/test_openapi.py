@@ -19,7 +19,7 @@ from server.api.schemas import ChatBody, CompletionBody
 from server.ground.config import Settings
 from tests.api import openapi_file
 from tests.api.adapter_files import lora_files
-from tests.api.conftest import Live, eventually, serving
+from tests.api.conftest import Live, event_data, eventually, serving
 
 HERE = Path(__file__).parent
 # An adapter may be called "merge" or "fetch", so that two routes may take a path; test_paths.py has the header.
@@ -56,7 +56,7 @@ def check_answer(document: dict[str, Any], method: str, template: str, answer: h
     optional = {"x-ignored-fields"}
     assert described["headers"].keys() - optional <= answer.headers.keys()
     if kind == "text/event-stream":
-        *events, last = (line.removeprefix("data: ") for line in answer.text.split("\n\n") if line)
+        *events, last = event_data(answer)
         assert last == "[DONE]"
         for event in events:
             check(document, media["x-event-schema"], json.loads(event))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from server.api.schemas import MAX_BIAS, MAX_INT, MAX_REPETITION, MAX_STOP_IDS, MIN_REPETITION
-from tests.api.conftest import Live
+from tests.api.conftest import Live, event_data
 from tests.models import EOS_ID, MAX_CONTEXT, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -315,7 +315,7 @@ def test_only_ends_allowed_and_forbidden_at_once_is_refused(live: Live) -> None:
 def raw_chunks(live: Live, path: str, **fields: Any) -> list[dict[str, Any]]:
     with live.http.stream("POST", path, json={**body_of(path, **fields), "stream": True}) as sent:
         sent.raise_for_status()
-        lines = [line.removeprefix("data: ") for line in sent.iter_lines() if line.startswith("data: ")]
+        lines = list(event_data(sent))
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
 
