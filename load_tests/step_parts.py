@@ -34,7 +34,7 @@ from server.engine.engine import StepReport
 from server.engine.flight import Flight
 from server.ground.config import load
 from server.model import sites as sites_module
-from server.model.fused import FusedLinear
+from server.model.fused import FusedLinear, FusedNative
 from server.model.sites import BaseSite
 from server.ops import StepKernels
 
@@ -77,6 +77,7 @@ def parts_of(server: Server) -> Iterator[tuple[str, Any, str]]:
     yield "forward: the rest", server.base, "forward"
     yield "forward: base, its norms included", BaseSite, "_plain"
     yield "forward: base, its norms included", FusedLinear, "__call__"
+    yield "forward: base, its norms included", FusedNative, "__call__"
     for name in _LOW_RANK:
         yield "forward: adapters", sites_module, name
     yield "forward: adapters", StepKernels, "finish"

@@ -36,7 +36,7 @@ def test_where_all_is_well_it_says_what_would_be_used(
     assert {section for section, _ in found} == {
         "machine", "versions", "configuration", "base", "memory", "places", "extras",
     }  # fmt: skip
-    assert found["base", "quantization"]["text"] == "nf4: dequantized for each product"
+    assert found["base", "quantization"]["text"] == "nf4: native products of 4-bit weights, by vectors"
     assert found["base", "device"]["text"] == "cpu, float32"
     assert found["base", "ops"]["text"] == "native: C compiled for this CPU"
     assert found["base", "attention"]["text"] == (

@@ -114,16 +114,19 @@ def base(settings: Settings) -> Iterator[Finding]:
     held = stored or options.quantize
     yield Finding("base", "model", f"{options.model} ({config.model_type})")
     yield Finding("base", "device", f"{options.device}, {str(dtype).removeprefix('torch.')}")
-    yield Finding("base", "quantization", f"{held}{', as stored' if stored else ''}: {_kernels(held, dtype, options)}")
+    yield Finding("base", "quantization", f"{held}{', as stored' if stored else ''}: {_products(held, dtype, options)}")
     yield _ops(settings, options, dtype)
     yield _attention(settings, options)
     yield from _memory(settings, options)
 
 
-def _kernels(held: Quantization, dtype: torch.dtype, options: BaseOptions) -> str:
+def _products(held: Quantization, dtype: torch.dtype, options: BaseOptions) -> str:
     if options.device.type == "cuda":
         return "PyTorch's products" if held is Quantization.NONE else "bitsandbytes' CUDA kernels"
     if held.is_4_bit:
+        if _has_native(options, dtype):
+            is_by_unit = dtype is torch.bfloat16 and native.has_matrix_unit()
+            return f"native products of 4-bit weights, {'on the matrix unit (AMX)' if is_by_unit else 'by vectors'}"
         if holds_dequantized(dtype, options.device):
             return "this CPU has no AVX512-BF16, so layers are held dequantized, in the memory of an unquantized base"
         return "dequantized for each product" if dtype is torch.float32 else "bitsandbytes' AVX512-BF16 product"
@@ -131,6 +134,13 @@ def _kernels(held: Quantization, dtype: torch.dtype, options: BaseOptions) -> st
         return "bitsandbytes' int8 product"
     is_packed = dtype is torch.bfloat16 and can_pack()
     return "weights packed once by oneDNN" if is_packed else "PyTorch's products"
+
+
+def _has_native(options: BaseOptions, dtype: torch.dtype) -> bool:
+    try:
+        return load_kernels(options.ops, options.device, dtype) is native
+    except GraftError:
+        return False
 
 
 def _ops(settings: Settings, options: BaseOptions, dtype: torch.dtype) -> Finding:

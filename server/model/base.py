@@ -20,6 +20,7 @@ from server.model.attention import IMPLEMENTATION, KVCache, PagedAttention, atta
 from server.model.compact import DecodeAttentions, GatedMLPs
 from server.model.context import AttentionBatch, Scope, StepContext
 from server.model.fingerprint import fingerprint
+from server.model.fused import can_read_codes
 from server.model.lean_loading import lean_loading
 from server.model.pretrained import (
     BaseOptions,
@@ -55,7 +56,8 @@ class Base:
         self.model = model.eval().requires_grad_(False)
         self.config: PreTrainedConfig = model.config  # type: ignore[assignment]
         self.quantization = found_quantization(model)  # what the values are, however `settle` holds them
-        self.note = " ".join(filter(None, (settle(model, dtype, device), experts_note(model)))) or None
+        note = settle(model, dtype, device, can_read_codes if kernels is native else lambda _: False)
+        self.note = " ".join(filter(None, (note, experts_note(model)))) or None
         self.scope = Scope()
         self.attention = PagedAttention(self.scope)
         self.rope = attach_rope(model, name, self.scope)
@@ -189,7 +191,7 @@ class Base:
         self._compare(own, alone, packed)
         self._refuse_leaks(packed[lengths[0] :], other[lengths[0] :])
         self.sites.group_by_input(calls, sum(lengths))
-        self.sites.fuse()
+        self.sites.fuse(is_native=self.kernels is native)
         with self._refusing("cannot run with the weights of its linears fused"):
             self._check_fused(packed, self._probe(rows))
             self._compact(rows)

@@ -1,14 +1,18 @@
-"""One product for all plain linears of a site group, with its weight laid out as the processor wants it.
+"""One product for all linears of a site group, with its weight laid out as the processor wants it.
 
 Owns the weights of the linears that it takes over, and their layout. Knows nothing about adapters or sites.
 """
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from server.model.quantize import empty, four_bit_block, four_bit_rows
+from server.ops.native import FourBitWeight, UnitWeight, Weight
 
 _PACKED_FOR_TOKENS = 16  # the batch that oneDNN is told to expect; any other works
 
@@ -36,18 +40,49 @@ def _packed_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     return product
 
 
-class FusedLinear:
-    """One product for linears that share their input; it takes their weights over.
+class Fused(Protocol):
+    """One product for linears that share their input, the members; it has taken their weights over."""
+
+    packed_bytes: int  # of weights that the members' own parameters no longer hold
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., d_in) -> (..., sum of all d_out), the members' outputs beside one another."""
+
+    def product_of(self, member: int, x: torch.Tensor) -> torch.Tensor:
+        """What a call gives for one member, (..., d_out)."""
+
+    def output_of(self, member: int, outputs: torch.Tensor) -> torch.Tensor:
+        """The part (..., d_out) of one member, a view of what a call returned."""
+
+    def weight_of(self, member: int) -> torch.Tensor:
+        """(d_out, d_in) of one member."""
+
+
+class _Members:
+    """Where the members' outputs lie."""
+
+    def __init__(self, modules: Sequence[nn.Linear]) -> None:
+        self.widths = [m.out_features for m in modules]
+        self.offsets = [sum(self.widths[:i]) for i in range(len(modules))]
+
+    def output_of(self, member: int, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs.narrow(-1, self.offsets[member], self.widths[member])
+
+    def _span(self, member: int) -> slice:
+        return slice(self.offsets[member], self.offsets[member] + self.widths[member])
+
+
+class FusedLinear(_Members):
+    """Of plain linears.
 
     Unpacked, the linears' own weights become views of the fused one. Packed (bfloat16 on a CPU that can), they become a
     NaN that takes no memory: nobody reads it unnoticed, and `weight_of` unpacks.
     """
 
     def __init__(self, modules: Sequence[nn.Linear], *, is_packed: bool = False) -> None:
+        super().__init__(modules)
         biases = [m.bias.data for m in modules if m.bias is not None]
         self.bias = torch.cat(biases) if biases else None
-        self.widths = [m.out_features for m in modules]
-        self.offsets = [sum(self.widths[:i]) for i in range(len(modules))]
         weight = torch.cat([m.weight.data for m in modules])
         self._packed: torch.Tensor | None = None
         self._weight: torch.Tensor | None = None
@@ -58,33 +93,87 @@ class FusedLinear:
         self.packed_bytes = weight.numel() * weight.element_size() if is_packed else 0
         for module, start, width in zip(modules, self.offsets, self.widths, strict=True):
             if is_packed:
-                module.weight.data = weight.new_full((1, 1), torch.nan).expand(width, module.in_features)
+                _withdraw(module)
             else:
                 module.weight.data = weight[start : start + width]
             if self.bias is not None:
                 module.bias.data = self.bias[start : start + width]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., d_in) -> (..., sum of all d_out), the members' outputs beside one another."""
         if self._packed is not None:
             return _packed_product(x, self._packed, self.bias)
         assert self._weight is not None
         return F.linear(x, self._weight, self.bias)
 
     def product_of(self, member: int, x: torch.Tensor) -> torch.Tensor:
-        """What a call gives for one member, (..., d_out): only its rows are computed, unless they are packed, for a
-        packed weight cannot be cut."""
+        """Only the member's rows are computed, unless they are packed, for a packed weight cannot be cut."""
         if self._weight is None:
             return self.output_of(member, self(x))
-        rows = slice(self.offsets[member], self.offsets[member] + self.widths[member])
+        rows = self._span(member)
         return F.linear(x, self._weight[rows], None if self.bias is None else self.bias[rows])
 
-    def output_of(self, member: int, outputs: torch.Tensor) -> torch.Tensor:
-        """The part (..., d_out) of one member, a view of what a call returned."""
-        return outputs.narrow(-1, self.offsets[member], self.widths[member])
-
     def weight_of(self, member: int) -> torch.Tensor:
-        """(d_out, d_in) of one member: a view, or a copy where the weight is packed."""
+        """A view, or a copy where the weight is packed."""
         weight = self._weight if self._packed is None else self._packed.to_dense()
         assert weight is not None
-        return weight[self.offsets[member] : self.offsets[member] + self.widths[member]]
+        return weight[self._span(member)]
+
+
+class FusedNative(_Members):
+    """Of linears on a processor whose weights are laid out for native products; their own are taken away."""
+
+    def __init__(self, modules: Sequence[nn.Linear], weight: Weight) -> None:
+        super().__init__(modules)
+        biases = [m.bias.data.float() for m in modules if m.bias is not None]
+        self._bias = torch.cat(biases) if biases else None
+        self._weight = weight
+        self.packed_bytes = weight.num_bytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._weight.product(x, self._bias)
+
+    def product_of(self, member: int, x: torch.Tensor) -> torch.Tensor:
+        """Only the member's rows are computed."""
+        rows = self._span(member)
+        bias = None if self._bias is None else self._bias[rows]
+        return self._weight.rows(rows.start, rows.stop).product(x, bias)
+
+    def weight_of(self, member: int) -> torch.Tensor:
+        """A copy; of 4 bits dequantized, float32."""
+        rows = self._span(member)
+        return self._weight.rows(rows.start, rows.stop).whole()
+
+
+def can_read_codes(module: nn.Module) -> bool:
+    """Whether native products can read the 4-bit weight of a module as it is."""
+    block = four_bit_block(module)
+    if block is None:
+        return False
+    assert isinstance(module, nn.Linear)
+    return FourBitWeight.can_pack(module.out_features, module.in_features, block)
+
+
+def fused_natively(modules: Sequence[nn.Linear]) -> FusedNative | None:
+    """One native product of 4-bit linears, or of plain ones in bfloat16 on a matrix unit; None where there is none."""
+    if all(can_read_codes(module) for module in modules):
+        return FusedNative(modules, FourBitWeight.joined([_four_bit_weight(module) for module in modules]))
+    if all(type(m) is nn.Linear and m.weight.dtype is torch.bfloat16 for m in modules) and all(
+        UnitWeight.can_pack(m.out_features, m.in_features) for m in modules
+    ):
+        weight = UnitWeight.packed(torch.cat([m.weight.data for m in modules]))
+        for module in modules:
+            _withdraw(module)
+        return FusedNative(modules, weight)
+    return None
+
+
+def _four_bit_weight(module: nn.Linear) -> FourBitWeight:
+    rows = four_bit_rows(module)
+    weight = FourBitWeight.packed(rows.codes, rows.scales, rows.levels)
+    empty(module)
+    return weight
+
+
+def _withdraw(module: nn.Linear) -> None:
+    """A NaN that takes no memory in the place of a plain weight: nobody reads it unnoticed."""
+    module.weight.data = module.weight.data.new_full((1, 1), torch.nan).expand(module.weight.shape)

@@ -4,12 +4,13 @@ Owns every touch of bitsandbytes. Knows nothing about sites, adapters or attenti
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, cast
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
+from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, has_avx512bf16
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -83,22 +84,65 @@ def dequantized_weight(module: nn.Module) -> torch.Tensor:
     return cast(torch.Tensor, weight.data)
 
 
-def settle(model: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
+@dataclass(frozen=True, slots=True)
+class FourBitRows:
+    """A 4-bit weight (d_out, d_in) as bitsandbytes stores it: levels[code] * scale, one scale for a block of a row.
+
+    codes (d_out, d_in / 2) uint8, the first of two in the higher bits; scales (d_out, d_in / block) float32; levels
+    (16,) float32.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    levels: torch.Tensor
+
+
+def four_bit_block(module: nn.Module) -> int | None:
+    """How many weights of a row share a scale; None for what is no 4-bit linear, or one that has been repacked."""
+    if not isinstance(module, Linear4bit):
+        return None
+    weight: Any = module.weight
+    state = weight.quant_state
+    return None if state is None or getattr(state, "packing_format_for_cpu", False) else int(state.blocksize)
+
+
+def four_bit_rows(module: nn.Linear) -> FourBitRows:
+    """What a 4-bit linear holds that has not been repacked, and whose blocks do not cross rows."""
+    weight: Any = module.weight
+    state = weight.quant_state
+    scales = state.absmax
+    if state.nested:
+        scales = dequantize_blockwise(scales, state.state2) + state.offset
+    codes = weight.data.view(torch.uint8).view(module.out_features, module.in_features // 2)
+    return FourBitRows(codes, scales.float().view(module.out_features, -1), state.code.float())
+
+
+def empty(module: nn.Module) -> None:
+    """Takes a 4-bit linear's weight away, whose product is made elsewhere; its own would fail by name."""
+    weight: Any = module.weight
+    weight.data = torch.empty(0, dtype=torch.uint8)
+    weight.quant_state = None
+
+
+def settle(
+    model: nn.Module, dtype: torch.dtype, device: torch.device, will_read: Callable[[nn.Module], bool] = lambda _: False
+) -> str | None:
     """Makes quantized modules answer each request alone and as asked; returns a sentence for the log, if any.
 
     int8 thresholds of pre-quantized checkpoints are set to 0 (see `quantization_config`). On a CPU, 4-bit layers run on
     bitsandbytes' AVX512-BF16 product where it exists and their shape allows it; float32 is computed in float32; and a
-    CPU without that product would dequantize every layer in every step, so it does so once, here.
+    CPU without that product would dequantize every layer in every step, so it does so once, here. Layers that others
+    `will_read` as they are stay so.
     """
     is_fast = has_avx512bf16()  # type: ignore[no-untyped-call]
     for module in model.modules():
         if isinstance(module, Linear8bitLt):
             module.state.threshold = 0.0
         if isinstance(module, Linear4bit) and device.type == "cpu":
-            fits = module.out_features % 32 == 0 and module.in_features % 64 == 0
+            fits = module.out_features % 32 == 0 and module.in_features % 64 == 0 and not will_read(module)
             module.support_avx512bf16_for_cpu = is_fast and fits and dtype is not torch.float32
     if holds_dequantized(dtype, device):
-        num = _dequantize_linears(model, dtype)
+        num = _dequantize_linears(model, dtype, will_read)
         if num:
             return (
                 f"this CPU has no AVX512-BF16, so {num} 4-bit layers are held dequantized as {dtype}: "
@@ -112,7 +156,7 @@ def scales(model: nn.Module) -> Iterator[torch.Tensor]:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             weight: Any = module.weight
-            yield from _tensors(weight.quant_state)
+            yield from () if weight.quant_state is None else _tensors(weight.quant_state)
         if isinstance(module, Linear8bitLt):
             held: Any = module.state if module.state.CB is not None else module.weight
             yield held.SCB
@@ -148,12 +192,12 @@ def experts_note(model: nn.Module) -> str | None:
     return f"the experts stay unquantized ({num_bytes / 2**20:,.1f} MiB of the base), and no adapter can edit them"
 
 
-def _dequantize_linears(model: nn.Module, dtype: torch.dtype) -> int:
-    """Replaces 4-bit linears by plain ones with the dequantized weight; returns how many."""
+def _dequantize_linears(model: nn.Module, dtype: torch.dtype, will_read: Callable[[nn.Module], bool]) -> int:
+    """Replaces 4-bit linears that nobody `will_read` by plain ones with the dequantized weight; returns how many."""
     num = 0
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
-            if isinstance(module, Linear4bit):
+            if isinstance(module, Linear4bit) and not will_read(module):
                 plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, dtype=dtype)
                 plain.weight.data = dequantized_weight(module).to(dtype)
                 if module.bias is not None:

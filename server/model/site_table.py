@@ -5,7 +5,7 @@ Owns which modules of a model are sites, and of what kind. Knows nothing about a
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from server.model.attention import is_attention
 from server.model.context import Scope
-from server.model.fused import FusedLinear, can_pack
+from server.model.fused import Fused, FusedLinear, can_pack, fused_natively
 from server.model.site import PRODUCTS, Site, SiteKind
 from server.model.sites import BaseSite
 from server.model.sublayers import AttentionSite, BlockSite, NormSite
@@ -79,24 +79,17 @@ class SiteTable:
         grouped = {site.path: site for group in self.groups for site in group.sites}
         self.by_path = grouped | {site.path: site for site in self.attention.values() if site.d_in}
 
-    def fuse(self) -> None:
-        """One base product per group where all members are plain linears alike in dtype, input and having a bias.
+    def fuse(self, *, is_native: bool) -> None:
+        """One base product per group where all members are linears alike in dtype, input and having a bias.
 
-        In bfloat16 on a CPU their weights are packed as well, those of groups of one, too. A weight that an embedding
-        shares stays as it is.
+        With `is_native` weights are laid out for native products where there are such, those of groups of one, too;
+        other plain ones are packed in bfloat16 on a CPU. A weight that an embedding shares stays as it is.
         """
         embeddings = {s.module.weight.data_ptr() for s in self.sites if isinstance(s.module, nn.Embedding)}
         for group in self.groups:
-            linears = [site.module for site in group.sites if type(site.module) is nn.Linear]
-            if len(linears) < len(group.sites) or len({(m.weight.dtype, m.bias is None) for m in linears}) != 1:
-                continue
-            weight = linears[0].weight
-            is_shared = any(m.weight.data_ptr() in embeddings for m in linears)
-            is_packed = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and not is_shared and can_pack()
-            if len(linears) > 1 or is_packed:
-                fused = FusedLinear(linears, is_packed=is_packed)
-                for site in group.sites:
-                    site.fused = fused
+            fused = _fused([site.module for site in group.sites], embeddings, is_native=is_native)
+            for site in group.sites:
+                site.fused = fused
 
     def compact_norms(self, *, is_native: bool) -> int:
         """Computes norms with fewer operators where that gives the same, or natively; returns how many."""
@@ -106,6 +99,21 @@ class SiteTable:
     def packed_bytes(self) -> int:
         """Bytes of the weights that the model's own parameters no longer hold."""
         return sum(fused.packed_bytes for fused in {id(s.fused): s.fused for s in self.sites if s.fused}.values())
+
+
+def _fused(modules: Sequence[nn.Module], embeddings: Collection[int], *, is_native: bool) -> Fused | None:
+    """The one product of a group's modules, where there can be one; `embeddings`: the addresses of their weights."""
+    linears = [module for module in modules if isinstance(module, nn.Linear)]
+    if len(linears) < len(modules) or len({(m.weight.dtype, m.bias is None) for m in linears}) != 1:
+        return None
+    weight = linears[0].weight
+    is_shared = any(m.weight.data_ptr() in embeddings for m in linears)
+    if is_native and not is_shared and (fused := fused_natively(linears)) is not None:
+        return fused
+    if any(type(module) is not nn.Linear for module in linears):
+        return None
+    is_packed = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and not is_shared and can_pack()
+    return FusedLinear(linears, is_packed=is_packed) if len(linears) > 1 or is_packed else None
 
 
 def _note_tied(sites: Sequence[BaseSite]) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from server.model.context import FusedOutput, Scope, SiteKernels, StepContext
-from server.model.fused import FusedLinear
+from server.model.fused import Fused
 from server.model.quantize import can_read_weight, dequantized_weight, is_quantized
 from server.model.site import SiteKind
 from server.ops import (
@@ -59,7 +59,7 @@ class BaseSite:
         self.group = -1
         self.member = 0
         self.observer: Callable[[BaseSite, torch.Tensor], None] | None = None
-        self.fused: FusedLinear | None = None
+        self.fused: Fused | None = None
         self._scope = scope
         self._base: Callable[[torch.Tensor], torch.Tensor] = module.forward
         module.forward = self.forward
@@ -92,14 +92,15 @@ class BaseSite:
     def project(self, rows: torch.Tensor) -> torch.Tensor:
         """rows @ W^T without the bias: (r, d_in) -> (r, d_out) float32 on the CPU.
 
-        4-bit weights cannot be read once they have been used, so theirs goes through the base's own product.
+        4-bit weights that bitsandbytes multiplies cannot be read once they have been used, so theirs goes through the
+        base's own product.
         """
         weight = getattr(self.module, "weight", None)
         assert isinstance(weight, torch.Tensor)
         with torch.inference_mode():
             if self.kind is SiteKind.EMBEDDING:
                 return (rows.to(weight.device, torch.float32) @ weight.float()).cpu()
-            if not can_read_weight(self.module):
+            if self.fused is None and not can_read_weight(self.module):
                 dtype = getattr(self.module, "compute_dtype", None) or torch.float32
                 product = self._base(rows.to(weight.device, dtype)).float().cpu()
                 return product if self.bias is None else product - self.bias

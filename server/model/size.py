@@ -66,7 +66,7 @@ def _least_bytes(options: BaseOptions, config: PreTrainedConfig, dtype: torch.dt
     is_tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     is_stored = stored_quantization(config) is not None
     kind = options.quantize
-    if kind is Quantization.NF4 and holds_dequantized(dtype, options.device):
+    if kind is Quantization.NF4 and options.ops == "reference" and holds_dequantized(dtype, options.device):
         kind = Quantization.NONE
     tensors = (tensor for path in files for tensor in stored_tensors(path))
     return sum(

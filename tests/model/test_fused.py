@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
 from server.model.base import Base
-from server.model.fused import FusedLinear, can_pack
+from server.model.fused import FusedLinear, can_pack, can_read_codes, fused_natively
 from server.model.pretrained import BaseOptions
-from server.model.quantize import Quantization
+from server.model.quantize import Quantization, dequantized_weight
 from server.model.site import PRODUCTS
+from server.ops import native
 
 packed_only = pytest.mark.skipif(not can_pack(), reason="this processor computes plain 16-bit weights only")
 
@@ -19,6 +21,18 @@ packed_only = pytest.mark.skipif(not can_pack(), reason="this processor computes
 def linears(*, bias: bool, dtype: torch.dtype) -> list[nn.Linear]:
     torch.manual_seed(0)
     return [nn.Linear(64, width, bias, dtype=dtype).requires_grad_(False) for width in (32, 96, 16)]
+
+
+def four_bit_linears(kind: str, *, bias: bool, is_nested: bool) -> list[Linear4bit]:
+    made = []
+    for plain in linears(bias=bias, dtype=torch.float32):
+        module = Linear4bit(64, plain.out_features, bias, torch.float32)
+        weight = Params4bit(plain.weight.data, False, quant_type=kind, compress_statistics=is_nested, module=module)
+        module.weight = weight.to("cpu")  # which quantizes it
+        if bias:
+            module.bias.data = plain.bias.data
+        made.append(module.requires_grad_(False).eval())
+    return made
 
 
 def options(folder: Path, dtype: torch.dtype) -> BaseOptions:
@@ -90,3 +104,74 @@ def test_a_packed_base_answers_what_methods_ask_of_the_weight(tiny_llama: Path) 
             x = torch.randn(3, site.d_in)
             outside_of_a_step = site.module(x.bfloat16()).float()
             assert (outside_of_a_step - F.linear(x, twin.module.weight, twin.module.bias)).norm() <= 0.05 * x.norm()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("is_nested", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_native_product_of_4_bits_is_that_of_the_dequantized_weights(kind: str, is_nested: bool, bias: bool) -> None:
+    members = four_bit_linears(kind, bias=bias, is_nested=is_nested)
+    weights = [dequantized_weight(member) for member in members]
+    x = torch.randn(2, 3, 64)
+    expected = [F.linear(x, weight, member.bias) for weight, member in zip(weights, members, strict=True)]
+    fused = fused_natively(members)
+    assert fused is not None
+    torch.testing.assert_close(fused(x), torch.cat(expected, dim=-1), rtol=1e-5, atol=1e-5)
+    for number, weight in enumerate(weights):
+        torch.testing.assert_close(fused.product_of(number, x), expected[number], rtol=1e-5, atol=1e-5)
+        assert torch.equal(fused.output_of(number, fused(x)), fused.product_of(number, x))
+        assert torch.equal(fused.weight_of(number), weight)
+
+
+def test_weights_of_4_bits_lie_in_one_place_and_nobody_reads_the_other_unnoticed() -> None:
+    members = four_bit_linears("nf4", bias=False, is_nested=True)
+    num_weights = sum(member.out_features * 64 for member in members)
+    fused = fused_natively(members)
+    assert fused is not None
+    assert fused.packed_bytes == num_weights // 2 + num_weights // 64 * 4 + 16 * 4
+    for member in members:
+        assert member.weight.numel() == 0
+        with pytest.raises(ValueError, match="quant_state"):
+            dequantized_weight(member)
+        with pytest.raises(IndexError):
+            member(torch.ones(1, 64))
+
+
+def test_what_bitsandbytes_has_repacked_is_left_to_it() -> None:
+    member = four_bit_linears("nf4", bias=False, is_nested=True)[1]
+    assert can_read_codes(member)
+    member.weight.quant_state.packing_format_for_cpu = True
+    assert not can_read_codes(member)
+    assert fused_natively([member]) is None
+
+
+@pytest.mark.skipif(not native.has_matrix_unit(), reason="this processor has no matrix unit")
+def test_a_native_product_of_plain_weights_is_theirs() -> None:
+    members = linears(bias=True, dtype=torch.bfloat16)
+    weights = [member.weight.clone() for member in members]
+    x = torch.randn(2, 3, 64, dtype=torch.bfloat16)
+    expected = torch.cat([member(x) for member in members], dim=-1)
+    fused = fused_natively(members)
+    assert fused is not None
+    torch.testing.assert_close(fused(x), expected, rtol=2e-2, atol=2e-2)
+    for number, (weight, member) in enumerate(zip(weights, members, strict=True)):
+        assert torch.equal(fused.weight_of(number), weight)
+        assert member.weight.isnan().all()
+        assert member.weight.untyped_storage().nbytes() == 2
+
+
+@pytest.mark.parametrize("quantize", [Quantization.NF4, Quantization.NONE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_base_with_native_products_is_the_base_without(
+    tiny_llama: Path, quantize: Quantization, dtype: torch.dtype
+) -> None:
+    own, stock = (Base.load(BaseOptions(str(tiny_llama), quantize, dtype, ops=ops)) for ops in ("native", "reference"))
+    assert own.sites.packed_bytes > 0 or dtype is torch.float32
+    for path, site in stock.sites.by_path.items():
+        if site.kind not in PRODUCTS:
+            continue
+        twin = own.sites.by_path[path]
+        rows, limit = torch.randn(2, site.d_in), 1e-5 if dtype is torch.float32 else 1e-2
+        assert torch.equal(twin.row_norms_squared, site.row_norms_squared)
+        expected = site.project(rows)
+        assert (twin.project(rows) - expected).norm() <= limit * expected.norm()

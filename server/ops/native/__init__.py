@@ -1,6 +1,6 @@
 """The ops as C functions on a processor: the meaning of `reference.py`, reading rank rows where they lie.
 
-Owns what a call hands over: addresses, strides, dtypes, threads. The arithmetic is in `kernels.c`, and the signatures
+Owns what a call hands over: addresses, strides, dtypes, threads. The arithmetic is in the C files, and the signatures
 that have their like in the Triton kernels (`server.ops.kernels`) are theirs. Knows nothing about adapters or models.
 
 Activations and rows are float32 or bfloat16 (`DTYPES`), each for itself; sums are float32. Nothing is copied per step.
@@ -12,16 +12,21 @@ from server.ops.native.build import CannotCompile, library
 from server.ops.native.dtypes import DTYPES
 from server.ops.native.joint import joint
 from server.ops.native.long_runs import LONGEST, expand_long, shrink_long
+from server.ops.native.weights import FourBitWeight, UnitWeight, Weight, has_matrix_unit
 from server.ops.runs import DecodeLists, TokenRuns
 from server.ops.sheets import GroupTable, Sheets
 
 __all__ = [
     "DTYPES",
     "CannotCompile",
+    "FourBitWeight",
+    "UnitWeight",
+    "Weight",
     "decode_attention",
     "embed_low_rank",
     "expand",
     "gated",
+    "has_matrix_unit",
     "joint",
     "library",
     "rms_norm",

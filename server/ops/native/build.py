@@ -1,6 +1,6 @@
-"""The shared library of `kernels.c`: compiled for this processor when it is first wanted, and kept on disk.
+"""The shared library of the C files here: compiled for this processor when it is first wanted, and kept on disk.
 
-Owns the compiler's command, where its result lies, and how its functions are called, which the source says. Knows
+Owns the compiler's command, where its result lies, and how its functions are called, which the sources say. Knows
 nothing about tensors.
 """
 
@@ -13,12 +13,15 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("kernels.c")
+_FOLDER = Path(__file__).parent
+_SOURCES = sorted(_FOLDER.glob("*.c"))
+_HEADERS = sorted(_FOLDER.glob("*.h"))
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _COMPILERS = (
     "gcc",
@@ -38,11 +41,15 @@ class CannotCompile(Exception):
 def library() -> ctypes.CDLL:
     """The compiled kernels. Raises CannotCompile."""
     loaded = ctypes.CDLL(str(_built()))
-    for result, name, parameters in _FUNCTION.findall(_SOURCE.read_text()):
+    for result, name, parameters in _FUNCTION.findall(_text(_SOURCES)):
         function = getattr(loaded, name)
-        function.argtypes = [_type_of(parameter) for parameter in parameters.split(",")]
+        function.argtypes = [_type_of(parameter) for parameter in parameters.split(",") if parameter != "void"]
         function.restype = None if result == "void" else ctypes.c_int64
     return loaded
+
+
+def _text(files: Sequence[Path]) -> str:
+    return "\n".join(file.read_text() for file in files)
 
 
 def _type_of(parameter: str) -> type[ctypes.c_void_p | ctypes.c_double | ctypes.c_int64]:
@@ -57,7 +64,8 @@ def _built() -> Path:
     macros = _run([*command, *_FLAGS, "-dM", "-E", "-x", "c", os.devnull])
     # Two compilers, or two processors, differ in what they define; so a home on several machines holds one for each.
     flags = (*_FLAGS, "-shared", "-fPIC", *(() if "__clang__" in macros else ("-fopenmp",)))
-    digest = hashlib.sha256("\0".join((_SOURCE.read_text(), macros, *flags)).encode()).hexdigest()[:24]
+    hashed = (_text([*_HEADERS, *_SOURCES]), macros, *flags)
+    digest = hashlib.sha256("\0".join(hashed).encode()).hexdigest()[:24]
     folder = _own_folder()
     library = folder / f"kernels-{digest}.so"
     if not library.exists():
@@ -65,7 +73,7 @@ def _built() -> Path:
         handle, scratch = tempfile.mkstemp(dir=folder, suffix=".so")
         os.close(handle)
         try:
-            _run([*command, *flags, "-o", scratch, str(_SOURCE), "-lm"])
+            _run([*command, *flags, "-o", scratch, *map(str, _SOURCES), "-lm"])
             Path(scratch).replace(library)
         finally:
             Path(scratch).unlink(missing_ok=True)

@@ -1,95 +1,19 @@
 /* The ops on a processor: the meaning of `reference.py`, reading rank rows where they lie, as the Triton kernels
    do.
 
-   Owns the arithmetic and its vectors. Knows nothing about who fills the sheets or cuts the runs, nor about Python.
+   Owns the arithmetic. Knows nothing about who fills the sheets or cuts the runs, nor about Python.
 
    Numbers are float32 or bfloat16 in memory and float32 in every sum. The sums of one token have the same order
-   whatever shares its batch, so an answer does not depend on its neighbours. Vectors are the C compiler's (GCC and
-   Clang have them), which makes of them what the processor has. Strides are in elements; the last dimension is
-   dense. */
+   whatever shares its batch, so an answer does not depend on its neighbours. Strides are in elements; the last
+   dimension is dense. */
 
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
 
-enum { FLOAT32, BFLOAT16 };
+#include "vectors.h"
 
 /* As sheets.py has them. */
 enum { RANK, DOWN, UP, MID_SCALE, MID_SHIFT, IN_SCALE, UP_SCALE, OUT_SCALE, OUT_SHIFT, NUM_FIELDS };
 enum { SITE, WIDTH, COLUMN, ROW_STRIDE, VECTOR_STRIDE, NUM_COLUMNS };
-
-/* Numbers read below which a second thread costs more than it brings. */
-enum { WORTH_A_THREAD = 8192 };
-
-/* Small functions vanish in their callers, and with them the choice of a dtype or a tile that the caller knows. */
-#define INLINE static inline __attribute__((always_inline))
-
-/* Vectors, and numbers in memory. `n` numbers are there from the index on; what lies behind them is another's. */
-
-enum { LANES = 16 };
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-typedef float eight __attribute__((vector_size(32)));
-typedef float four __attribute__((vector_size(16)));
-
-INLINE floats all(float value) { return (floats){0} + value; }
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-INLINE int64_t bytes_of(int64_t n, int dtype) { return n * (dtype == BFLOAT16 ? 2 : 4); }
-
-INLINE char *at(const void *base, int64_t index, int dtype) { return (char *)base + bytes_of(index, dtype); }
-
-INLINE floats widened(halves half) { return (floats)(__builtin_convertvector(half, words) << 16); }
-
-/* To the nearest, ties to even, as PyTorch rounds; what is no number stays none. */
-INLINE halves narrowed(floats value) {
-    words bits = (words)value, is_nan = (words)(value != value);
-    words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), halves);
-}
-
-/* Copies of a size that the compiler knows are one instruction; the others are few. */
-INLINE void copy(void *to, const void *from, int64_t n, int64_t size) {
-    if (n >= LANES) memcpy(to, from, LANES * size);
-    else memcpy(to, from, n * size);
-}
-
-INLINE floats load(const void *from, int64_t index, int64_t n, int dtype) {
-    if (dtype == BFLOAT16) {
-        halves half = {0};
-        copy(&half, at(from, index, dtype), n, sizeof half[0]);
-        return widened(half);
-    }
-    floats value = {0};
-    copy(&value, at(from, index, dtype), n, sizeof value[0]);
-    return value;
-}
-
-INLINE void store(void *to, int64_t index, int64_t n, floats value, int dtype) {
-    if (dtype == BFLOAT16) {
-        halves half = narrowed(value);
-        copy(at(to, index, dtype), &half, n, sizeof half[0]);
-    } else {
-        copy(at(to, index, dtype), &value, n, sizeof value[0]);
-    }
-}
-
-INLINE float total(floats value) {
-    eight a[2];
-    four b[2];
-    memcpy(a, &value, sizeof a);
-    a[0] += a[1];
-    memcpy(b, a, sizeof b);
-    b[0] += b[1];
-    return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
-}
-
-INLINE floats chosen(ints condition, floats yes, floats no) {
-    return (floats)(((words)yes & (words)condition) | ((words)no & ~(words)condition));
-}
 
 /* e^x within two units in the last place: e^x = 2^n e^r with |r| <= ln(2) / 2, e^r by its series to r^7. What is
    below 2^-126 becomes 0, and what is no number stays none. */

@@ -1,0 +1,195 @@
+"""Weights of the base laid out for native products: of 4 bits for any processor, of bfloat16 for its matrix unit.
+
+Owns their layouts, and which product is made how. Knows nothing about bitsandbytes, whose codes it is given, nor about
+what reads the products.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol, Self
+
+import torch
+import torch.nn.functional as F
+
+from server.ops.native.build import library
+from server.ops.native.dtypes import DTYPES
+
+_TILE = 16  # LANES of vectors.h: outputs side by side
+_CODES = 8  # of four_bit.h: in a word of 32 bits
+_MOST_TOKENS = 16  # MOST_TOKENS of four_bit.c, or a multiple of it
+_LONGEST = 48  # tokens that vectors are as good for as weights made whole and a library's product
+_UNIT_INPUTS = 32  # of matrix_unit.c
+
+
+class Weight(Protocol):
+    """W (d_out, d_in), and its products."""
+
+    @property
+    def num_bytes(self) -> int:
+        """That it takes."""
+
+    def rows(self, first: int, last: int) -> Self:
+        """Those of the outputs [first, last), multiples of 16: a view."""
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x (..., d_in) -> x W^T + bias (..., d_out) in the dtype of x, rounded once; bias (d_out,) float32."""
+
+    def whole(self) -> torch.Tensor:
+        """(d_out, d_in), a copy."""
+
+
+@cache
+def has_matrix_unit() -> bool:
+    """Whether products in bfloat16 can be made on Intel's AMX."""
+    return bool(library().graft_has_matrix_unit())
+
+
+@dataclass(frozen=True, slots=True)
+class FourBitWeight:
+    """W as levels[code] * scale: one of 16 levels for each weight, one scale for each block of a row.
+
+    codes (d_out / 16, d_in / 8, 16) int32, eight codes in each, the first lowest; scales (d_out / 16, d_in / block, 16)
+    float32; levels (16,) float32.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    levels: torch.Tensor
+
+    @staticmethod
+    def can_pack(d_out: int, d_in: int, block: int) -> bool:
+        return d_out % _TILE == 0 and d_in % block == 0 and block % _CODES == 0
+
+    @classmethod
+    def packed(cls, codes: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor) -> Self:
+        """From rows: codes (d_out, d_in / 2) uint8, of two the higher bits first; scales (d_out, d_in / block)."""
+        num_tiles, num_words = codes.shape[0] // _TILE, codes.shape[1] * 2 // _CODES
+        words = ((codes >> 4) | (codes << 4)).view(torch.int32).view(num_tiles, _TILE, num_words)
+        tiled = scales.float().view(num_tiles, _TILE, -1)
+        return cls(words.mT.contiguous(), tiled.mT.contiguous(), levels.float().contiguous())
+
+    @classmethod
+    def joined(cls, weights: Sequence[Self]) -> Self:
+        """One above the other; they must be alike in d_in, block and levels."""
+        codes, scales = torch.cat([w.codes for w in weights]), torch.cat([w.scales for w in weights])
+        return cls(codes, scales, weights[0].levels)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.codes, self.scales, self.levels))
+
+    def rows(self, first: int, last: int) -> Self:
+        tiles = slice(first // _TILE, last // _TILE)
+        return type(self)(self.codes[tiles], self.scales[tiles], self.levels)
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x float32 or bfloat16.
+
+        On a matrix unit, and elsewhere up to 48 tokens, a token's sums have one order whatever else is in x: they are
+        the same to the bit.
+        """
+        if x.dtype is torch.bfloat16 and self._block % _UNIT_INPUTS == 0 and has_matrix_unit():
+            return _unit_product(x, self._d_out, self._d_in, bias, (None, *self._place), self._block)
+        rows = _dense_rows(x, self._d_in)
+        num = rows.shape[0]
+        if num > _LONGEST:
+            return F.linear(x, self._matrix(x.dtype).t(), None if bias is None else bias.to(x.dtype))
+        y = torch.empty(num, self._d_out, dtype=x.dtype)
+        turned = torch.empty(-(-num // _MOST_TOKENS) * _MOST_TOKENS * self._d_in)
+        library().graft_four_bit(
+            *self._place, None if bias is None else bias.data_ptr(), len(self.codes), self._d_in, self._block,
+            rows.data_ptr(), rows.stride(0), DTYPES[x.dtype], num, turned.data_ptr(), y.data_ptr(), self._d_out,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return y.view(*x.shape[:-1], self._d_out)
+
+    def whole(self) -> torch.Tensor:
+        """Float32, to the bit what bitsandbytes makes of it in that dtype."""
+        return self._matrix(torch.float32).t()
+
+    def _matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        """W^T (d_in, d_out), each weight rounded once."""
+        matrix = torch.empty(self._d_in, self._d_out, dtype=dtype)
+        library().graft_four_bit_weight(
+            *self._place, len(self.codes), self._d_in, self._block, matrix.data_ptr(), DTYPES[dtype],
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return matrix
+
+    @property
+    def _d_out(self) -> int:
+        return len(self.codes) * _TILE
+
+    @property
+    def _d_in(self) -> int:
+        return self.codes.shape[1] * _CODES
+
+    @property
+    def _block(self) -> int:
+        return self._d_in // self.scales.shape[1]
+
+    @property
+    def _place(self) -> tuple[int, int, int]:
+        return self.codes.data_ptr(), self.scales.data_ptr(), self.levels.data_ptr()
+
+
+@dataclass(frozen=True, slots=True)
+class UnitWeight:
+    """W in bfloat16 as the matrix unit's registers have it.
+
+    registers (d_out / 16, d_in / 32, 16, 16, 2): in a row two inputs of 16 outputs.
+    """
+
+    registers: torch.Tensor
+
+    @staticmethod
+    def can_pack(d_out: int, d_in: int) -> bool:
+        return d_out % _TILE == 0 and d_in % _UNIT_INPUTS == 0 and has_matrix_unit()
+
+    @classmethod
+    def packed(cls, weight: torch.Tensor) -> Self:
+        """From (d_out, d_in) bfloat16."""
+        num_tiles, num_chunks = weight.shape[0] // _TILE, weight.shape[1] // _UNIT_INPUTS
+        pairs = weight.view(num_tiles, _TILE, num_chunks, _UNIT_INPUTS // 2, 2)
+        return cls(pairs.permute(0, 2, 3, 1, 4).contiguous())
+
+    @property
+    def num_bytes(self) -> int:
+        return self.registers.numel() * self.registers.element_size()
+
+    def rows(self, first: int, last: int) -> Self:
+        return type(self)(self.registers[first // _TILE : last // _TILE])
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x bfloat16. A token's sums are the same to the bit whatever else is in x."""
+        num_tiles, num_chunks = self.registers.shape[:2]
+        place = (self.registers.data_ptr(), None, None, None)
+        return _unit_product(x, num_tiles * _TILE, num_chunks * _UNIT_INPUTS, bias, place, _UNIT_INPUTS)
+
+    def whole(self) -> torch.Tensor:
+        num_tiles, num_chunks = self.registers.shape[:2]
+        return self.registers.permute(0, 3, 1, 2, 4).reshape(num_tiles * _TILE, num_chunks * _UNIT_INPUTS)
+
+
+def _unit_product(
+    x: torch.Tensor,
+    d_out: int,
+    d_in: int,
+    bias: torch.Tensor | None,
+    place: tuple[int | None, int | None, int | None, int | None],
+    block: int,
+) -> torch.Tensor:
+    rows = _dense_rows(x, d_in)
+    y = torch.empty(rows.shape[0], d_out, dtype=x.dtype)
+    library().graft_unit_product(
+        *place, None if bias is None else bias.data_ptr(), d_out // _TILE, d_in, block,
+        rows.data_ptr(), rows.stride(0), rows.shape[0], y.data_ptr(), d_out, torch.get_num_threads(),
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], d_out)
+
+
+def _dense_rows(x: torch.Tensor, d_in: int) -> torch.Tensor:
+    """(tokens, d_in), the last dimension dense."""
+    rows = x.reshape(-1, d_in)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
