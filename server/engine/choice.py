@@ -29,7 +29,7 @@ def choose(logits: StepLogits, flights: Mapping[str, Flight], masks: StepMasks |
     if logits.greedy is not None and masks is None and all(row.temperature == 0 and not row.rules for row in rows):
         return Chosen(logits.greedy, names)
     allowed = logits.sampled if masks is None else masks.applied(logits)
-    tokens = sample(edit_logits(allowed, rows), rows)
+    tokens = sample(edit_logits(allowed, rows), rows, logits.argmax)
     return Chosen(marked(logits.sampled, tokens), names)
 
 

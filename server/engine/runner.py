@@ -13,11 +13,12 @@ from server.engine.chosen import Chosen
 from server.engine.decode_graphs import DecodeGraphs, graph_sizes
 from server.engine.packed_step import PackedStep, StepOrder, kept_rows
 from server.engine.recording import Recorder
+from server.engine.sampler import ArgMax, most_likely
 from server.engine.sequence import Batch, ScheduledSequence
 from server.model.attention import KVCache
 from server.model.base import Base
 from server.model.context import SiteKernels, StepContext
-from server.ops import Kernels, StepKernels
+from server.ops import Kernels, StepKernels, native
 from server.ops.prefill import PrefillLibrary
 
 _RECOMPUTED_AT_ONCE = 512  # tokens: bounds what a long sequence takes for itself, once in its life
@@ -34,6 +35,7 @@ class StepLogits:
     scorers: tuple[ScheduledSequence, ...]
     scored: dict[str, torch.Tensor]
     greedy: torch.Tensor | None = None
+    argmax: ArgMax = most_likely  # of rows of logits, as the step's kernels find it
 
 
 class Runner:
@@ -151,7 +153,8 @@ class Runner:
         self._base.attention.kernels = self._kernels
         # The ops know which tokens are virtual; the base has no rows for them.
         ids = step.ids if context.ops is None else step.ids.clamp_min(0)
-        return _split(order.items, self._base.forward(ids, step.positions, step.keep, context))
+        logits = self._base.forward(ids, step.positions, step.keep, context)
+        return _split(order.items, logits, native.argmax if self._kernels is native else most_likely)
 
     def _site_kernels(self, slots: Listing[int], kept_slots: Listing[int]) -> SiteKernels | None:
         if self._kernels is None:
@@ -160,7 +163,7 @@ class Runner:
         return None if step is None else StepKernels(step, self._kernels)
 
 
-def _split(items: Listing[ScheduledSequence], logits: torch.Tensor) -> StepLogits:
+def _split(items: Listing[ScheduledSequence], logits: torch.Tensor, argmax: ArgMax) -> StepLogits:
     samplers, rows, scorers, scored, row = [], [], [], {}, 0
     for item in items:
         num_rows = len(kept_rows(item, 0))
@@ -172,4 +175,4 @@ def _split(items: Listing[ScheduledSequence], logits: torch.Tensor) -> StepLogit
             samplers.append(item)
             rows.append(row - 1)
     sampled = logits if rows == list(range(logits.shape[0])) else logits[rows]
-    return StepLogits(tuple(samplers), sampled, tuple(scorers), scored)
+    return StepLogits(tuple(samplers), sampled, tuple(scorers), scored, argmax=argmax)

@@ -4,7 +4,7 @@ Owns the sampling rules and the log-probabilities that requests ask for. Knows n
 of logits and one `SamplingRow` per token to choose.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,10 @@ import torch
 from server.engine.sequence import TokenLogprobs
 from server.engine.token_rules import TokenRules
 from server.ops.sending import send
+
+_FIRST = 512  # of the most likely tokens, which are looked at before all are sorted; almost any cut is among them
+
+ArgMax = Callable[[torch.Tensor], torch.Tensor]  # (rows, vocabulary) -> (rows,) int64
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +30,31 @@ class SamplingRow:
     rules: TokenRules | None = None
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+def most_likely(logits: torch.Tensor) -> torch.Tensor:
+    return torch.argmax(logits, dim=-1)
+
+
+def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], argmax: ArgMax = most_likely) -> torch.Tensor:
     """One token per row: logits (rows, vocabulary) -> (rows,) int64 on the same device.
 
     A row's choice depends on its own logits and its own random number only, so a seed gives the same answer in any
     batch. Temperature 0 takes the most likely token.
     """
-    greedy = torch.argmax(logits, dim=-1)
-    drawn = [i for i, row in enumerate(rows) if row.temperature > 0]
-    if not drawn:
-        return greedy
-    # Two ways that may answer one random number differently, so a row's way must not depend on its neighbours.
-    for of_way in ([i for i in drawn if _is_cut(rows[i])], [i for i in drawn if not _is_cut(rows[i])]):
-        if of_way:
-            at = send(torch.tensor(of_way), logits.device)
-            greedy[at] = _draw(logits[at].float(), [rows[i] for i in of_way])
-    return greedy
+    # Ways that may answer one random number differently, so a row's way must not depend on its neighbours.
+    ways: list[tuple[list[int], Callable[[torch.Tensor, Sequence[SamplingRow]], torch.Tensor]]] = [
+        ([i for i, row in enumerate(rows) if row.temperature == 0], lambda of_way, _: argmax(of_way)),
+        ([i for i, row in enumerate(rows) if row.temperature > 0 and not _is_cut(row)], _draw),
+        ([i for i, row in enumerate(rows) if row.temperature > 0 and _is_cut(row)], _draw_cut),
+    ]
+    for numbers, choose in ways:
+        if len(numbers) == len(rows):
+            return choose(logits, rows)
+    tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+    for numbers, choose in ways:
+        if numbers:
+            at = send(torch.tensor(numbers), logits.device)
+            tokens[at] = choose(logits[at], [rows[i] for i in numbers])
+    return tokens
 
 
 def _is_cut(row: SamplingRow) -> bool:
@@ -49,38 +62,66 @@ def _is_cut(row: SamplingRow) -> bool:
     return row.top_p < 1 or row.top_k > 0 or row.min_p > 0
 
 
+def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    return send(torch.tensor(values, dtype=torch.float64), device)[:, None]
+
+
+def _probabilities(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """Float32. Very small temperatures would overflow; relative to the maximum they cannot."""
+    logits = logits.float()
+    temperatures = _column([max(row.temperature, 1e-5) for row in rows], logits.device).float()
+    return torch.softmax((logits - logits.amax(dim=-1, keepdim=True)).div_(temperatures), dim=-1)
+
+
 def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """Rows that are all cut, or none of them."""
-    device = logits.device
+    return _inverse_cdf(_probabilities(logits, rows), rows)
 
-    def column(values: Sequence[float]) -> torch.Tensor:
-        return send(torch.tensor(values, dtype=torch.float64), device)[:, None]
 
-    # Very small temperatures would overflow; relative to the maximum they cannot.
-    logits = logits - logits.amax(dim=-1, keepdim=True)
-    probs = torch.softmax(logits / column([max(row.temperature, 1e-5) for row in rows]).float(), dim=-1)
-    uniform = column([row.uniform for row in rows])
-    if not _is_cut(rows[0]):
-        return _inverse_cdf(probs, uniform)
-    probs, order = torch.sort(probs, dim=-1, descending=True, stable=True)
-    rank = torch.arange(probs.shape[-1], device=device)
-    top_k = column([min(row.top_k or probs.shape[-1], probs.shape[-1]) for row in rows])
-    probs = probs.masked_fill(rank >= top_k, 0)
-    probs = probs / probs.sum(dim=-1, keepdim=True)
+def _draw_cut(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """Sorts all tokens on a GPU. On a CPU that would take longer than the step, and almost always a few are enough."""
+    probs = _probabilities(logits, rows)
+    if logits.device.type != "cpu" or probs.shape[-1] <= _FIRST:
+        return _draw_sorted(*torch.sort(probs, dim=-1, descending=True, stable=True), rows)
+    first, order = probs.topk(_FIRST, dim=-1)
+    tokens = _draw_sorted(first, order, rows)
+    open_rows = [i for i, is_open in enumerate(_reaches_further(first, rows)) if is_open]
+    if open_rows:
+        rest = torch.sort(probs[open_rows], dim=-1, descending=True, stable=True)
+        tokens[open_rows] = _draw_sorted(*rest, [rows[i] for i in open_rows])
+    return tokens
+
+
+def _reaches_further(first: torch.Tensor, rows: Sequence[SamplingRow]) -> list[bool]:
+    """Whether a row's cuts may leave more than its `first` tokens: (rows, _FIRST) of a sum of 1, sorted."""
+    masses, most, least = (t.tolist() for t in (first.double().sum(dim=-1), first[:, 0], first[:, -1]))
+    return [
+        not 0 < row.top_k <= _FIRST and masses[i] < row.top_p and not least[i] < row.min_p * most[i]
+        for i, row in enumerate(rows)
+    ]
+
+
+def _draw_sorted(probs: torch.Tensor, order: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """probs (rows, n): the n most likely tokens, sorted, which are `order`; all that the cuts leave are among them."""
+    device, num = probs.device, probs.shape[-1]
+    rank = torch.arange(num, device=device)
+    probs = probs.masked_fill(rank >= _column([min(row.top_k or num, num) for row in rows], device), 0)
+    # top_p is a share of what top_k leaves; without top_k that is all, whose sum is 1.
+    has_top_k = _column([row.top_k > 0 for row in rows], device).bool()
+    probs = probs / torch.where(has_top_k, probs.sum(dim=-1, keepdim=True), 1)
     before = probs.cumsum(dim=-1) - probs  # mass before each token: the first token always stays
-    probs = probs.masked_fill(before >= column([row.top_p for row in rows]), 0)
-    probs = probs.masked_fill(probs < column([row.min_p for row in rows]) * probs[:, :1], 0)
-    return order.gather(1, _inverse_cdf(probs, uniform)[:, None])[:, 0]
+    probs = probs.masked_fill(before >= _column([row.top_p for row in rows], device), 0)
+    probs = probs.masked_fill(probs < _column([row.min_p for row in rows], device) * probs[:, :1], 0)
+    return order.gather(1, _inverse_cdf(probs, rows)[:, None])[:, 0]
 
 
-def _inverse_cdf(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The index at which the cumulated (unnormalized) probability passes `uniform` of its total."""
+def _inverse_cdf(probs: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """The index at which the cumulated (unnormalized) probability passes the row's random number times its total."""
     cumulated = probs.double().cumsum(dim=-1)
-    target = uniform * cumulated[:, -1:]
-    index = torch.searchsorted(cumulated, target, right=True)[:, 0]
-    # Rounding may leave the target at the very end, past the last token that has any probability.
-    last = (probs > 0).long().cumsum(dim=-1).argmax(dim=-1)
-    return torch.minimum(index, last)
+    total = cumulated[:, -1:]
+    target = _column([row.uniform for row in rows], probs.device) * total
+    # Rounding must not leave the target at the very end, past the last token that has any probability.
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulated, target, right=True)[:, 0].clamp_max(probs.shape[-1] - 1)  # NaN: past the end
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_top: int) -> tuple[TokenLogprobs, ...]:

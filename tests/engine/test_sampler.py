@@ -126,6 +126,31 @@ def test_the_last_random_number_stays_within_what_can_be_drawn() -> None:
     assert sample(logits, [SamplingRow(1, 1, 0, 1 - 2**-53)]).tolist() == [4]
 
 
+def large(num_rows: int, seed: int) -> torch.Tensor:
+    """More tokens than are looked at first, some rows flat and some steep."""
+    return logits_of(num_rows, seed, 4000) * torch.linspace(0.2, 4, num_rows)[:, None]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(kinds, min_size=1, max_size=6), st.integers(0, 100))
+def test_looking_at_the_first_tokens_only_changes_nothing(rows: list[SamplingRow], seed: int) -> None:
+    logits = large(len(rows), seed)
+    found = sample(logits, rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("server.engine.sampler._FIRST", 4000)  # as many as there are: all are sorted
+        assert torch.equal(found, sample(logits, rows))
+
+
+def test_a_cut_that_keeps_more_than_the_first_tokens_is_made_among_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flat row under top_p 0.9 keeps most of its tokens, and any of them may be drawn."""
+    monkeypatch.setattr("server.engine.sampler._FIRST", 16)
+    logits, draws = torch.zeros(1, 1000), 400
+    rows = [SamplingRow(1, 0.9, 0, i / draws) for i in range(draws)]
+    assert len(set(sample(logits.expand(draws, -1), rows).tolist())) == draws
+    wide = [SamplingRow(1, 1, 100, i / draws) for i in range(draws)]
+    assert len(set(sample(logits.expand(draws, -1), wide).tolist())) == 100
+
+
 def test_sixteen_bit_logits_are_sampled_in_float32() -> None:
     logits = logits_of(4).bfloat16()
     rows = [SamplingRow(1, 0.9, 5, 0.4)] * 4

@@ -22,6 +22,7 @@ __all__ = [
     "FourBitWeight",
     "UnitWeight",
     "Weight",
+    "argmax",
     "decode_attention",
     "embed_low_rank",
     "expand",
@@ -194,6 +195,19 @@ def decode_attention(
         scaling, window or 0, softcap or 0.0, None if scores is None else scores.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """Where the largest number of each row is, the first of equals: (rows, width) -> (rows,) int64.
+
+    0 for a row without a number above minus infinity. PyTorch's takes a number at a time: 14 ms for 16 rows of 150,000.
+    """
+    rows = _dense_rows(logits)
+    found = torch.empty(rows.shape[0], dtype=torch.int64)
+    library().graft_argmax(
+        rows.data_ptr(), rows.stride(0), DTYPES[rows.dtype], *rows.shape, found.data_ptr(), torch.get_num_threads()
+    )
+    return found
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

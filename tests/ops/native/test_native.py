@@ -158,3 +158,23 @@ def test_attention_in_any_pair_of_dtypes(dtype: torch.dtype, cache_dtype: torch.
         scores = torch.einsum("hd,thd->ht", query[number].double(), keys.repeat_interleave(3, dim=1)) * 0.3
         expected = torch.einsum("ht,thd->hd", scores.softmax(1), values.repeat_interleave(3, dim=1))
         torch.testing.assert_close(found[number].double(), expected, **limits(dtype))
+
+
+@DTYPES
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 4096, 32001])
+def test_the_largest_of_each_row(dtype: torch.dtype, width: int) -> None:
+    logits = normal(5, width, seed=7).to(dtype)  # in 16 bits many are equal: the first of them
+    expected = torch.tensor([int((row == row.max()).nonzero()[0]) for row in logits])
+    assert torch.equal(native.argmax(logits), expected)
+    wide = torch.full((5, width + 40), torch.inf, dtype=dtype)
+    wide[:, 3 : 3 + width] = logits
+    assert torch.equal(native.argmax(wide[:, 3 : 3 + width]), expected)
+
+
+@DTYPES
+def test_the_largest_of_a_row_that_tells_nothing_is_a_place_in_it(dtype: torch.dtype) -> None:
+    rows = torch.stack([torch.full((40,), value, dtype=dtype) for value in (-torch.inf, torch.nan, torch.inf)])
+    assert native.argmax(rows).tolist() == [0, 0, 0]
+    rows[0, 33], rows[1, 39] = -3.0, 1.0
+    assert native.argmax(rows).tolist() == [33, 39, 0]
