@@ -29,15 +29,14 @@ def on_tiers(books: Books, host: HostTier, residency: Residency) -> tuple[Adapte
 
 def _gathered(name: str, copies: Sequence[Copy], on_host: set[str]) -> AdapterState:
     """Of the copies of a name whose contents are on host or device, the current one last."""
-    contents = [copy.content for copy in copies]
-    host = [one.sizes.host_bytes for one in contents if one.sizes is not None and one.digest in on_host]
-    device = [one.sizes.device_bytes for one in contents if one.sizes is not None and one.slot is not None]
-    facts = contents[-1].facts
-    return AdapterState(
-        name=name,
-        method=facts.method if facts is not None else "",
-        rank=facts.rank if facts is not None else None,
-        is_pinned=any(copy.is_pinned for copy in copies),
-        host_bytes=sum(host) if host else None,
-        device_bytes=sum(device) if device else None,
-    )
+    host = device = None
+    is_pinned = False
+    for copy in copies:
+        content, is_pinned = copy.content, is_pinned or copy.is_pinned
+        if content.sizes is not None and content.digest in on_host:
+            host = (host or 0) + content.sizes.host_bytes
+        if content.sizes is not None and content.slot is not None:
+            device = (device or 0) + content.sizes.device_bytes
+    facts = copies[-1].content.facts
+    method, rank = ("", None) if facts is None else (facts.method, facts.rank)
+    return AdapterState(name, method, rank, is_pinned, host, device)

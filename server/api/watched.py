@@ -4,7 +4,6 @@ Owns which number each metric is. Knows nothing about how a scrape is answered.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 from server.adapters.adapter_info import RegistryStats
 from server.api.services import Services
@@ -94,6 +93,6 @@ def _adapter_states(services: Services) -> Iterator[AdapterState]:
         if uses is None:
             yield adapter
         else:
-            yield replace(adapter, num_running=uses.num_running, num_waiting=uses.num_waiting)
+            yield adapter._replace(num_running=uses.num_running, num_waiting=uses.num_waiting)
     for name, uses in in_flight.items():  # that are still on their way, or in a mix alone
         yield AdapterState(name, num_running=uses.num_running, num_waiting=uses.num_waiting)

@@ -30,7 +30,7 @@ from server.cli.open_files import room_for
 from server.ground import config
 from server.ground.config import Settings
 from server.ground.errors import StartupRefused
-from server.ground.heap import keep_one_arena
+from server.ground.heap import keep_one_arena, set_apart_what_stays
 
 # Longer than clients keep an idle connection (httpx 5 s, proxies 60 s): who closes first must not be the server, or a
 # request that is just being sent meets a reset.
@@ -75,6 +75,7 @@ def _serve(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         from server.assemble import assemble
 
         server = assemble(settings)
+        set_apart_what_stays()
         try:
             return listen(server, settings, listener)
         finally:

@@ -21,24 +21,30 @@ _PLAIN = re.compile(r"[A-Za-z0-9._+/ -]*").fullmatch
 
 def exposition(families: Iterable[Metric]) -> bytes:
     """The text of these families, in their order."""
-    return "".join(line for family in families for line in _lines(family)).encode()
+    written = _Written()
+    return "".join(line for family in families for line in _lines(family, written)).encode()
 
 
-def _lines(family: Metric) -> Iterator[str]:
+class _Written(dict[str, str]):
+    """Labels' values as they are written; most stand in many samples."""
+
+    def __missing__(self, value: str) -> str:
+        # Nearly all are plain, which is seen faster.
+        self[value] = '"' + (value if _PLAIN(value) else value.translate(_ESCAPED)) + '"'
+        return self[value]
+
+
+def _lines(family: Metric, written: _Written) -> Iterator[str]:
     name = f"{family.name}_total" if family.type == "counter" else family.name
     yield f"# HELP {name} {family.documentation.translate(_ESCAPED_IN_HELP)}\n# TYPE {name} {family.type}\n"
     for sample in family.samples:
-        yield f"{sample.name}{_labels(sample)} {_number(sample.value)}\n"
+        yield f"{sample.name}{_labels(sample, written)} {_number(sample.value)}\n"
 
 
-def _labels(sample: Sample) -> str:
+def _labels(sample: Sample, written: _Written) -> str:
     if not sample.labels:
         return ""
-    return "{" + ",".join([f'{name}="{_escaped(value)}"' for name, value in sample.labels.items()]) + "}"
-
-
-def _escaped(value: str) -> str:
-    return value if _PLAIN(value) else value.translate(_ESCAPED)  # nearly all are plain, which is seen faster
+    return "{" + ",".join([f"{name}={written[value]}" for name, value in sample.labels.items()]) + "}"
 
 
 def _number(value: float) -> str:

@@ -1,4 +1,4 @@
-"""One heap for all threads, unless the operator decides; and what is free goes back."""
+"""One heap for all threads, unless the operator decides; what is free goes back, and what stays is not gone through."""
 
 import os
 import subprocess
@@ -129,3 +129,27 @@ def test_large_blocks_go_back_while_that_is_asked_for() -> None:
 
     assert kept_bytes() > 15_000_000, "else there is nothing to show"
     assert kept_bytes("given back") < 2_000_000
+
+
+_COUNT_GONE_THROUGH = """
+import gc, weakref
+from server.ground.heap import set_apart_what_stays
+
+class Node:
+    pass
+
+kept = [[] for _ in range(1000)]
+set_apart_what_stays()
+print(len(gc.get_objects()) < 1000, any(one is kept for one in gc.get_objects()))
+node = Node()
+node.itself = node
+seen = weakref.ref(node)
+del node
+gc.collect()
+print(seen() is None)
+"""
+
+
+def test_the_collector_leaves_alone_what_stays_and_finds_what_comes_later() -> None:
+    done = subprocess.run([sys.executable, "-c", _COUNT_GONE_THROUGH], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False", "True"]
