@@ -8,10 +8,9 @@ microseconds a sample: half a second for the series of a thousand adapters. Ours
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from prometheus_client.core import Metric
-from prometheus_client.samples import Sample
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _ESCAPED = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
@@ -21,11 +20,11 @@ _PLAIN = re.compile(r"[A-Za-z0-9._+/ -]*").fullmatch
 
 def exposition(families: Iterable[Metric]) -> bytes:
     """The text of these families, in their order."""
-    written = _Written()
-    return "".join(line for family in families for line in _lines(family, written)).encode()
+    values, numbers = _Values(), _Numbers()
+    return "".join(_text(family, values, numbers) for family in families).encode()
 
 
-class _Written(dict[str, str]):
+class _Values(dict[str, str]):
     """Labels' values as they are written; most stand in many samples."""
 
     def __missing__(self, value: str) -> str:
@@ -34,17 +33,24 @@ class _Written(dict[str, str]):
         return self[value]
 
 
-def _lines(family: Metric, written: _Written) -> Iterator[str]:
+class _Numbers(dict[float, str]):
+    """Numbers as they are written; many samples have the same."""
+
+    def __missing__(self, value: float) -> str:
+        self[value] = _number(value)
+        return self[value]
+
+
+def _text(family: Metric, values: _Values, numbers: _Numbers) -> str:
     name = f"{family.name}_total" if family.type == "counter" else family.name
-    yield f"# HELP {name} {family.documentation.translate(_ESCAPED_IN_HELP)}\n# TYPE {name} {family.type}\n"
-    for sample in family.samples:
-        yield f"{sample.name}{_labels(sample, written)} {_number(sample.value)}\n"
-
-
-def _labels(sample: Sample, written: _Written) -> str:
-    if not sample.labels:
-        return ""
-    return "{" + ",".join([f"{name}={written[value]}" for name, value in sample.labels.items()]) + "}"
+    lines = [f"# HELP {name} {family.documentation.translate(_ESCAPED_IN_HELP)}\n# TYPE {name} {family.type}\n"]
+    for sample_name, labels, value, *_ in family.samples:
+        if labels:
+            listed = ",".join([f"{label}={values[one]}" for label, one in labels.items()])
+            lines.append(f"{sample_name}{{{listed}}} {numbers[value]}\n")
+        else:
+            lines.append(f"{sample_name} {numbers[value]}\n")
+    return "".join(lines)
 
 
 def _number(value: float) -> str:
