@@ -33,10 +33,10 @@ class VllmProcess:
     def __init__(self, python: str, options: Mapping[str, Any], log: IO[str]) -> None:
         worker = Path(__file__).with_name("vllm_worker.py")
         environment = os.environ | _ENVIRONMENT
-        environment.pop("PYTHONPATH", None)  # ours; its packages are others
+        environment.pop("PYTHONPATH", None)  # ours; its packages are others, as are the modules beside the worker (-P)
         self._log = log
         self._process = subprocess.Popen(
-            [python, "-u", str(worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            [python, "-P", "-u", str(worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
             env=environment, cwd=tempfile.gettempdir(),
         )  # fmt: skip
         try:
