@@ -27,7 +27,7 @@ from server.ground.machine import cpu, ram
 from server.model.fused import can_pack
 from server.model.pretrained import BaseOptions, default_dtype, read_config, stored_quantization
 from server.model.quantize import Quantization, holds_dequantized
-from server.ops import load_kernels, native
+from server.ops import load_kernels, native, takes_native
 from server.ops.prefill import prefill_refusal
 from server.sizing import base_options, expected_needs, expected_plan, free_bytes
 
@@ -124,7 +124,7 @@ def _products(held: Quantization, dtype: torch.dtype, options: BaseOptions) -> s
     if options.device.type == "cuda":
         return "PyTorch's products" if held is Quantization.NONE else "bitsandbytes' CUDA kernels"
     if held.is_4_bit:
-        if _has_native(options, dtype):
+        if takes_native(options.ops, options.device, dtype):
             is_by_unit = dtype is torch.bfloat16 and native.has_matrix_unit()
             return f"native products of 4-bit weights, {'on the matrix unit (AMX)' if is_by_unit else 'by vectors'}"
         if holds_dequantized(dtype, options.device):
@@ -134,13 +134,6 @@ def _products(held: Quantization, dtype: torch.dtype, options: BaseOptions) -> s
         return "bitsandbytes' int8 product"
     is_packed = dtype is torch.bfloat16 and can_pack()
     return "weights packed once by oneDNN" if is_packed else "PyTorch's products"
-
-
-def _has_native(options: BaseOptions, dtype: torch.dtype) -> bool:
-    try:
-        return load_kernels(options.ops, options.device, dtype) is native
-    except GraftError:
-        return False
 
 
 def _ops(settings: Settings, options: BaseOptions, dtype: torch.dtype) -> Finding:

@@ -82,7 +82,10 @@ def _draw_cut(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor
     probs = _probabilities(logits, rows)
     if logits.device.type != "cpu" or probs.shape[-1] <= _FIRST:
         return _draw_sorted(*torch.sort(probs, dim=-1, descending=True, stable=True), rows)
-    first, order = probs.topk(_FIRST, dim=-1)
+    # As a stable sort would have them: of equals the first.
+    order = probs.topk(_FIRST, dim=-1, sorted=False).indices.sort(dim=-1).values
+    first, places = probs.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    order = order.gather(1, places)
     tokens = _draw_sorted(first, order, rows)
     open_rows = [i for i, is_open in enumerate(_reaches_further(first, rows)) if is_open]
     if open_rows:
@@ -92,12 +95,20 @@ def _draw_cut(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor
 
 
 def _reaches_further(first: torch.Tensor, rows: Sequence[SamplingRow]) -> list[bool]:
-    """Whether a row's cuts may leave more than its `first` tokens: (rows, _FIRST) of a sum of 1, sorted."""
-    masses, most, least = (t.tolist() for t in (first.double().sum(dim=-1), first[:, 0], first[:, -1]))
-    return [
-        not 0 < row.top_k <= _FIRST and masses[i] < row.top_p and not least[i] < row.min_p * most[i]
-        for i, row in enumerate(rows)
-    ]
+    """Whether a row's cuts may need more than its `first` tokens: (rows, _FIRST) of a sum of 1, sorted.
+
+    Those as likely as the last of them do not count, for there may be more of these.
+    """
+    counted = first > first[:, -1:]
+    columns = counted.sum(dim=-1), (first.double() * counted).sum(dim=-1), first[:, 0], first[:, -1]
+    reach = []
+    for row, num, mass, most, least in zip(rows, *(column.tolist() for column in columns), strict=True):
+        if row.top_k > 0:
+            is_enough = num >= row.top_k or (row.top_p == 1 and least < row.min_p * most)
+        else:
+            is_enough = mass >= row.top_p or least < row.min_p * most
+        reach.append(not is_enough and least > 0)
+    return reach
 
 
 def _draw_sorted(probs: torch.Tensor, order: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:

@@ -30,7 +30,15 @@ from server.model.pretrained import (
     refuse_missing,
     stored_quantization,
 )
-from server.model.quantize import expert_bytes, experts_note, found_quantization, quantization_config, scales, settle
+from server.model.quantize import (
+    choose_four_bit_products,
+    expert_bytes,
+    experts_note,
+    found_quantization,
+    quantization_config,
+    scales,
+    settle,
+)
 from server.model.rope import attach_rope
 from server.model.site_table import SiteTable
 from server.model.sites import BaseSite
@@ -191,8 +199,9 @@ class Base:
         self._compare(own, alone, packed)
         self._refuse_leaks(packed[lengths[0] :], other[lengths[0] :])
         self.sites.group_by_input(calls, sum(lengths))
-        self.sites.fuse(is_native=self.kernels is native)
         with self._refusing("cannot run with the weights of its linears fused"):
+            self.sites.fuse(is_native=self.kernels is native)
+            choose_four_bit_products(self.model, self.dtype, self.device)  # for those that are left
             self._check_fused(packed, self._probe(rows))
             self._compact(rows)
 

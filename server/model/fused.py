@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from server.model.quantize import empty, four_bit_block, four_bit_rows
+from server.model.quantize import empty, four_bit_format, four_bit_rows
 from server.ops.native import FourBitWeight, UnitWeight, Weight
 
 _PACKED_FOR_TOKENS = 16  # the batch that oneDNN is told to expect; any other works
@@ -146,16 +146,17 @@ class FusedNative(_Members):
 
 def can_read_codes(module: nn.Module) -> bool:
     """Whether native products can read the 4-bit weight of a module as it is."""
-    block = four_bit_block(module)
-    if block is None:
+    found = four_bit_format(module)
+    if found is None:
         return False
     assert isinstance(module, nn.Linear)
-    return FourBitWeight.can_pack(module.out_features, module.in_features, block)
+    return FourBitWeight.can_pack(module.out_features, module.in_features, found[1])
 
 
 def fused_natively(modules: Sequence[nn.Linear]) -> FusedNative | None:
     """One native product of 4-bit linears, or of plain ones in bfloat16 on a matrix unit; None where there is none."""
-    if all(can_read_codes(module) for module in modules):
+    is_one_format = len({four_bit_format(module) for module in modules}) == 1
+    if is_one_format and all(can_read_codes(module) for module in modules):
         return FusedNative(modules, FourBitWeight.joined([_four_bit_weight(module) for module in modules]))
     if all(type(m) is nn.Linear and m.weight.dtype is torch.bfloat16 for m in modules) and all(
         UnitWeight.can_pack(m.out_features, m.in_features) for m in modules

@@ -97,13 +97,15 @@ class FourBitRows:
     levels: torch.Tensor
 
 
-def four_bit_block(module: nn.Module) -> int | None:
-    """How many weights of a row share a scale; None for what is no 4-bit linear, or one that has been repacked."""
+def four_bit_format(module: nn.Module) -> tuple[str, int] | None:
+    """Which levels, and how many weights of a row share a scale; None for no 4-bit linear, or a repacked one."""
     if not isinstance(module, Linear4bit):
         return None
     weight: Any = module.weight
     state = weight.quant_state
-    return None if state is None or getattr(state, "packing_format_for_cpu", False) else int(state.blocksize)
+    if state is None or getattr(state, "packing_format_for_cpu", False):
+        return None
+    return str(weight.quant_type), int(state.blocksize)
 
 
 def four_bit_rows(module: nn.Linear) -> FourBitRows:
@@ -118,10 +120,11 @@ def four_bit_rows(module: nn.Linear) -> FourBitRows:
 
 
 def empty(module: nn.Module) -> None:
-    """Takes a 4-bit linear's weight away, whose product is made elsewhere; its own would fail by name."""
+    """Takes a 4-bit linear's weight and scales away, whose product is made elsewhere; its own would raise."""
     weight: Any = module.weight
     weight.data = torch.empty(0, dtype=torch.uint8)
     weight.quant_state = None
+    module.quant_state = None  # type: ignore[assignment]  # bitsandbytes keeps the scales here as well
 
 
 def settle(
@@ -134,13 +137,10 @@ def settle(
     CPU without that product would dequantize every layer in every step, so it does so once, here. Layers that others
     `will_read` as they are stay so.
     """
-    is_fast = has_avx512bf16()  # type: ignore[no-untyped-call]
     for module in model.modules():
         if isinstance(module, Linear8bitLt):
             module.state.threshold = 0.0
-        if isinstance(module, Linear4bit) and device.type == "cpu":
-            fits = module.out_features % 32 == 0 and module.in_features % 64 == 0 and not will_read(module)
-            module.support_avx512bf16_for_cpu = is_fast and fits and dtype is not torch.float32
+    choose_four_bit_products(model, dtype, device, will_read)
     if holds_dequantized(dtype, device):
         num = _dequantize_linears(model, dtype, will_read)
         if num:
@@ -149,6 +149,18 @@ def settle(
                 "same values, faster, more memory"
             )
     return None
+
+
+def choose_four_bit_products(
+    model: nn.Module, dtype: torch.dtype, device: torch.device, will_read: Callable[[nn.Module], bool] = lambda _: False
+) -> None:
+    """bitsandbytes' AVX512-BF16 product on a CPU for each 4-bit linear that it fits, those excepted that others
+    `will_read`: it repacks their weights."""
+    is_fast = has_avx512bf16()  # type: ignore[no-untyped-call]
+    for module in model.modules():
+        if isinstance(module, Linear4bit) and device.type == "cpu":
+            fits = module.out_features % 32 == 0 and module.in_features % 64 == 0 and not will_read(module)
+            module.support_avx512bf16_for_cpu = is_fast and fits and dtype is not torch.float32
 
 
 def scales(model: nn.Module) -> Iterator[torch.Tensor]:

@@ -83,11 +83,14 @@ class SiteTable:
         """One base product per group where all members are linears alike in dtype, input and having a bias.
 
         With `is_native` weights are laid out for native products where there are such, those of groups of one, too;
-        other plain ones are packed in bfloat16 on a CPU. A weight that an embedding shares stays as it is.
+        other plain ones are packed in bfloat16 on a CPU. A weight that several modules share, as a head often does
+        with the embedding, stays as it is.
         """
-        embeddings = {s.module.weight.data_ptr() for s in self.sites if isinstance(s.module, nn.Embedding)}
+        products = [site.module for site in self.sites if site.kind in PRODUCTS]
+        places = Counter(module.get_parameter("weight").data_ptr() for module in products)
+        shared = {place for place, num in places.items() if num > 1}
         for group in self.groups:
-            fused = _fused([site.module for site in group.sites], embeddings, is_native=is_native)
+            fused = _fused([site.module for site in group.sites], shared, is_native=is_native)
             for site in group.sites:
                 site.fused = fused
 
@@ -101,13 +104,13 @@ class SiteTable:
         return sum(fused.packed_bytes for fused in {id(s.fused): s.fused for s in self.sites if s.fused}.values())
 
 
-def _fused(modules: Sequence[nn.Module], embeddings: Collection[int], *, is_native: bool) -> Fused | None:
-    """The one product of a group's modules, where there can be one; `embeddings`: the addresses of their weights."""
+def _fused(modules: Sequence[nn.Module], shared: Collection[int], *, is_native: bool) -> Fused | None:
+    """The one product of a group's modules, where there can be one; `shared`: addresses of weights."""
     linears = [module for module in modules if isinstance(module, nn.Linear)]
     if len(linears) < len(modules) or len({(m.weight.dtype, m.bias is None) for m in linears}) != 1:
         return None
     weight = linears[0].weight
-    is_shared = any(m.weight.data_ptr() in embeddings for m in linears)
+    is_shared = any(m.weight.data_ptr() in shared for m in linears)
     if is_native and not is_shared and (fused := fused_natively(linears)) is not None:
         return fused
     if any(type(module) is not nn.Linear for module in linears):

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from server.model.pretrained import BaseOptions, default_dtype, read_config, stored_quantization
 from server.model.quantize import Quantization, holds_dequantized
 from server.model.safetensors_files import StoredTensor, stored_tensors, weight_files
+from server.ops import takes_native
 from server.ops.prefill import AttentionLayer
 
 _UNQUANTIZED = ("embed", "wte", "wpe", "lm_head")  # in the names of what bitsandbytes' linears do not cover
@@ -48,9 +49,8 @@ def expected_size(options: BaseOptions) -> BaseSize | None:
     if base_bytes is None:
         return None
     max_context = int(getattr(config.get_text_config(), "max_position_embeddings", 4096))
-    return BaseSize(
-        base_bytes, shapes, kv_dtype(dtype, options.device, has_kernels=options.ops != "reference"), max_context, config
-    )
+    has_native = takes_native(options.ops, options.device, dtype)
+    return BaseSize(base_bytes, shapes, kv_dtype(dtype, options.device, has_kernels=has_native), max_context, config)
 
 
 def kv_dtype(dtype: torch.dtype, device: torch.device, *, has_kernels: bool) -> torch.dtype:
@@ -66,7 +66,11 @@ def _least_bytes(options: BaseOptions, config: PreTrainedConfig, dtype: torch.dt
     is_tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     is_stored = stored_quantization(config) is not None
     kind = options.quantize
-    if kind is Quantization.NF4 and options.ops == "reference" and holds_dequantized(dtype, options.device):
+    if (
+        kind is Quantization.NF4
+        and holds_dequantized(dtype, options.device)
+        and not takes_native(options.ops, options.device, dtype)
+    ):
         kind = Quantization.NONE
     tensors = (tensor for path in files for tensor in stored_tensors(path))
     return sum(

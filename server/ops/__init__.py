@@ -60,7 +60,19 @@ __all__ = [
     "shrink",
     "shrink_stack",
     "store_kv",
+    "takes_native",
 ]
+
+
+def takes_native(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `load_kernels` would give native kernels."""
+    if name not in ("auto", "native") or device.type != "cpu" or dtype not in native.DTYPES:
+        return False
+    try:
+        native.library()
+    except native.CannotCompile:
+        return False
+    return True
 
 
 def load_kernels(name: str, device: torch.device, dtype: torch.dtype) -> Kernels | None:

@@ -96,7 +96,7 @@ kinds = st.builds(
     SamplingRow,
     temperature=st.sampled_from([0.0, 1e-8, 0.7, 1.0, 3.0]),
     top_p=st.sampled_from([1e-6, 0.5, 0.9, 1.0]),
-    top_k=st.sampled_from([0, 1, 3, 50]),
+    top_k=st.sampled_from([0, 1, 3, 50, 600, 3000]),
     uniform=st.floats(0, 1, exclude_max=True),
     min_p=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
 )
@@ -134,11 +134,20 @@ def large(num_rows: int, seed: int) -> torch.Tensor:
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.lists(kinds, min_size=1, max_size=6), st.integers(0, 100))
 def test_looking_at_the_first_tokens_only_changes_nothing(rows: list[SamplingRow], seed: int) -> None:
-    logits = large(len(rows), seed)
+    logits = large(len(rows), seed).to(torch.bfloat16 if seed % 2 else torch.float32)  # of which many are equal
     found = sample(logits, rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("server.engine.sampler._FIRST", 4000)  # as many as there are: all are sorted
         assert torch.equal(found, sample(logits, rows))
+
+
+def test_of_equals_the_first_is_taken_however_many_there_are() -> None:
+    logits = torch.zeros(1, 4000)
+    logits[0, [7, 1000, 3999]] = 3
+    rows = [SamplingRow(1, 1, 1, i / 50) for i in range(50)]
+    assert set(sample(logits.expand(50, -1), rows).tolist()) == {7}
+    flat = torch.zeros(50, 4000)
+    assert max(sample(flat, [SamplingRow(1, 1, 20, i / 50) for i in range(50)]).tolist()) == 19
 
 
 def test_a_cut_that_keeps_more_than_the_first_tokens_is_made_among_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,6 +131,7 @@ def test_weights_of_4_bits_lie_in_one_place_and_nobody_reads_the_other_unnoticed
     assert fused.packed_bytes == num_weights // 2 + num_weights // 64 * 4 + 16 * 4
     for member in members:
         assert member.weight.numel() == 0
+        assert member.quant_state is None  # where bitsandbytes keeps the scales a second time
         with pytest.raises(ValueError, match="quant_state"):
             dequantized_weight(member)
         with pytest.raises(IndexError):
@@ -143,6 +144,12 @@ def test_what_bitsandbytes_has_repacked_is_left_to_it() -> None:
     member.weight.quant_state.packing_format_for_cpu = True
     assert not can_read_codes(member)
     assert fused_natively([member]) is None
+
+
+def test_weights_of_several_formats_are_no_one_product() -> None:
+    mixed = [*four_bit_linears("nf4", bias=False, is_nested=True), *four_bit_linears("fp4", bias=False, is_nested=True)]
+    assert fused_natively(mixed) is None
+    assert all(can_read_codes(member) for member in mixed)
 
 
 @pytest.mark.skipif(not native.has_matrix_unit(), reason="this processor has no matrix unit")

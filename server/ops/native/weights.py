@@ -180,6 +180,8 @@ def _unit_product(
     place: tuple[int | None, int | None, int | None, int | None],
     block: int,
 ) -> torch.Tensor:
+    assert x.dtype is torch.bfloat16
+    assert has_matrix_unit()  # which asks Linux for it
     rows = _dense_rows(x, d_in)
     y = torch.empty(rows.shape[0], d_out, dtype=x.dtype)
     library().graft_unit_product(

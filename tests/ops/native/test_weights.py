@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from server.ops.native import FourBitWeight, UnitWeight, Weight, build, has_matrix_unit
+from server.ops.native import weights as module
 from tests.ops.resident import normal
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -91,7 +92,7 @@ def test_processors_with_less_compute_the_same() -> None:
 def weights() -> Iterator[tuple[Weight, torch.dtype]]:
     yield four_bit(96, 1024, 64), torch.float32
     yield four_bit(96, 1024, 64), torch.bfloat16
-    if has_matrix_unit():
+    if module.has_matrix_unit():
         yield plain(96, 1024), torch.bfloat16
 
 
