@@ -96,7 +96,7 @@ def test_steps_run_out_of_memory(live: Live, faulted: Faulted, monkeypatch: pyte
 
 def test_choosing_tokens_runs_out_of_memory(live: Live, faulted: Faulted, monkeypatch: pytest.MonkeyPatch) -> None:
     with faulted() as load:
-        fault = failing(MemoryError(), 5, choice.sample, lambda logits, rows: len(rows) > 1)
+        fault = failing(MemoryError(), 5, choice.sample, lambda logits, rows, *_: len(rows) > 1)
         monkeypatch.setattr(choice, "sample", fault)
         await_that(lambda: fault.left == [0])  # type: ignore[attr-defined]
         load.await_right()
