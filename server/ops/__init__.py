@@ -66,11 +66,11 @@ __all__ = [
 
 def takes_native(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `load_kernels` would give native kernels."""
-    if name not in ("auto", "native") or device.type != "cpu" or dtype not in native.DTYPES:
+    if name not in ("auto", "native"):
         return False
     try:
-        native.library()
-    except native.CannotCompile:
+        _native(device, dtype)
+    except StartupRefused:
         return False
     return True
 

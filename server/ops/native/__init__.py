@@ -11,6 +11,7 @@ import torch
 from server.ops.native.build import CannotCompile, library
 from server.ops.native.dtypes import DTYPES
 from server.ops.native.joint import joint
+from server.ops.native.layout import dense_rows
 from server.ops.native.long_runs import LONGEST, expand_long, shrink_long
 from server.ops.native.weights import FourBitWeight, UnitWeight, Weight, has_matrix_unit
 from server.ops.runs import DecodeLists, TokenRuns
@@ -51,7 +52,7 @@ def shrink(x: torch.Tensor, group: GroupTable, table: Sheets, tokens: TokenRuns)
                 for i in range(rank of slots[t] at m):
                     h[t, m, i] = dot(down[i], x[t])
     """
-    x, runs, num_members = _dense_rows(x), tokens.by_down, len(group.widths)
+    x, runs, num_members = dense_rows(x), tokens.by_down, len(group.widths)
     h = torch.empty(x.shape[0], num_members, table.max_rank)
     library().graft_shrink(
         x.data_ptr(), x.stride(0), DTYPES[x.dtype],
@@ -101,7 +102,7 @@ def expand(
                 g[i] = mid_scale[i] * h[t, m, i] + mid_shift[i]
             y[t] = out_scale * (y[t] + gain * up_scale * sum(g[i] * up[i])) + out_shift
     """
-    runs, rows, num_members = tokens.by_up, _dense_rows(y), len(group.widths)
+    runs, rows, num_members = tokens.by_up, dense_rows(y), len(group.widths)
     first, last = (0, num_members) if member is None else (member, member + 1)
     library().graft_expand(
         rows.data_ptr(), rows.stride(0), DTYPES[y.dtype], None if h is None else h.data_ptr(),
@@ -121,7 +122,7 @@ def scale(x: torch.Tensor, group: GroupTable, table: Sheets, tokens: TokenRuns, 
 
     Semantics: y[t] = in_scale[slots[t]] * x[t], rounded once; x[t] where the slot has no in_scale.
     """
-    x = _dense_rows(x)
+    x = dense_rows(x)
     y = torch.empty(x.shape, dtype=x.dtype)
     library().graft_scale(
         x.data_ptr(), x.stride(0), y.data_ptr(), DTYPES[x.dtype], table.buffer.data_ptr(), group.in_stride,
@@ -149,7 +150,7 @@ def store_kv(
             key_cache[blocks[t], :, offsets[t], :] = keys[t]
             value_cache[blocks[t], :, offsets[t], :] = nan_to_num(values[t])
     """
-    keys, values = _dense_rows(keys), _dense_rows(values)
+    keys, values = dense_rows(keys), dense_rows(values)
     blocks, offsets = blocks.contiguous(), offsets.contiguous()
     assert key_cache.is_contiguous()
     assert value_cache.is_contiguous()
@@ -182,7 +183,7 @@ def decode_attention(
 
     Nothing past a sequence's end is read, whatever a former user left there.
     """
-    query = _dense_rows(query)
+    query = dense_rows(query)
     num_sequences, num_heads, width = query.shape
     assert width <= _MAX_HEAD_WIDTH
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -202,7 +203,7 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
 
     0 for a row without a number above minus infinity. PyTorch's takes a number at a time: 14 ms for 16 rows of 150,000.
     """
-    rows = _dense_rows(logits)
+    rows = dense_rows(logits)
     found = torch.empty(rows.shape[0], dtype=torch.int64)
     library().graft_argmax(
         rows.data_ptr(), rows.stride(0), DTYPES[rows.dtype], *rows.shape, found.data_ptr(), torch.get_num_threads()
@@ -213,7 +214,7 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """weight * x / sqrt(mean(x^2) + eps), rounded once: x (..., width), weight (width,) float32 (Zhang and Sennrich
     2019, arXiv:1910.07467)."""
-    rows = _dense_rows(x.reshape(-1, x.shape[-1]))
+    rows = dense_rows(x.reshape(-1, x.shape[-1]))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     library().graft_rms_norm(
         rows.data_ptr(), rows.stride(0), y.data_ptr(), DTYPES[x.dtype], weight.data_ptr(), *rows.shape, eps,
@@ -225,7 +226,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, rounded once: both (..., width) of one dtype -> the same (Shazeer 2020, arXiv:2002.05202)."""
     width = gate.shape[-1]
-    gates, ups = (_dense_rows(t.reshape(-1, width)) for t in (gate, up))
+    gates, ups = (dense_rows(t.reshape(-1, width)) for t in (gate, up))
     if gates.stride(0) != ups.stride(0):
         gates, ups = gates.contiguous(), ups.contiguous()
     y = torch.empty_like(gate, memory_format=torch.contiguous_format)
@@ -255,7 +256,7 @@ def rotary_decode(
     cos and sin, each (tokens, 1, width) float32 as `reference.rotate` has them, and dense; `caches` and `places`
     (blocks, offsets) as in `store_kv`. Returns (tokens, heads * width), dense.
     """
-    query, keys, values = _dense_rows(query), _dense_rows(keys), _dense_rows(values)
+    query, keys, values = dense_rows(query), dense_rows(keys), dense_rows(values)
     (cos, sin), (key_cache, value_cache), (blocks, offsets) = turns, caches, places
     num_kv_heads, block_size, width = key_cache.shape[1:]
     assert width <= _MAX_HEAD_WIDTH
@@ -270,8 +271,3 @@ def rotary_decode(
         scaling, window or 0, softcap or 0.0, torch.get_num_threads(),
     )  # fmt: skip
     return out
-
-
-def _dense_rows(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy of it whose last dimension is dense."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

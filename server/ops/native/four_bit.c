@@ -78,16 +78,17 @@ INLINE void turn(const void *x, int64_t x_stride, int dtype, int64_t num, int64_
 
 /* x (tokens, width) -> y (tokens, num_tiles * LANES): x W^T + bias, rounded once. `turned` is room for as many
    float32 numbers as x has, the tokens rounded up to a multiple of MOST_TOKENS. */
-void graft_four_bit(const uint32_t *codes, const float *scales, const float *levels, const float *bias, int64_t num_tiles,
-                    int64_t width, int64_t block, const void *x, int64_t x_stride, int64_t dtype, int64_t num_tokens,
-                    float *turned, void *y, int64_t y_stride, int64_t num_threads) {
+void graft_four_bit(const uint32_t *codes, const float *scales, const float *levels, const float *bias,
+                    int64_t num_tiles, int64_t width, int64_t block, const void *x, int64_t x_stride, int64_t dtype,
+                    int64_t num_tokens, float *turned, void *y, int64_t y_stride, int64_t num_threads) {
     struct weight weight = {codes, scales, levels, bias, width, block};
     int64_t num_items = (num_tiles + MOST_TILES - 1) / MOST_TILES;
     for (int64_t first = 0; first < num_tokens; first += MOST_TOKENS)
         turn(at(x, first * x_stride, dtype), x_stride, dtype, least(MOST_TOKENS, num_tokens - first), width,
              turned + first * width);
     (void)num_threads;
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_tiles * width * LANES >= WEIGHTS_WORTH_A_THREAD)
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads) \
+    if (num_tiles * width * LANES >= WEIGHTS_WORTH_A_THREAD)
     for (int64_t item = 0; item < num_items; item++) {
         int64_t tile = item * MOST_TILES, last = least(tile + MOST_TILES, num_tiles);
         for (int64_t first = 0; first < num_tokens; first += MOST_TOKENS) {
@@ -107,7 +108,8 @@ void graft_four_bit_weight(const uint32_t *codes, const float *scales, const flo
     struct weight weight = {codes, scales, levels, 0, width, block};
     int64_t num_items = (num_tiles + MOST_TILES - 1) / MOST_TILES;
     (void)num_threads;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_tiles * width * LANES >= WEIGHTS_WORTH_A_THREAD)
+#pragma omp parallel for schedule(static) num_threads(num_threads) \
+    if (num_tiles * width * LANES >= WEIGHTS_WORTH_A_THREAD)
     for (int64_t item = 0; item < num_items; item++)
         for (int64_t k = 0; k < width; k += CODES)
             for (int64_t tile = item * MOST_TILES; tile < least((item + 1) * MOST_TILES, num_tiles); tile++) {

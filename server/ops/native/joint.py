@@ -11,6 +11,7 @@ import torch
 
 from server.ops.native.build import library
 from server.ops.native.dtypes import DTYPES
+from server.ops.native.layout import dense_rows
 from server.ops.runs import SHORT_RUN, TokenRuns
 from server.ops.sheets import GroupTable, Sheets
 
@@ -51,8 +52,7 @@ def joint(group: GroupTable, table: Sheets, tokens: TokenRuns, *, has_rows: bool
     kept = struct, h, group, table, tokens  # whose addresses it has
 
     def apply(y: torch.Tensor, x: torch.Tensor, kept: object = kept) -> None:
-        if x.stride(1) != 1:
-            x = x.contiguous()
+        x = dense_rows(x)
         call(place, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), DTYPES[x.dtype])
 
     return apply

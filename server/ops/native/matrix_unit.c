@@ -74,6 +74,12 @@ struct tokens {
     int64_t y_stride;
 };
 
+INLINE struct tokens tokens_from(struct tokens tokens, int64_t first) {
+    tokens.x = at(tokens.x, first * tokens.x_stride, BFLOAT16);
+    tokens.y = at(tokens.y, first * tokens.y_stride, BFLOAT16);
+    return tokens;
+}
+
 #define ADD_PRODUCT(sums)                                                               \
     if (num_whole > sums) {                                                             \
         _tile_loadd(INPUTS, inputs + sums * UNIT_ROWS * row_bytes, row_bytes);          \
@@ -128,9 +134,7 @@ INLINE void tile_product(const struct source *source, int64_t tile, int64_t num,
     for (int64_t first = 0; first < num; first += UNIT_TOKENS) {
         int64_t left = num - first, num_whole = least(left, UNIT_TOKENS) / UNIT_ROWS;
         int64_t num_last = left < UNIT_TOKENS ? left % UNIT_ROWS : 0;
-        struct tokens part = {at(tokens.x, first * tokens.x_stride, BFLOAT16), tokens.x_stride,
-                              at(tokens.y, first * tokens.y_stride, BFLOAT16), tokens.y_stride};
-        unit_product(source, tile, num_whole, num_last, part);
+        unit_product(source, tile, num_whole, num_last, tokens_from(tokens, first));
     }
 }
 
@@ -144,8 +148,7 @@ static void unit_products(const struct source *source, int64_t num_tiles, int64_
     {
         cut_registers(num_tokens % UNIT_ROWS);
         for (int64_t first = 0; first < num_tokens; first += chunk) {
-            struct tokens part = {at(tokens.x, first * tokens.x_stride, BFLOAT16), tokens.x_stride,
-                                  at(tokens.y, first * tokens.y_stride, BFLOAT16), tokens.y_stride};
+            struct tokens part = tokens_from(tokens, first);
 #pragma omp for schedule(dynamic) nowait
             for (int64_t tile = 0; tile < num_tiles; tile++)
                 tile_product(source, tile, least(chunk, num_tokens - first), part);

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from server.ops.native.build import library
 from server.ops.native.dtypes import DTYPES
+from server.ops.native.layout import dense_rows
 
 _TILE = 16  # LANES of vectors.h: outputs side by side
 _CODES = 8  # of four_bit.h: in a word of 32 bits
@@ -91,7 +92,7 @@ class FourBitWeight:
         """
         if x.dtype is torch.bfloat16 and self._block % _UNIT_INPUTS == 0 and has_matrix_unit():
             return _unit_product(x, self._d_out, self._d_in, bias, (None, *self._place), self._block)
-        rows = _dense_rows(x, self._d_in)
+        rows = dense_rows(x.reshape(-1, self._d_in))
         num = rows.shape[0]
         if num > _LONGEST:
             return F.linear(x, self._matrix(x.dtype).t(), None if bias is None else bias.to(x.dtype))
@@ -182,16 +183,10 @@ def _unit_product(
 ) -> torch.Tensor:
     assert x.dtype is torch.bfloat16
     assert has_matrix_unit()  # which asks Linux for it
-    rows = _dense_rows(x, d_in)
+    rows = dense_rows(x.reshape(-1, d_in))
     y = torch.empty(rows.shape[0], d_out, dtype=x.dtype)
     library().graft_unit_product(
         *place, None if bias is None else bias.data_ptr(), d_out // _TILE, d_in, block,
         rows.data_ptr(), rows.stride(0), rows.shape[0], y.data_ptr(), d_out, torch.get_num_threads(),
     )  # fmt: skip
     return y.view(*x.shape[:-1], d_out)
-
-
-def _dense_rows(x: torch.Tensor, d_in: int) -> torch.Tensor:
-    """(tokens, d_in), the last dimension dense."""
-    rows = x.reshape(-1, d_in)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
