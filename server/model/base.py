@@ -64,7 +64,8 @@ class Base:
         self.model = model.eval().requires_grad_(False)
         self.config: PreTrainedConfig = model.config  # type: ignore[assignment]
         self.quantization = found_quantization(model)  # what the values are, however `settle` holds them
-        note = settle(model, dtype, device, can_read_codes if kernels is native else lambda _: False)
+        read_natively = {module for module in model.modules() if kernels is native and can_read_codes(module)}
+        note = settle(model, dtype, device, read_natively)
         self.note = " ".join(filter(None, (note, experts_note(model)))) or None
         self.scope = Scope()
         self.attention = PagedAttention(self.scope)

@@ -4,7 +4,7 @@ Owns every touch of bitsandbytes. Knows nothing about sites, adapters or attenti
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, cast
@@ -128,21 +128,21 @@ def empty(module: nn.Module) -> None:
 
 
 def settle(
-    model: nn.Module, dtype: torch.dtype, device: torch.device, will_read: Callable[[nn.Module], bool] = lambda _: False
+    model: nn.Module, dtype: torch.dtype, device: torch.device, left_alone: Collection[nn.Module] = ()
 ) -> str | None:
     """Makes quantized modules answer each request alone and as asked; returns a sentence for the log, if any.
 
     int8 thresholds of pre-quantized checkpoints are set to 0 (see `quantization_config`). On a CPU, 4-bit layers run on
     bitsandbytes' AVX512-BF16 product where it exists and their shape allows it; float32 is computed in float32; and a
-    CPU without that product would dequantize every layer in every step, so it does so once, here. Layers that others
-    `will_read` as they are stay so.
+    CPU without that product would dequantize every layer in every step, so it does so once, here. 4-bit layers that
+    are `left_alone` stay as they are stored.
     """
     for module in model.modules():
         if isinstance(module, Linear8bitLt):
             module.state.threshold = 0.0
-    choose_four_bit_products(model, dtype, device, will_read)
+    choose_four_bit_products(model, dtype, device, left_alone)
     if holds_dequantized(dtype, device):
-        num = _dequantize_linears(model, dtype, will_read)
+        num = _dequantize_linears(model, dtype, left_alone)
         if num:
             return (
                 f"this CPU has no AVX512-BF16, so {num} 4-bit layers are held dequantized as {dtype}: "
@@ -152,14 +152,14 @@ def settle(
 
 
 def choose_four_bit_products(
-    model: nn.Module, dtype: torch.dtype, device: torch.device, will_read: Callable[[nn.Module], bool] = lambda _: False
+    model: nn.Module, dtype: torch.dtype, device: torch.device, left_alone: Collection[nn.Module] = ()
 ) -> None:
-    """bitsandbytes' AVX512-BF16 product on a CPU for each 4-bit linear that it fits, those excepted that others
-    `will_read`: it repacks their weights."""
+    """bitsandbytes' AVX512-BF16 product on a CPU for each 4-bit linear that it fits and that is not `left_alone`: it
+    repacks the weights."""
     is_fast = has_avx512bf16()  # type: ignore[no-untyped-call]
     for module in model.modules():
         if isinstance(module, Linear4bit) and device.type == "cpu":
-            fits = module.out_features % 32 == 0 and module.in_features % 64 == 0 and not will_read(module)
+            fits = module.out_features % 32 == 0 and module.in_features % 64 == 0 and module not in left_alone
             module.support_avx512bf16_for_cpu = is_fast and fits and dtype is not torch.float32
 
 
@@ -204,12 +204,12 @@ def experts_note(model: nn.Module) -> str | None:
     return f"the experts stay unquantized ({num_bytes / 2**20:,.1f} MiB of the base), and no adapter can edit them"
 
 
-def _dequantize_linears(model: nn.Module, dtype: torch.dtype, will_read: Callable[[nn.Module], bool]) -> int:
-    """Replaces 4-bit linears that nobody `will_read` by plain ones with the dequantized weight; returns how many."""
+def _dequantize_linears(model: nn.Module, dtype: torch.dtype, left_alone: Collection[nn.Module]) -> int:
+    """Replaces 4-bit linears by plain ones with the dequantized weight; returns how many."""
     num = 0
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
-            if isinstance(module, Linear4bit) and not will_read(module):
+            if isinstance(module, Linear4bit) and module not in left_alone:
                 plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, dtype=dtype)
                 plain.weight.data = dequantized_weight(module).to(dtype)
                 if module.bias is not None:
