@@ -3,7 +3,7 @@
 Owns the weights of the linears that it takes over, and their layout. Knows nothing about adapters or sites.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from typing import Protocol
 
@@ -151,6 +151,26 @@ def can_read_codes(module: nn.Module) -> bool:
         return False
     assert isinstance(module, nn.Linear)
     return FourBitWeight.can_pack(module.out_features, module.in_features, found[1])
+
+
+def fused(modules: Sequence[nn.Module], shared: Collection[int], *, is_native: bool) -> Fused | None:
+    """One product of modules that read the same, all linears alike in dtype and in having a bias; None for others.
+
+    With `is_native` weights are laid out for native products where there are such, that of a single linear, too; other
+    plain ones are packed in bfloat16 on a CPU. A weight at one of the `shared` addresses, as a head's often is with the
+    embedding, stays as it is.
+    """
+    linears = [module for module in modules if isinstance(module, nn.Linear)]
+    if len(linears) < len(modules) or len({(m.weight.dtype, m.bias is None) for m in linears}) != 1:
+        return None
+    weight = linears[0].weight
+    is_shared = any(m.weight.data_ptr() in shared for m in linears)
+    if is_native and not is_shared and (native := fused_natively(linears)) is not None:
+        return native
+    if any(type(module) is not nn.Linear for module in linears):
+        return None
+    is_packed = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and not is_shared and can_pack()
+    return FusedLinear(linears, is_packed=is_packed) if len(linears) > 1 or is_packed else None
 
 
 def fused_natively(modules: Sequence[nn.Linear]) -> FusedNative | None:

@@ -5,7 +5,7 @@ Owns which modules of a model are sites, and of what kind. Knows nothing about a
 
 import inspect
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from server.model.attention import is_attention
 from server.model.context import Scope
-from server.model.fused import Fused, FusedLinear, can_pack, fused_natively
+from server.model.fused import fused
 from server.model.site import PRODUCTS, Site, SiteKind
 from server.model.sites import BaseSite
 from server.model.sublayers import AttentionSite, BlockSite, NormSite
@@ -80,19 +80,14 @@ class SiteTable:
         self.by_path = grouped | {site.path: site for site in self.attention.values() if site.d_in}
 
     def fuse(self, *, is_native: bool) -> None:
-        """One base product per group where all members are linears alike in dtype, input and having a bias.
-
-        With `is_native` weights are laid out for native products where there are such, those of groups of one, too;
-        other plain ones are packed in bfloat16 on a CPU. A weight that several modules share, as a head often does
-        with the embedding, stays as it is.
-        """
+        """One base product per group where there can be one, see `fused`."""
         products = [site.module for site in self.sites if site.kind in PRODUCTS]
         places = Counter(module.get_parameter("weight").data_ptr() for module in products)
         shared = {place for place, num in places.items() if num > 1}
         for group in self.groups:
-            fused = _fused([site.module for site in group.sites], shared, is_native=is_native)
+            product = fused([site.module for site in group.sites], shared, is_native=is_native)
             for site in group.sites:
-                site.fused = fused
+                site.fused = product
 
     def compact_norms(self, *, is_native: bool) -> int:
         """Computes norms with fewer operators where that gives the same, or natively; returns how many."""
@@ -102,21 +97,6 @@ class SiteTable:
     def packed_bytes(self) -> int:
         """Bytes of the weights that the model's own parameters no longer hold."""
         return sum(fused.packed_bytes for fused in {id(s.fused): s.fused for s in self.sites if s.fused}.values())
-
-
-def _fused(modules: Sequence[nn.Module], shared: Collection[int], *, is_native: bool) -> Fused | None:
-    """The one product of a group's modules, where there can be one; `shared`: addresses of weights."""
-    linears = [module for module in modules if isinstance(module, nn.Linear)]
-    if len(linears) < len(modules) or len({(m.weight.dtype, m.bias is None) for m in linears}) != 1:
-        return None
-    weight = linears[0].weight
-    is_shared = any(m.weight.data_ptr() in shared for m in linears)
-    if is_native and not is_shared and (fused := fused_natively(linears)) is not None:
-        return fused
-    if any(type(module) is not nn.Linear for module in linears):
-        return None
-    is_packed = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and not is_shared and can_pack()
-    return FusedLinear(linears, is_packed=is_packed) if len(linears) > 1 or is_packed else None
 
 
 def _note_tied(sites: Sequence[BaseSite]) -> None:
