@@ -8,7 +8,8 @@ microseconds a sample: half a second for the series of a thousand adapters. Ours
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 
 from prometheus_client.core import Metric
 
@@ -20,37 +21,21 @@ _PLAIN = re.compile(r"[A-Za-z0-9._+/ -]*").fullmatch
 
 def exposition(families: Iterable[Metric]) -> bytes:
     """The text of these families, in their order."""
-    values, numbers = _Values(), _Numbers()
-    return "".join(_text(family, values, numbers) for family in families).encode()
+    quoted, number = cache(_quoted), cache(_number)  # most values stand in many samples
+    return "".join(_text(family, quoted, number) for family in families).encode()
 
 
-class _Values(dict[str, str]):
-    """Labels' values as they are written; most stand in many samples."""
-
-    def __missing__(self, value: str) -> str:
-        # Nearly all are plain, which is seen faster.
-        self[value] = '"' + (value if _PLAIN(value) else value.translate(_ESCAPED)) + '"'
-        return self[value]
-
-
-class _Numbers(dict[float, str]):
-    """Numbers as they are written; many samples have the same."""
-
-    def __missing__(self, value: float) -> str:
-        self[value] = _number(value)
-        return self[value]
-
-
-def _text(family: Metric, values: _Values, numbers: _Numbers) -> str:
+def _text(family: Metric, quoted: Callable[[str], str], number: Callable[[float], str]) -> str:
     name = f"{family.name}_total" if family.type == "counter" else family.name
     lines = [f"# HELP {name} {family.documentation.translate(_ESCAPED_IN_HELP)}\n# TYPE {name} {family.type}\n"]
     for sample_name, labels, value, *_ in family.samples:
-        if labels:
-            listed = ",".join([f"{label}={values[one]}" for label, one in labels.items()])
-            lines.append(f"{sample_name}{{{listed}}} {numbers[value]}\n")
-        else:
-            lines.append(f"{sample_name} {numbers[value]}\n")
+        listed = ",".join([f"{label}={quoted(one)}" for label, one in labels.items()])
+        lines.append(f"{sample_name}{{{listed}}} {number(value)}\n" if listed else f"{sample_name} {number(value)}\n")
     return "".join(lines)
+
+
+def _quoted(value: str) -> str:
+    return '"' + (value if _PLAIN(value) else value.translate(_ESCAPED)) + '"'  # nearly all are plain, seen faster
 
 
 def _number(value: float) -> str:
