@@ -4,7 +4,9 @@
 #
 # TORCH_INDEX: an index to take torch from besides the default one, such as PyTorch's CPU-only wheels for a machine
 # without a GPU:  --build-arg TORCH_INDEX=...
-FROM python:3.12-slim
+# PYTHON_IMAGE: another image with Python 3.11 or newer and Debian's packages, such as a mirror's.
+ARG PYTHON_IMAGE=python:3.12-slim
+FROM ${PYTHON_IMAGE}
 
 ARG TORCH_INDEX=""
 ENV PYTHONUNBUFFERED=1 \
@@ -23,7 +25,7 @@ COPY server server
 COPY demo/base demo/base
 
 RUN useradd --create-home --uid 1000 graft \
-    && install --directory --owner=graft --group=graft /models /adapters
+    && install --directory --owner=graft --group=graft /models /adapters /home/graft/.cache
 # A new volume at /adapters starts with the demo's adapters.
 COPY --chown=graft:graft adapters_store /adapters
 USER graft

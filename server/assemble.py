@@ -420,6 +420,7 @@ def _banner(server: Server) -> str:
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     kv_bytes = server.runner.cache.total_bytes
     adapter = f'"adapter": "{names[0]}", ' if names else ""
+    key = ' -H "Authorization: Bearer $GRAFT_API_KEY"' if settings.api_key or settings.api_keys else ""
     lines = [
         "",
         f"  Graftserve {__version__} at {settings.url}",
@@ -430,7 +431,7 @@ def _banner(server: Server) -> str:
         f"  adapters  {shown or 'none yet: POST /v1/adapters uploads one'}",
         "",
         "  Try it:",
-        f"  curl {settings.url}/v1/completions -H 'content-type: application/json' \\",
+        f"  curl {settings.url}/v1/completions -H 'content-type: application/json'{key} \\",
         f'    -d \'{{{adapter}"prompt": "The old fisherman", "max_tokens": 40}}\'',
         "",
     ]

@@ -99,6 +99,14 @@ def test_the_banner_tells_what_is_loaded_and_how_to_ask(tiny_llama: Path, tmp_pa
     assert "http://127.0.0.1:8000/v1/completions" in banner
     assert "float32 on cpu" in banner
     assert "none yet" in banner
+    assert "Authorization" not in banner
+
+
+def test_the_banner_of_a_server_with_a_key_sends_it_without_showing_it(tiny_llama: Path, tmp_path: Path) -> None:
+    with serving(tiny_llama, tmp_path, api_key="not-to-be-printed") as server:
+        banner = server.banner()
+    assert """-H "Authorization: Bearer $GRAFT_API_KEY" """ in banner
+    assert "not-to-be-printed" not in banner
 
 
 def test_the_tokenizer_of_grammars_is_read_before_anything_is_served(tiny_llama: Path, tmp_path: Path) -> None:
