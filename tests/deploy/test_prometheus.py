@@ -16,6 +16,7 @@ from tests.deploy.prometheus import INTERVAL_S, program, scraping
 NAMES = ("first", "second", "third")
 _MAX_ROUNDS = 20
 _BETWEEN_S = 2.5 * INTERVAL_S  # so that each round of work falls between two scrapes
+_NUM_TOKENS = 200
 
 
 def work(live: Live) -> None:
@@ -29,6 +30,16 @@ def work(live: Live) -> None:
     live.http.post("/v1/adapters/second/unload").raise_for_status()
 
 
+def slowed(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Steps so slow that `_NUM_TOKENS` of them outlast a scrape, however fast the machine is."""
+
+    def slow(*step: Any) -> Any:
+        time.sleep(1.2 * _BETWEEN_S / _NUM_TOKENS)
+        return run(*step)
+
+    return slow
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(program("prometheus") is None, reason="prometheus is not installed (Debian: prometheus)")
 def test_prometheus_answers_the_dashboard_and_wakes_somebody(
@@ -40,9 +51,10 @@ def test_prometheus_answers_the_dashboard_and_wakes_somebody(
         with scraping("{}:{}".format(*live.address), KEY, tmp_path) as prometheus:
             prometheus.await_true(lambda: prometheus.values("up") == [1.0])
             unanswered = set(expressions.of_dashboard())
+            monkeypatch.setattr(live.server.runner, "run", slowed(live.server.runner.run))
             for _ in range(_MAX_ROUNDS):
                 work(live)
-                with live.send("/v1/completions", prompt="Hi", max_tokens=200, n=8, ignore_eos=True, adapter="first"):
+                with live.send("/v1/completions", prompt="Hi", max_tokens=_NUM_TOKENS, n=8, ignore_eos=True, adapter="first"):
                     time.sleep(_BETWEEN_S)
                     unanswered -= {expr for expr in unanswered if prometheus.values(expr)}
                 if not unanswered:

@@ -108,7 +108,9 @@ def test_a_rotary_decode_is_a_rotation_a_store_and_attention(
     for t in turned:
         reference.rotate(t, cos, sin)
     native.store_kv(turned[1], values.float().reshape(3, -1, width), *expected, *places)
-    torch.testing.assert_close(at_once, expected, rtol=0, atol=0)
+    # A processor may round the two products of a rotation once or twice; values are only copied.
+    torch.testing.assert_close(at_once, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    assert torch.equal(at_once[1], expected[1])
     answer = native.decode_attention(turned[0], *expected, lists, scaling=0.3, **options).flatten(1)
     torch.testing.assert_close(found, answer.to(dtype), **limits(dtype))
 
