@@ -125,15 +125,22 @@ def _products(held: Quantization, dtype: torch.dtype, options: BaseOptions) -> s
         return "PyTorch's products" if held is Quantization.NONE else "bitsandbytes' CUDA kernels"
     if held.is_4_bit:
         if takes_native(options.ops, options.device, dtype):
-            is_by_unit = dtype is torch.bfloat16 and native.has_matrix_unit()
-            return f"native products of 4-bit weights, {'on the matrix unit (AMX)' if is_by_unit else 'by vectors'}"
+            return f"native products of 4-bit weights, {_way_to_multiply(dtype)}"
         if holds_dequantized(dtype, options.device):
             return "this CPU has no AVX512-BF16, so layers are held dequantized, in the memory of an unquantized base"
         return "dequantized for each product" if dtype is torch.float32 else "bitsandbytes' AVX512-BF16 product"
     if held is Quantization.INT8:
         return "bitsandbytes' int8 product"
+    if dtype is torch.bfloat16 and takes_native(options.ops, options.device, dtype) and native.multiplies_bfloat16():
+        return f"native products, {_way_to_multiply(dtype)}"
     is_packed = dtype is torch.bfloat16 and can_pack()
     return "weights packed once by oneDNN" if is_packed else "PyTorch's products"
+
+
+def _way_to_multiply(dtype: torch.dtype) -> str:
+    if dtype is not torch.bfloat16 or not native.multiplies_bfloat16():
+        return "by vectors"
+    return "on the matrix unit (AMX)" if native.has_matrix_unit() else "by vectors of bfloat16 (AVX512-BF16)"
 
 
 def _ops(settings: Settings, options: BaseOptions, dtype: torch.dtype) -> Finding:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from server.model.quantize import empty, four_bit_format, four_bit_rows
-from server.ops.native import FourBitWeight, UnitWeight, Weight
+from server.ops.native import FourBitWeight, PairedWeight, Weight
 
 _PACKED_FOR_TOKENS = 16  # the batch that oneDNN is told to expect; any other works
 
@@ -179,9 +179,9 @@ def fused_natively(modules: Sequence[nn.Linear]) -> FusedNative | None:
     if is_one_format and all(can_read_codes(module) for module in modules):
         return FusedNative(modules, FourBitWeight.joined([_four_bit_weight(module) for module in modules]))
     if all(type(m) is nn.Linear and m.weight.dtype is torch.bfloat16 for m in modules) and all(
-        UnitWeight.can_pack(m.out_features, m.in_features) for m in modules
+        PairedWeight.can_pack(m.out_features, m.in_features) for m in modules
     ):
-        weight = UnitWeight.packed(torch.cat([m.weight.data for m in modules]))
+        weight = PairedWeight.packed(torch.cat([m.weight.data for m in modules]))
         for module in modules:
             _withdraw(module)
         return FusedNative(modules, weight)

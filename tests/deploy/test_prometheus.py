@@ -54,7 +54,9 @@ def test_prometheus_answers_the_dashboard_and_wakes_somebody(
             monkeypatch.setattr(live.server.runner, "run", slowed(live.server.runner.run))
             for _ in range(_MAX_ROUNDS):
                 work(live)
-                with live.send("/v1/completions", prompt="Hi", max_tokens=_NUM_TOKENS, n=8, ignore_eos=True, adapter="first"):
+                with live.send(
+                    "/v1/completions", prompt="Hi", max_tokens=_NUM_TOKENS, n=8, ignore_eos=True, adapter="first"
+                ):
                     time.sleep(_BETWEEN_S)
                     unanswered -= {expr for expr in unanswered if prometheus.values(expr)}
                 if not unanswered:

@@ -152,7 +152,7 @@ def test_weights_of_several_formats_are_no_one_product() -> None:
     assert all(can_read_codes(member) for member in mixed)
 
 
-@pytest.mark.skipif(not native.has_matrix_unit(), reason="this processor has no matrix unit")
+@pytest.mark.skipif(not native.multiplies_bfloat16(), reason="this processor does not multiply bfloat16")
 def test_a_native_product_of_plain_weights_is_theirs() -> None:
     members = linears(bias=True, dtype=torch.bfloat16)
     weights = [member.weight.clone() for member in members]

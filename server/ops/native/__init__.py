@@ -13,7 +13,7 @@ from server.ops.native.dtypes import DTYPES
 from server.ops.native.joint import joint
 from server.ops.native.layout import dense_rows
 from server.ops.native.long_runs import LONGEST, expand_long, shrink_long
-from server.ops.native.weights import FourBitWeight, UnitWeight, Weight, has_matrix_unit
+from server.ops.native.weights import FourBitWeight, PairedWeight, Weight, has_matrix_unit, multiplies_bfloat16
 from server.ops.runs import DecodeLists, TokenRuns
 from server.ops.sheets import GroupTable, Sheets
 
@@ -21,7 +21,7 @@ __all__ = [
     "DTYPES",
     "CannotCompile",
     "FourBitWeight",
-    "UnitWeight",
+    "PairedWeight",
     "Weight",
     "argmax",
     "decode_attention",
@@ -31,6 +31,7 @@ __all__ = [
     "has_matrix_unit",
     "joint",
     "library",
+    "multiplies_bfloat16",
     "rms_norm",
     "rotary_decode",
     "scale",

@@ -4,7 +4,7 @@
    multiplies every token for itself, over the inputs in their order, so a token's sums are the same to the bit in any
    batch and with any number of threads. */
 
-#include "four_bit.h"
+#include "pairs.h"
 
 #ifdef __AMX_BF16__
 #include <immintrin.h>
@@ -60,13 +60,6 @@ INLINE void decode(const struct weight *weight, int64_t tile, int64_t k, words r
     }
 }
 
-/* What is multiplied: weights of 4 bits, or, where `plain` is not null, bfloat16 ones that lie as registers do
-   (tiles, width / UNIT_INPUTS, UNIT_ROWS, 2 * LANES). */
-struct source {
-    struct weight weight;
-    const char *plain;
-};
-
 struct tokens {
     const char *x;
     int64_t x_stride;
@@ -102,7 +95,7 @@ INLINE void unit_product(const struct source *source, int64_t tile, int64_t num_
     for (int64_t k = 0; k < weight->width; k += UNIT_INPUTS) {
         const char *inputs = tokens.x + bytes_of(k, BFLOAT16);
         if (source->plain) {
-            const char *place = source->plain + bytes_of((tile * weight->width + k) * LANES, BFLOAT16);
+            const char *place = plain_place(source, tile, k);
             for (int i = 0; i < UNIT_ROWS; i++) __builtin_prefetch(place + 4096 + i * UNIT_BYTES);
             _tile_loadd(WEIGHTS, place, UNIT_BYTES);
         } else {

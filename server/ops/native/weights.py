@@ -1,4 +1,4 @@
-"""Weights of the base laid out for native products: of 4 bits for any processor, of bfloat16 for its matrix unit.
+"""Weights of the base laid out for native products: of 4 bits for any processor, of bfloat16 where it multiplies them.
 
 Owns their layouts, and which product is made how. Knows nothing about bitsandbytes, whose codes it is given, nor about
 what reads the products.
@@ -20,6 +20,7 @@ _TILE = 16  # LANES of vectors.h: outputs side by side
 _CODES = 8  # of four_bit.h: in a word of 32 bits
 _MOST_TOKENS = 16  # MOST_TOKENS of four_bit.c, or a multiple of it
 _LONGEST = 48  # tokens that vectors are as good for as weights made whole and a library's product
+_PAIRED_TOKENS = 16  # MOST_TOKENS of pair_vectors.c
 _UNIT_INPUTS = 32  # of matrix_unit.c
 
 
@@ -44,6 +45,17 @@ class Weight(Protocol):
 def has_matrix_unit() -> bool:
     """Whether products in bfloat16 can be made on Intel's AMX."""
     return bool(library().graft_has_matrix_unit())
+
+
+@cache
+def has_pair_vectors() -> bool:
+    """Whether products in bfloat16 can be made by vectors (AVX512-BF16)."""
+    return bool(library().graft_has_pair_vectors())
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor makes products in bfloat16 in one way or another."""
+    return has_matrix_unit() or has_pair_vectors()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +99,11 @@ class FourBitWeight:
     def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x float32 or bfloat16.
 
-        On a matrix unit, and elsewhere up to 48 tokens, a token's sums have one order whatever else is in x: they are
-        the same to the bit.
+        Where the processor multiplies bfloat16, and elsewhere up to 48 tokens, a token's sums have one order whatever
+        else is in x: they are the same to the bit.
         """
-        if x.dtype is torch.bfloat16 and self._block % _UNIT_INPUTS == 0 and has_matrix_unit():
-            return _unit_product(x, self._d_out, self._d_in, bias, (None, *self._place), self._block)
+        if x.dtype is torch.bfloat16 and self._block % _UNIT_INPUTS == 0 and multiplies_bfloat16():
+            return _bfloat16_product(x, self._d_out, self._d_in, bias, (None, *self._place), self._block)
         rows = dense_rows(x.reshape(-1, self._d_in))
         num = rows.shape[0]
         if num > _LONGEST:
@@ -136,44 +148,45 @@ class FourBitWeight:
 
 
 @dataclass(frozen=True, slots=True)
-class UnitWeight:
-    """W in bfloat16 as the matrix unit's registers have it.
+class PairedWeight:
+    """W in bfloat16, two inputs side by side, as processors multiply them.
 
-    registers (d_out / 16, d_in / 32, 16, 16, 2): in a row two inputs of 16 outputs.
+    pairs (d_out / 16, d_in / 2, 16, 2): in a row two inputs of 16 outputs.
     """
 
-    registers: torch.Tensor
+    pairs: torch.Tensor
 
     @staticmethod
     def can_pack(d_out: int, d_in: int) -> bool:
-        return d_out % _TILE == 0 and d_in % _UNIT_INPUTS == 0 and has_matrix_unit()
+        return d_out % _TILE == 0 and d_in % _UNIT_INPUTS == 0 and multiplies_bfloat16()
 
     @classmethod
     def packed(cls, weight: torch.Tensor) -> Self:
         """From (d_out, d_in) bfloat16."""
-        num_tiles, num_chunks = weight.shape[0] // _TILE, weight.shape[1] // _UNIT_INPUTS
-        pairs = weight.view(num_tiles, _TILE, num_chunks, _UNIT_INPUTS // 2, 2)
-        return cls(pairs.permute(0, 2, 3, 1, 4).contiguous())
+        return cls(weight.view(weight.shape[0] // _TILE, _TILE, -1, 2).transpose(1, 2).contiguous())
 
     @property
     def num_bytes(self) -> int:
-        return self.registers.numel() * self.registers.element_size()
+        return self.pairs.numel() * self.pairs.element_size()
 
     def rows(self, first: int, last: int) -> Self:
-        return type(self)(self.registers[first // _TILE : last // _TILE])
+        return type(self)(self.pairs[first // _TILE : last // _TILE])
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x bfloat16. A token's sums are the same to the bit whatever else is in x."""
-        num_tiles, num_chunks = self.registers.shape[:2]
-        place = (self.registers.data_ptr(), None, None, None)
-        return _unit_product(x, num_tiles * _TILE, num_chunks * _UNIT_INPUTS, bias, place, _UNIT_INPUTS)
+        d_out, d_in = self._shape
+        place = (self.pairs.data_ptr(), None, None, None)
+        return _bfloat16_product(x, d_out, d_in, bias, place, _UNIT_INPUTS)
 
     def whole(self) -> torch.Tensor:
-        num_tiles, num_chunks = self.registers.shape[:2]
-        return self.registers.permute(0, 3, 1, 2, 4).reshape(num_tiles * _TILE, num_chunks * _UNIT_INPUTS)
+        return self.pairs.transpose(1, 2).reshape(self._shape)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.pairs.shape[0] * _TILE, self.pairs.shape[1] * 2
 
 
-def _unit_product(
+def _bfloat16_product(
     x: torch.Tensor,
     d_out: int,
     d_in: int,
@@ -182,11 +195,18 @@ def _unit_product(
     block: int,
 ) -> torch.Tensor:
     assert x.dtype is torch.bfloat16
-    assert has_matrix_unit()  # which asks Linux for it
     rows = dense_rows(x.reshape(-1, d_in))
-    y = torch.empty(rows.shape[0], d_out, dtype=x.dtype)
-    library().graft_unit_product(
-        *place, None if bias is None else bias.data_ptr(), d_out // _TILE, d_in, block,
-        rows.data_ptr(), rows.stride(0), rows.shape[0], y.data_ptr(), d_out, torch.get_num_threads(),
-    )  # fmt: skip
+    num = rows.shape[0]
+    y = torch.empty(num, d_out, dtype=x.dtype)
+    weight = (*place, None if bias is None else bias.data_ptr(), d_out // _TILE, d_in, block)
+    if has_matrix_unit():  # which asks Linux for it
+        library().graft_unit_product(
+            *weight, rows.data_ptr(), rows.stride(0), num, y.data_ptr(), d_out, torch.get_num_threads()
+        )
+    else:
+        turned = torch.empty(-(-num // _PAIRED_TOKENS) * _PAIRED_TOKENS * d_in, dtype=x.dtype)
+        library().graft_pair_product(
+            *weight, rows.data_ptr(), rows.stride(0), num, turned.data_ptr(), y.data_ptr(), d_out,
+            torch.get_num_threads(),
+        )  # fmt: skip
     return y.view(*x.shape[:-1], d_out)

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.ops.native import FourBitWeight, UnitWeight, Weight, build, has_matrix_unit
+from server.ops.native import FourBitWeight, PairedWeight, Weight, build, multiplies_bfloat16
 from server.ops.native import weights as module
 from tests.ops.resident import normal
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 SHAPES = pytest.mark.parametrize(("d_out", "d_in", "block"), [(16, 8, 8), (48, 192, 64), (208, 96, 32), (80, 512, 128)])
-unit_only = pytest.mark.skipif(not has_matrix_unit(), reason="this processor has no matrix unit")
+_WAYS = ("has_matrix_unit", "has_pair_vectors")  # to multiply bfloat16, the first that there is
+in_bfloat16 = pytest.mark.skipif(not multiplies_bfloat16(), reason="this processor does not multiply bfloat16")
 
 
 def four_bit(d_out: int, d_in: int, block: int) -> FourBitWeight:
@@ -23,14 +24,15 @@ def four_bit(d_out: int, d_in: int, block: int) -> FourBitWeight:
     return FourBitWeight.packed(codes, scales, torch.linspace(-1, 1, 16) ** 3)
 
 
-def plain(d_out: int, d_in: int) -> UnitWeight:
-    return UnitWeight.packed(normal(d_out, d_in, seed=d_in).bfloat16())
+def plain(d_out: int, d_in: int) -> PairedWeight:
+    return PairedWeight.packed(normal(d_out, d_in, seed=d_in).bfloat16())
 
 
-@pytest.fixture(params=["as it is", "no matrix unit"])
-def _unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "no matrix unit":
-        monkeypatch.setattr("server.ops.native.weights.has_matrix_unit", lambda: False)
+@pytest.fixture(params=["as it is", "no matrix unit", "no bfloat16"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = {"as it is": (), "no matrix unit": _WAYS[:1], "no bfloat16": _WAYS}[request.param]
+    for way in missing:
+        monkeypatch.setattr(module, way, lambda: False)
 
 
 @pytest.fixture(params=["x86-64-v3", "x86-64"])
@@ -39,10 +41,11 @@ def _other_processor(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch
     flags = [flag.replace("native", request.param) for flag in build._FLAGS if flag != "-O3"]
     monkeypatch.setattr(build, "_FLAGS", (*flags, "-O1"))  # seconds sooner
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for function in (build.library, has_matrix_unit):
+    cached = [build.library, *(getattr(module, way) for way in _WAYS)]
+    for function in cached:
         function.cache_clear()
     yield
-    for function in (build.library, has_matrix_unit):
+    for function in cached:
         function.cache_clear()
 
 
@@ -52,7 +55,7 @@ def check(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> None:
         expected = expected + bias.double()
     found = weight.product(x, bias)
     assert found.dtype is x.dtype
-    # Of bfloat16: the output's rounding, and that of weights on the unit, or where a library multiplies.
+    # Of bfloat16: the output's rounding, and that of weights or levels where bfloat16 is multiplied.
     size = (x.double().abs() @ weight.whole().double().abs().t()).max()
     eps = torch.finfo(x.dtype).eps
     torch.testing.assert_close(found.double(), expected, rtol=eps, atol=float(size) * (eps / 8 + 1e-6))
@@ -60,7 +63,7 @@ def check(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> None:
 
 @DTYPES
 @SHAPES
-@pytest.mark.usefixtures("_unit")
+@pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 16, 23, 48, 49, 64, 65, 150])
 def test_a_product_with_codes(dtype: torch.dtype, d_out: int, d_in: int, block: int, num_tokens: int) -> None:
     weight = four_bit(d_out, d_in, block)
@@ -69,10 +72,13 @@ def test_a_product_with_codes(dtype: torch.dtype, d_out: int, d_in: int, block: 
     check(weight, x, normal(d_out, seed=3))
 
 
-@unit_only
+@in_bfloat16
+@pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize(("d_out", "d_in"), [(16, 32), (208, 96), (64, 1408)])
-@pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 63, 64, 65, 79, 150, 700])
-def test_a_product_on_the_unit(d_out: int, d_in: int, num_tokens: int) -> None:
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 5, 15, 16, 17, 63, 64, 65, 79, 150, 700])
+def test_a_product_with_a_plain_weight(d_out: int, d_in: int, num_tokens: int) -> None:
+    if not module.multiplies_bfloat16():
+        pytest.skip("nothing is left that multiplies it")
     weight = plain(d_out, d_in)
     x = normal(num_tokens, d_in, seed=num_tokens).bfloat16()
     check(weight, x, None)
@@ -82,7 +88,7 @@ def test_a_product_on_the_unit(d_out: int, d_in: int, num_tokens: int) -> None:
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the names of x86's generations")
 @pytest.mark.usefixtures("_other_processor")
 def test_processors_with_less_compute_the_same() -> None:
-    assert not has_matrix_unit()
+    assert not multiplies_bfloat16()
     weight = four_bit(208, 192, 64)
     for num_tokens in (1, 2, 3, 4, 5, 11, 48):
         for dtype in (torch.float32, torch.bfloat16):
@@ -92,11 +98,11 @@ def test_processors_with_less_compute_the_same() -> None:
 def weights() -> Iterator[tuple[Weight, torch.dtype]]:
     yield four_bit(96, 1024, 64), torch.float32
     yield four_bit(96, 1024, 64), torch.bfloat16
-    if module.has_matrix_unit():
+    if module.multiplies_bfloat16():
         yield plain(96, 1024), torch.bfloat16
 
 
-@pytest.mark.usefixtures("_unit")
+@pytest.mark.usefixtures("_way")
 def test_an_answer_does_not_depend_on_its_neighbours_or_on_the_threads() -> None:
     before = torch.get_num_threads()
     for weight, dtype in weights():
@@ -130,10 +136,10 @@ def test_rows_are_those_of_their_outputs() -> None:
         assert torch.equal(weight.rows(32, 80).whole(), weight.whole()[32:80])
 
 
-@unit_only
+@in_bfloat16
 def test_a_plain_weight_is_kept_exactly() -> None:
     rows = normal(48, 96, seed=1).bfloat16()
-    weight = UnitWeight.packed(rows)
+    weight = PairedWeight.packed(rows)
     assert torch.equal(weight.whole(), rows)
     assert weight.num_bytes == rows.numel() * 2
 
@@ -143,5 +149,5 @@ def test_what_has_no_layout_is_not_taken() -> None:
     assert not FourBitWeight.can_pack(24, 128, 64)  # a tile is 16 outputs
     assert not FourBitWeight.can_pack(32, 96, 64)  # a block would cross rows
     assert not FourBitWeight.can_pack(32, 128, 4)
-    assert not UnitWeight.can_pack(24, 128)
-    assert not UnitWeight.can_pack(32, 48)
+    assert not PairedWeight.can_pack(24, 128)
+    assert not PairedWeight.can_pack(32, 48)
