@@ -15,6 +15,8 @@ TESTED := $(BIN)/python -m pytest
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 # promtool and prometheus, for the tests of deploy/: those of the machine, or Debian's package, unpacked beside the clients.
 PROMETHEUS := .clients/prometheus/.tried
+# Other servers' kernels, where they have been fetched (docs/kernels.md).
+PEERS := $(wildcard .peers)
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-all lint format types audit check bench load gpu demo clean python-is-new-enough
@@ -56,7 +58,7 @@ load: $(VENV)/.test  ## requests of many adapters against a running server (docs
 
 gpu: $(VENV)/.test  ## on a machine with a GPU: its tests, then the benchmarks into load_tests/results/
 	$(TESTED) -m gpu
-	$(BIN)/python -m load_tests.kernels --out load_tests/results/kernels-$$(date -u +%Y%m%dT%H%M%SZ).json
+	$(BIN)/python -m load_tests.kernels $(PEERS:%=--peers %) --out load_tests/results/kernels-$$(date -u +%Y%m%dT%H%M%SZ).json
 	$(BIN)/python -m load_tests.whole_engine --device cuda --out load_tests/results/engine-$$(date -u +%Y%m%dT%H%M%SZ).json
 	$(BIN)/graft bench --device cuda --out load_tests/results/gpu-$$(date -u +%Y%m%dT%H%M%SZ).json $(ARGS)
 
