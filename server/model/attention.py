@@ -145,14 +145,18 @@ class PagedAttention:
         context: StepContext,
     ) -> torch.Tensor:
         """As `decode`, by native kernels and before the rotation: `projected` queries, keys and values, each
-        (1, tokens, heads * width); `turns` as `native.rotary_decode` wants them -> (1, tokens, heads * width)."""
+        (tokens, heads * width); `turns` as `native.rotary_decode` wants them -> (tokens, heads * width)."""
         assert self.cache is not None
         batch = context.attention
         assert batch.lists is not None
-        query, keys, values = (t[0] for t in projected)
+        query, keys, values = projected
         caches, places = (self.cache.keys[layer], self.cache.values[layer]), (batch.blocks, batch.offsets)
         options = self._options[layer]
-        return native.rotary_decode(query, keys, values, turns, caches, places, batch.lists, **options)[None]
+        return native.rotary_decode(query, keys, values, turns, caches, places, batch.lists, **options)
+
+    def options_of(self, layer: int) -> Mapping[str, Any] | None:
+        """Scaling, window and softcap of a layer that has attended; None before."""
+        return self._options.get(layer)
 
     def _with_ops(
         self, k: torch.Tensor, v: torch.Tensor, site: OpSite, ops: BatchOps

@@ -5,7 +5,7 @@ served in packed batches. Knows nothing about adapters, requests or scheduling.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from server.ground.errors import StartupRefused
 from server.model.architectures import SERVED
 from server.model.attention import IMPLEMENTATION, KVCache, PagedAttention, attach
-from server.model.compact import DecodeAttentions, GatedMLPs
+from server.model.compact import DecodeAttentions, GatedMLPs, Replaced
 from server.model.context import AttentionBatch, Scope, StepContext
+from server.model.decode_layers import DecodeLayers
 from server.model.fingerprint import fingerprint
 from server.model.fused import can_read_codes
 from server.model.lean_loading import lean_loading
@@ -210,18 +211,28 @@ class Base:
         """Computes what can be with fewer operators where that gives the same; elsewhere all stays as it is."""
         is_native = self.kernels is native
         expected = self._decode_probe(rows)
-        num_norms = self.sites.compact_norms(is_native=is_native)
+        norms = self.sites.compact_norms(is_native=is_native)
         attentions = DecodeAttentions(self.model, self.attention, self.scope)
         mlps = GatedMLPs(self.model if is_native and not self._is_exact else nn.Module())
-        error = _difference(expected, self._decode_probe(rows, is_native=is_native))
+        self._keep_if_same(expected, (attentions, mlps), rows)
+        layers = DecodeLayers(
+            self.model, self.sites.groups, norms if is_native else (), attentions, mlps, self.attention, self.scope
+        )
+        self._keep_if_same(expected, (layers,), rows)
+        log.info(
+            "fewer operators in %d norms, %d attentions, %d MLPs and %d layers",
+            len(norms), len(attentions), len(mlps), len(layers),
+        )  # fmt: skip
+
+    def _keep_if_same(self, expected: torch.Tensor, parts: Sequence[Replaced], rows: list[torch.Tensor]) -> None:
+        error = _difference(expected, self._decode_probe(rows, is_native=self.kernels is native))
         if not error <= self._rounding_limit:
-            attentions.remove()
-            mlps.remove()
+            for part in parts:
+                part.remove()
             log.warning(
                 "%s: with fewer operators it differs (relative difference %.1e, limit %.0e), so they stay",
                 self._class_name, error, self._rounding_limit,
             )  # fmt: skip
-        log.info("fewer operators in %d norms, %d attentions and %d MLPs", num_norms, len(attentions), len(mlps))
 
     @contextmanager
     def _refusing(self, what: str) -> Iterator[None]:

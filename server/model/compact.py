@@ -36,7 +36,7 @@ def compact_norm(norm: nn.Module, stock: _Forward, *, is_native: bool = False) -
     it must be within the rounding of the norm's own dtype. Float32, which is asked for to be exact, stays as it is.
     """
     weight: Any = norm.weight
-    eps = next((e for name in ("variance_epsilon", "eps") if isinstance(e := getattr(norm, name, None), float)), None)
+    eps = eps_of(norm)
     if eps is None or weight.is_meta or weight.dtype is torch.float32:
         return None
 
@@ -60,6 +60,11 @@ def compact_norm(norm: nn.Module, stock: _Forward, *, is_native: bool = False) -
 
 def _fused_norm(weight: torch.Tensor, eps: float) -> _Forward:
     return lambda x: F.rms_norm(x, weight.shape, weight, eps)
+
+
+def eps_of(norm: nn.Module) -> float | None:
+    """What an RMS norm adds to the mean of squares; None if it does not say."""
+    return next((e for name in ("variance_epsilon", "eps") if isinstance(e := getattr(norm, name, None), float)), None)
 
 
 def _native_norm(weight: torch.Tensor, eps: float) -> _Forward:
@@ -89,28 +94,36 @@ class _Angles:
     sin: torch.Tensor  # the same, its first half negated
 
 
-class _Replaced:
+class Replaced:
     """Modules with a forward of ours, until it is taken back."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._modules = list(modules)
-        for module in self._modules:
+        self._stock: dict[Any, Callable[..., Any] | None] = {}
+        for module in modules:
+            self._stock[module] = vars(module).get("forward")  # a site's, where it is one
             module.forward = self._forward_of(module)
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        return list(self._stock)
+
     def __len__(self) -> int:
-        return len(self._modules)
+        return len(self._stock)
 
     def remove(self) -> None:
         """Gives the modules their own forward back."""
-        for module in self._modules:
-            del module.forward
-        self._modules = []
+        for module, stock in self._stock.items():
+            if stock is None:
+                del module.forward
+            else:
+                module.forward = stock
+        self._stock = {}
 
     def _forward_of(self, module: Any) -> Callable[..., Any]:
         raise NotImplementedError
 
 
-class DecodeAttentions(_Replaced):
+class DecodeAttentions(Replaced):
     """The attention modules of a base that are Llama's by their code, with a forward of their own for decodes.
 
     Keys and values of a step are rotated together, in the dtype of the cache, and stored at once. A step that does
@@ -129,13 +142,14 @@ class DecodeAttentions(_Replaced):
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             context = self._scope.current
             angles = kwargs.get("position_embeddings")
-            if context is None or angles is None or not self._can_serve(context):
+            if context is None or angles is None or not self.can_serve(context):
                 return stock(hidden_states, *args, **kwargs)
             return module.o_proj(self._attend(module, hidden_states, angles, context)), None
 
         return forward
 
-    def _can_serve(self, context: StepContext) -> bool:
+    def can_serve(self, context: StepContext) -> bool:
+        """Whether a step only decodes, and nothing else is done on the way."""
         batch = context.attention
         is_native = batch.lists is not None and self._attention.kernels is native
         is_decode = (batch.decode is not None or is_native) and not batch.has_prefills
@@ -149,8 +163,8 @@ class DecodeAttentions(_Replaced):
         num_tokens, width, dtype = x.shape[1], module.head_dim, self._attention.cache.dtype
         q, k, v = module.q_proj(x), module.k_proj(x), module.v_proj(x)
         if context.attention.lists is not None:
-            turns = self._turns(angles, torch.float32)
-            return self._attention.decode_natively(module.layer_idx, (q, k, v), (turns.cos, turns.sin), context)
+            projected = q[0], k[0], v[0]
+            return self._attention.decode_natively(module.layer_idx, projected, self.turns(angles), context)[None]
         num_kv = k.shape[-1] // width
         heads = torch.cat((q, k, v), dim=-1).to(dtype).view(num_tokens, -1, width)
         turns = self._turns(angles, dtype)
@@ -158,6 +172,11 @@ class DecodeAttentions(_Replaced):
         query, keys_values = heads[:, : -2 * num_kv], heads[:, -2 * num_kv :]
         out = self._attention.decode(module.layer_idx, query, keys_values, context)
         return out.to(x.dtype).view(1, num_tokens, -1)
+
+    def turns(self, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of a step's rotary embedding as native kernels want them."""
+        turns = self._turns(angles, torch.float32)
+        return turns.cos, turns.sin
 
     def _turns(self, angles: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype) -> _Angles:
         if self._angles is None or self._angles.given is not angles[0]:
@@ -167,7 +186,7 @@ class DecodeAttentions(_Replaced):
         return self._angles
 
 
-class GatedMLPs(_Replaced):
+class GatedMLPs(Replaced):
     """The MLPs of a base that are Llama's by their code, with SiLU: one native call between their products.
 
     `native.gated` rounds once, where the stock code rounds twice.
@@ -186,24 +205,25 @@ class GatedMLPs(_Replaced):
 
 def _is_gated(module: nn.Module) -> bool:
     is_silu = isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
-    return is_silu and any(_code(type(module).forward) == _code(known.forward) for known in _GATED)
+    return is_silu and any(code_of(type(module).forward) == code_of(known.forward) for known in _GATED)
 
 
 def _is_rotary(module: nn.Module) -> bool:
     """Whether a module's forward is that of Llama, Mistral or Qwen 2, to the letter, as it is in their many copies."""
-    forward = _code(type(module).forward)
+    forward = code_of(type(module).forward)
     return any(
-        forward == _code(known.forward)
+        forward == code_of(known.forward)
         and all(_rotary_function(type(module), name) == _rotary_function(known, name) for name in _ROTARY_FUNCTIONS)
         for known in _ROTARY
     )
 
 
 def _rotary_function(attention: type[nn.Module], name: str) -> str | None:
-    return _code(inspect.unwrap(attention.forward).__globals__.get(name))
+    return code_of(inspect.unwrap(attention.forward).__globals__.get(name))
 
 
-def _code(function: Any) -> str | None:
+def code_of(function: Any) -> str | None:
+    """The source of a function, None where there is none: two of one source do the same."""
     try:
         return inspect.getsource(inspect.unwrap(function))
     except (OSError, TypeError):  # made at run time, or no function: nobody knows what it does

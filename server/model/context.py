@@ -11,7 +11,8 @@ from typing import Protocol
 
 import torch
 
-from server.ops import DecodeBatch, GroupEdits, PrefillSpan, StackHidden, TokenLayout
+from server.ops import DecodeBatch, GroupEdits, Joint, PrefillSpan, StackHidden, TokenLayout
+from server.ops.native import DecodeStep
 from server.ops.prefill import PrefillPlan
 from server.ops.runs import DecodeLists
 from server.ops.site_ops import PlacedOp
@@ -45,6 +46,9 @@ class SiteKernels(Protocol):
 
     def is_joint(self, group: int) -> bool:
         """Whether the members of a group are edited, and all from one input: they may be finished at once."""
+
+    def joints(self, groups: Sequence[int]) -> Sequence[Joint | None] | None:
+        """What finishes each of these groups in one call, None for one that nobody edits; None where one takes more."""
 
     def scale(self, x: torch.Tensor, group: int, member: int, *, is_head: bool = False) -> torch.Tensor:
         """What the base of this member reads: x (tokens, d_in) -> a tensor of its own."""
@@ -101,6 +105,7 @@ class StepContext:
     stack_shrunk: dict[int, tuple[torch.Tensor, StackHidden]] = field(default_factory=dict)
     fused: dict[int, FusedOutput] = field(default_factory=dict)
     kv_rows: dict[int, torch.Tensor] = field(default_factory=dict)  # by kv heads: where the step's tokens are cached
+    decode_step: DecodeStep | None = None  # what all layers of a step share where each is one native call
 
 
 class Scope:

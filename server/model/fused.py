@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from server.model.quantize import empty, four_bit_format, four_bit_rows
-from server.ops.native import FourBitWeight, PairedWeight, Weight
+from server.ops.native import FourBitWeight, Linear, PairedWeight, Weight, can_multiply_rows, rows_product
 
 _PACKED_FOR_TOKENS = 16  # the batch that oneDNN is told to expect; any other works
 
@@ -129,6 +129,10 @@ class FusedNative(_Members):
         self._weight = weight
         self.packed_bytes = weight.num_bytes
 
+    @property
+    def linear(self) -> Linear:
+        return Linear(self._weight, self._bias)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._weight.product(x, self._bias)
 
@@ -142,6 +146,26 @@ class FusedNative(_Members):
         """A copy; of 4 bits dequantized, float32."""
         rows = self._span(member)
         return self._weight.rows(rows.start, rows.stop).whole()
+
+
+class SharedNative(_Members):
+    """Of one linear whose weight others hold as well, as a head's often is the embedding: it stays as it is."""
+
+    packed_bytes = 0
+
+    def __init__(self, module: nn.Linear) -> None:
+        super().__init__([module])
+        self._weight = module.weight.data
+        self._bias = None if module.bias is None else module.bias.data.float()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return rows_product(x, self._weight, self._bias)
+
+    def product_of(self, member: int, x: torch.Tensor) -> torch.Tensor:
+        return self(x)
+
+    def weight_of(self, member: int) -> torch.Tensor:
+        return self._weight
 
 
 def can_read_codes(module: nn.Module) -> bool:
@@ -158,7 +182,7 @@ def fused(modules: Sequence[nn.Module], shared: Collection[int], *, is_native: b
 
     With `is_native` weights are laid out for native products where there are such, that of a single linear, too; other
     plain ones are packed in bfloat16 on a CPU. A weight at one of the `shared` addresses, as a head's often is with the
-    embedding, stays as it is.
+    embedding, stays as it is; natively it is multiplied so.
     """
     linears = [module for module in modules if isinstance(module, nn.Linear)]
     if len(linears) < len(modules) or len({(m.weight.dtype, m.bias is None) for m in linears}) != 1:
@@ -169,6 +193,8 @@ def fused(modules: Sequence[nn.Module], shared: Collection[int], *, is_native: b
         return native
     if any(type(module) is not nn.Linear for module in linears):
         return None
+    if is_native and is_shared and weight.dtype is torch.bfloat16 and can_multiply_rows(linears[0].in_features):
+        return SharedNative(linears[0]) if len(linears) == 1 else None
     is_packed = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and not is_shared and can_pack()
     return FusedLinear(linears, is_packed=is_packed) if len(linears) > 1 or is_packed else None
 

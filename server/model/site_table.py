@@ -89,9 +89,10 @@ class SiteTable:
             for site in group.sites:
                 site.fused = product
 
-    def compact_norms(self, *, is_native: bool) -> int:
-        """Computes norms with fewer operators where that gives the same, or natively; returns how many."""
-        return sum(site.compact(is_native=is_native) for site in self.sites if isinstance(site, NormSite))
+    def compact_norms(self, *, is_native: bool) -> list[nn.Module]:
+        """Computes norms with fewer operators where that gives the same, or natively; returns those norms."""
+        norms = [site for site in self.sites if isinstance(site, NormSite)]
+        return [site.module for site in norms if site.compact(is_native=is_native)]
 
     @property
     def packed_bytes(self) -> int:

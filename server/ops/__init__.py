@@ -30,6 +30,7 @@ from server.ops.reference import (
     shrink_stack,
     store_kv,
 )
+from server.ops.sheets import Joint
 from server.ops.step_kernels import Kernels, StepKernels
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 __all__ = [
     "DecodeBatch",
     "GroupEdits",
+    "Joint",
     "Kernels",
     "Lanes",
     "PrefillSpan",

@@ -35,7 +35,7 @@ _MAX_SPLITS = 4  # an expand reads every split's sums again, once per block of o
 # The normal form
 
 
-def joint(group: GroupTable, table: Sheets, tokens: TokenRuns, *, has_rows: bool) -> None:
+def joint(group: GroupTable, table: Sheets, tokens: TokenRuns, *, has_rows: bool, scales: bool = False) -> None:
     """Nothing: a GPU takes shrink and expand as two launches."""
 
 

@@ -15,6 +15,7 @@ Row n of a matrix begins at element n * (its stride) of the buffer. The lists fo
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -93,6 +94,13 @@ class GroupTable:
     members: torch.Tensor  # (members, NUM_COLUMNS) int32 on the device
 
 
+class Joint(Protocol):
+    """A group's edits in one call, for all steps of the same slots."""
+
+    def __call__(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """In place: y (tokens, all outputs), x (tokens, d_in)."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepTables:
     """One step: its tokens, and which sites their adapters edit, as bit sets over the indices of sites."""
@@ -105,4 +113,4 @@ class StepTables:
     scaled: int  # where a slot of the step has an in_scale
     with_rows: int
     # What kernels have made of these for a group, by its number; kept for steps of the same slots.
-    joints: dict[int, Callable[[torch.Tensor, torch.Tensor], None] | None] = field(default_factory=dict, compare=False)
+    joints: dict[int, Joint | None] = field(default_factory=dict, compare=False)

@@ -4,13 +4,13 @@ Owns what is computed once for several sites, and the interface that every imple
 they compute, nor about adapters or models.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from server.ops.runs import DecodeLists, TokenRuns
-from server.ops.sheets import GroupTable, Sheets, StepTables
+from server.ops.sheets import GroupTable, Joint, Sheets, StepTables
 
 
 class Kernels(Protocol):
@@ -34,8 +34,8 @@ class Kernels(Protocol):
         """A tensor of its own."""
 
     def joint(
-        self, group: GroupTable, table: Sheets, tokens: TokenRuns, *, has_rows: bool
-    ) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
+        self, group: GroupTable, table: Sheets, tokens: TokenRuns, *, has_rows: bool, scales: bool = False
+    ) -> Joint | None:
         """What does shrink and expand of all members at once, called with y and x; None where they are called apart."""
 
     def store_kv(
@@ -86,7 +86,7 @@ class StepKernels:
         x as the group's members were given it: (..., d_in), or an embedding's ids (..., tokens).
         """
         table, tokens = self._step.group(group), self._tokens(is_head)
-        if member is None and not is_head and (apply := self._joint(group, table)) is not None:
+        if member is None and not is_head and (apply := self._joint(group)) is not None:
             apply(y, x.reshape(-1, table.d_in))
             return
         h = self._dots(x, group, table, tokens)
@@ -98,11 +98,24 @@ class StepKernels:
         assert self._step.kept is not None, "the head is not edited"
         return self._step.kept
 
-    def _joint(self, group: int, table: GroupTable) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
+    def joints(self, groups: Sequence[int]) -> list[Joint | None] | None:
+        """What finishes each of these groups in one call, None for one that nobody edits; None where one takes more."""
+        found: list[Joint | None] = []
+        for group in groups:
+            table = self._step.group(group)
+            joint = self._joint(group) if self._step.edited & table.sites else None
+            is_apart = joint is None and self._step.edited & table.sites
+            if is_apart or (self._step.scaled & table.sites and len(table.widths) > 1):
+                return None
+            found.append(joint)
+        return found
+
+    def _joint(self, group: int) -> Joint | None:
         step = self._step
         if group not in step.joints:
-            has_rows = bool(step.with_rows & table.sites)
-            step.joints[group] = self._kernels.joint(table, step.sheets, step.tokens, has_rows=has_rows)
+            table = step.group(group)
+            has_rows, scales = bool(step.with_rows & table.sites), bool(step.scaled & table.sites)
+            step.joints[group] = self._kernels.joint(table, step.sheets, step.tokens, has_rows=has_rows, scales=scales)
         return step.joints[group]
 
     def _dots(self, x: torch.Tensor, group: int, table: GroupTable, tokens: TokenRuns) -> torch.Tensor | None:

@@ -9,21 +9,36 @@ Activations and rows are float32 or bfloat16 (`DTYPES`), each for itself; sums a
 import torch
 
 from server.ops.native.build import CannotCompile, library
+from server.ops.native.decode_layer import DecodeLayer, DecodeStep, Linear, Norm
 from server.ops.native.dtypes import DTYPES
-from server.ops.native.joint import joint
+from server.ops.native.joint import Joint, joint
 from server.ops.native.layout import dense_rows
 from server.ops.native.long_runs import LONGEST, expand_long, shrink_long
-from server.ops.native.weights import FourBitWeight, PairedWeight, Weight, has_matrix_unit, multiplies_bfloat16
+from server.ops.native.weights import (
+    FourBitWeight,
+    PairedWeight,
+    Weight,
+    can_multiply_rows,
+    has_matrix_unit,
+    multiplies_bfloat16,
+    rows_product,
+)
 from server.ops.runs import DecodeLists, TokenRuns
 from server.ops.sheets import GroupTable, Sheets
 
 __all__ = [
     "DTYPES",
     "CannotCompile",
+    "DecodeLayer",
+    "DecodeStep",
     "FourBitWeight",
+    "Joint",
+    "Linear",
+    "Norm",
     "PairedWeight",
     "Weight",
     "argmax",
+    "can_multiply_rows",
     "decode_attention",
     "embed_low_rank",
     "expand",
@@ -34,6 +49,7 @@ __all__ = [
     "multiplies_bfloat16",
     "rms_norm",
     "rotary_decode",
+    "rows_product",
     "scale",
     "shrink",
     "store_kv",

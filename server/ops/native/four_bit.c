@@ -3,6 +3,7 @@
    Owns which sums are made at once. Nothing is rounded on the way: levels, scales and sums are float32. The sum of an
    output runs over its inputs in their order, whatever shares its batch and however many threads there are. */
 
+#include "kernels.h"
 #include "four_bit.h"
 
 /* As many sums as registers hold: tokens at once, and tiles at once where tokens are few. */

@@ -5,18 +5,15 @@ Python does for it is done in a cold cache and costs more than it seems. Knows n
 """
 
 import ctypes
-from collections.abc import Callable
 
 import torch
 
 from server.ops.native.build import library
 from server.ops.native.dtypes import DTYPES
 from server.ops.native.layout import dense_rows
-from server.ops.runs import SHORT_RUN, TokenRuns
+from server.ops.native.long_runs import LONGEST
+from server.ops.runs import TokenRuns, long_stretches
 from server.ops.sheets import GroupTable, Sheets
-
-Apply = Callable[[torch.Tensor, torch.Tensor], None]
-
 
 _POINTERS = ("buffer", "addresses", "members", "slots", "down_order", "down_starts", "up_order", "up_starts", "h")
 
@@ -28,31 +25,43 @@ class _Joint(ctypes.Structure):
         (name, ctypes.c_void_p if name in _POINTERS else ctypes.c_int64)
         for name in (
             "buffer", "dtype", "addresses", "members", "num_members", "slots", "down_order", "down_starts", "num_down",
-            "up_order", "up_starts", "num_up", "h", "max_rank", "d_in", "down_stride", "max_width", "has_rows",
-            "has_vectors", "num_threads",
+            "up_order", "up_starts", "num_up", "h", "max_rank", "d_in", "down_stride", "in_stride", "max_width",
+            "has_rows", "has_vectors", "scales", "num_threads",
         )
     ]  # fmt: skip
 
 
-def joint(group: GroupTable, table: Sheets, tokens: TokenRuns, *, has_rows: bool) -> Apply | None:
-    """What adds the edits of all members to y: called with y (tokens, all outputs), rows dense, and x (tokens, d_in) of
-    the same dtype. None for an embedding and for long runs, whose products are not made here."""
-    if group.is_embedding or max(tokens.by_down.max_length, tokens.by_up.max_length) > SHORT_RUN:
-        return None
-    num_tokens, num_members = tokens.slots.shape[0], len(group.widths)
-    h = torch.empty(num_tokens if has_rows else 0, num_members, table.max_rank)
-    down, up = tokens.by_down, tokens.by_up
-    struct = _Joint(
-        table.buffer.data_ptr(), DTYPES[table.buffer.dtype], table.addresses.data_ptr(), group.members.data_ptr(),
-        num_members, tokens.slots.data_ptr(), down.order.data_ptr(), down.starts.data_ptr(), down.num,
-        up.order.data_ptr(), up.starts.data_ptr(), up.num, h.data_ptr(), table.max_rank, group.d_in, group.down_stride,
-        max(group.widths), has_rows, table.has_vectors, torch.get_num_threads(),
-    )  # fmt: skip
-    call, place = library().graft_joint, ctypes.addressof(struct)
-    kept = struct, h, group, table, tokens  # whose addresses it has
+class Joint:
+    """What adds the edits of all members of a group to y, called with y (tokens, all outputs), rows dense, and
+    x (tokens, d_in) of the same dtype."""
 
-    def apply(y: torch.Tensor, x: torch.Tensor, kept: object = kept) -> None:
+    def __init__(self, group: GroupTable, table: Sheets, tokens: TokenRuns, *, has_rows: bool, scales: bool) -> None:
+        num_tokens, num_members = tokens.slots.shape[0], len(group.widths)
+        h = torch.empty(num_tokens if has_rows else 0, num_members, table.max_rank)
+        down, up = tokens.by_down, tokens.by_up
+        self._struct = _Joint(
+            table.buffer.data_ptr(), DTYPES[table.buffer.dtype], table.addresses.data_ptr(), group.members.data_ptr(),
+            num_members, tokens.slots.data_ptr(), down.order.data_ptr(), down.starts.data_ptr(), down.num,
+            up.order.data_ptr(), up.starts.data_ptr(), up.num, h.data_ptr(), table.max_rank, group.d_in,
+            group.down_stride, group.in_stride, max(group.widths), has_rows, table.has_vectors, scales,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        self.place = ctypes.addressof(self._struct)
+        self._call = library().graft_joint
+        self._kept = h, group, table, tokens  # whose addresses the struct has
+
+    def __call__(self, y: torch.Tensor, x: torch.Tensor) -> None:
         x = dense_rows(x)
-        call(place, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), DTYPES[x.dtype])
+        self._call(self.place, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), DTYPES[x.dtype])
 
-    return apply
+
+def joint(group: GroupTable, table: Sheets, tokens: TokenRuns, *, has_rows: bool, scales: bool = False) -> Joint | None:
+    """None for an embedding and for long runs, whose products are not made here.
+
+    `scales`: whether any adapter of the step has an in_scale here, which a call by itself leaves to `scale`, and a
+    decode layer applies where the group has one member.
+    """
+    runs = (tokens.by_down, tokens.by_up)
+    if group.is_embedding or any(long_stretches(tokens.slots, run, LONGEST) for run in runs):
+        return None
+    return Joint(group, table, tokens, has_rows=has_rows, scales=scales)

@@ -9,6 +9,7 @@
 
 #include <math.h>
 
+#include "kernels.h"
 #include "vectors.h"
 
 /* As sheets.py has them. */
@@ -299,7 +300,7 @@ struct joint {
     const int64_t *up_order, *up_starts;
     int64_t num_up;
     float *h;
-    int64_t max_rank, d_in, down_stride, max_width, has_rows, has_vectors, num_threads;
+    int64_t max_rank, d_in, down_stride, in_stride, max_width, has_rows, has_vectors, scales, num_threads;
 };
 
 void graft_joint(const struct joint *j, const void *x, int64_t x_stride, void *y, int64_t y_stride, int64_t dtype) {
@@ -310,6 +311,15 @@ void graft_joint(const struct joint *j, const void *x, int64_t x_stride, void *y
     graft_expand(y, y_stride, dtype, j->h, j->buffer, j->dtype, j->addresses, j->members, j->num_members, 0,
                  j->num_members, 1, j->slots, j->up_order, j->up_starts, j->num_up, j->max_rank, j->max_width, 1,
                  j->has_vectors, INT64_MAX, j->num_threads);
+}
+
+/* What the base reads instead of x (num_tokens, d_in), dense: `scaled`, or x where no token's adapter scales it. Of a
+   group of one member. */
+const void *joint_scaled(const struct joint *j, const void *x, void *scaled, int64_t num_tokens, int64_t dtype) {
+    if (!j->scales) return x;
+    graft_scale(x, j->d_in, scaled, dtype, j->buffer, j->in_stride, j->addresses, j->members, 0, j->slots, num_tokens,
+                j->d_in);
+    return scaled;
 }
 
 /* For runs that a library multiplies: their rows in one matrix, and what comes before and after the product with
@@ -417,59 +427,115 @@ INLINE void find_places(const struct cache *cache, int64_t first, int64_t num, i
     }
 }
 
-/* One query head over positions [start, stop), with a running maximum (Milakov and Gimelshein 2018,
-   arXiv:1805.02867). */
-INLINE void attend(const struct cache *cache, const void *query, int query_dtype, void *out, int dtype, int64_t head,
-                   int64_t start, int64_t stop, float scaling, float softcap, const float *sink, int cache_dtype,
-                   int64_t width) {
-    int64_t num_vectors = (width + LANES - 1) / LANES;
-    floats q[MAX_WIDTH / LANES], sums[MAX_WIDTH / LANES];
-    for (int64_t v = 0; v < num_vectors; v++) {
-        q[v] = load(query, v * LANES, width - v * LANES, query_dtype) * scaling;
-        sums[v] = all(0);
+/* Query heads that read the same keys and values, as many as there are registers for; tokens whose keys are asked for
+   before they are read. */
+enum { MOST_HEADS = 4, AHEAD = 16 };
+
+/* How far the heads of a group have come, with a running maximum (Milakov and Gimelshein 2018, arXiv:1805.02867). */
+struct attention {
+    float queries[MOST_HEADS][MAX_WIDTH]; /* times the scaling */
+    floats sums[MOST_HEADS][MAX_WIDTH / LANES];
+    float tops[MOST_HEADS], weights[MOST_HEADS];
+};
+
+/* Scores of the LANES tokens from `first` on, those behind `num` minus infinity. */
+INLINE void score(const struct cache *cache, const struct attention *state, int num_heads, const int64_t *places,
+                  int64_t first, int64_t num, float softcap, int dtype, int64_t width,
+                  float scores[MOST_HEADS][TOKENS_AT_ONCE]) {
+    floats products[MOST_HEADS][LANES];
+    for (int64_t i = 0; i < LANES; i++) {
+        for (int h = 0; h < num_heads; h++) products[h][i] = all(0);
+        if (first + i >= num) continue;
+        int64_t place = places[first + i];
+        for (int64_t n = 0; n < width; n += 2 * LANES) { /* a line of bfloat16 */
+            __builtin_prefetch(at(cache->keys, place + AHEAD * width + n, dtype));
+            __builtin_prefetch(at(cache->values, place + n, dtype));
+        }
+        for (int64_t n = 0; n < width; n += LANES) {
+            floats keys = load(cache->keys, place + n, width - n, dtype);
+            for (int h = 0; h < num_heads; h++)
+                products[h][i] += load(state->queries[h], n, width - n, FLOAT32) * keys;
+        }
     }
-    float top = sink ? *sink : -INFINITY, weight = sink ? 1 : 0;
+    for (int h = 0; h < num_heads; h++) {
+        floats found = totals(products[h]);
+        for (int i = 0; softcap && i < LANES; i++) found[i] = softcap * tanhf(found[i] / softcap);
+        store(scores[h], first, LANES, found, FLOAT32);
+        for (int64_t i = num; i < first + LANES; i++) scores[h][i] = -INFINITY;
+    }
+}
+
+/* Scores become weights, and what was summed before is measured by the new maximum. */
+INLINE void weigh(struct attention *state, int h, float scores[TOKENS_AT_ONCE], int64_t num, int64_t width) {
+    floats highest = all(state->tops[h]);
+    for (int64_t i = 0; i < num; i += LANES) {
+        floats found = load(scores, i, LANES, FLOAT32);
+        highest = chosen(~(found <= highest), found, highest); /* NaN too, so that it reaches the answer */
+    }
+    float top = state->tops[h];
+    for (int i = 0; i < LANES; i++)
+        if (!(highest[i] <= top)) top = highest[i];
+    float shrunk = expf(state->tops[h] - top);
+    state->tops[h] = top;
+    state->weights[h] *= shrunk;
+    for (int64_t n = 0; n < width; n += LANES) state->sums[h][n / LANES] *= shrunk;
+    for (int64_t i = 0; i < num; i += LANES) {
+        floats weights = exponential(load(scores, i, LANES, FLOAT32) - top);
+        store(scores, i, LANES, weights, FLOAT32);
+        state->weights[h] += total(weights);
+    }
+}
+
+/* The heads whose queries are in `state` over positions [start, stop) of one head of the cache. */
+INLINE void attend(struct attention *state, int num_heads, const struct cache *cache, void *out, int dtype,
+                   int64_t head, int64_t start, int64_t stop, float softcap, const float *sinks, int cache_dtype,
+                   int64_t width) {
+    for (int h = 0; h < num_heads; h++) {
+        state->tops[h] = sinks ? sinks[h] : -INFINITY;
+        state->weights[h] = sinks ? 1 : 0;
+        for (int64_t n = 0; n < width; n += LANES) state->sums[h][n / LANES] = all(0);
+    }
     for (int64_t first = start; first < stop; first += TOKENS_AT_ONCE) {
         int64_t num = least(TOKENS_AT_ONCE, stop - first), places[TOKENS_AT_ONCE];
-        float scores[TOKENS_AT_ONCE];
-        float new_top = top;
+        float scores[MOST_HEADS][TOKENS_AT_ONCE];
         find_places(cache, first, num, head, places);
-        for (int64_t i = 0; i < num; i++) {
-            floats products = all(0);
-            for (int64_t v = 0; v < num_vectors; v++)
-                products += q[v] * load(cache->keys, places[i] + v * LANES, width - v * LANES, cache_dtype);
-            scores[i] = total(products);
-            if (softcap) scores[i] = softcap * tanhf(scores[i] / softcap);
-            if (!(scores[i] <= new_top)) new_top = scores[i]; /* NaN too, so that it reaches the answer */
+        for (int64_t i = 0; i < num; i += LANES)
+            score(cache, state, num_heads, places, i, num, softcap, cache_dtype, width, scores);
+        for (int h = 0; h < num_heads; h++) weigh(state, h, scores[h], num, width);
+        for (int64_t n = 0; n < width; n += LANES) {
+            floats sums[MOST_HEADS];
+            for (int h = 0; h < num_heads; h++) sums[h] = state->sums[h][n / LANES];
+            for (int64_t i = 0; i < num; i++) {
+                floats values = load(cache->values, places[i] + n, width - n, cache_dtype);
+                for (int h = 0; h < num_heads; h++) sums[h] += scores[h][i] * values;
+            }
+            for (int h = 0; h < num_heads; h++) state->sums[h][n / LANES] = sums[h];
         }
-        for (int64_t i = num; i < TOKENS_AT_ONCE; i++) scores[i] = -INFINITY;
-        float shrunk = expf(top - new_top);
-        weight *= shrunk;
-        for (int64_t v = 0; v < num_vectors; v++) sums[v] *= shrunk;
-        for (int64_t i = 0; i < num; i += LANES) {
-            floats weights = exponential(load(scores, i, LANES, FLOAT32) - new_top);
-            store(scores, i, LANES, weights, FLOAT32);
-            weight += total(weights);
-        }
-        for (int64_t i = 0; i < num; i++)
-            for (int64_t v = 0; v < num_vectors; v++)
-                sums[v] += scores[i] * load(cache->values, places[i] + v * LANES, width - v * LANES, cache_dtype);
-        top = new_top;
     }
-    for (int64_t v = 0; v < num_vectors; v++) store(out, v * LANES, width - v * LANES, sums[v] / weight, dtype);
+    for (int h = 0; h < num_heads; h++)
+        for (int64_t n = 0; n < width; n += LANES)
+            store(out, h * width + n, width - n, state->sums[h][n / LANES] / state->weights[h], dtype);
 }
 
 /* `attend` for whatever dtype and width; for those of most bases its loops are made for themselves. */
-static void attend_any(const struct cache *cache, const void *query, int query_dtype, void *out, int dtype,
-                       int64_t head, int64_t start, int64_t stop, float scaling, float softcap, const float *sink,
-                       int cache_dtype) {
+INLINE void attend_of(struct attention *state, int num_heads, const struct cache *cache, void *out, int dtype,
+                      int64_t head, int64_t start, int64_t stop, float softcap, const float *sinks, int cache_dtype) {
     if (cache_dtype == BFLOAT16 && cache->width == 64)
-        attend(cache, query, query_dtype, out, dtype, head, start, stop, scaling, softcap, sink, BFLOAT16, 64);
+        attend(state, num_heads, cache, out, dtype, head, start, stop, softcap, sinks, BFLOAT16, 64);
     else if (cache_dtype == BFLOAT16 && cache->width == 128)
-        attend(cache, query, query_dtype, out, dtype, head, start, stop, scaling, softcap, sink, BFLOAT16, 128);
+        attend(state, num_heads, cache, out, dtype, head, start, stop, softcap, sinks, BFLOAT16, 128);
     else
-        attend(cache, query, query_dtype, out, dtype, head, start, stop, scaling, softcap, sink, cache_dtype,
-               cache->width);
+        attend(state, num_heads, cache, out, dtype, head, start, stop, softcap, sinks, cache_dtype, cache->width);
+}
+
+static void attend_any(struct attention *state, int64_t num_heads, const struct cache *cache, void *out, int dtype,
+                       int64_t head, int64_t start, int64_t stop, float softcap, const float *sinks, int cache_dtype) {
+    switch (num_heads) {
+    case 4: attend_of(state, 4, cache, out, dtype, head, start, stop, softcap, sinks, cache_dtype); break;
+    case 3: attend_of(state, 3, cache, out, dtype, head, start, stop, softcap, sinks, cache_dtype); break;
+    case 2: attend_of(state, 2, cache, out, dtype, head, start, stop, softcap, sinks, cache_dtype); break;
+    default: attend_of(state, 1, cache, out, dtype, head, start, stop, softcap, sinks, cache_dtype);
+    }
 }
 
 /* query (sequences, heads, width) -> out, dense: softmax(cap(scaling * query . keys) ++ sinks) @ values over the last
@@ -479,16 +545,25 @@ void graft_decode_attention(const void *query, int64_t query_stride, int64_t que
                             int64_t num_heads, int64_t num_kv_heads, int64_t block_size, int64_t width,
                             const int64_t *lengths, const int64_t *firsts, const int64_t *blocks, double scaling,
                             int64_t window, double softcap, const float *sinks, int64_t num_threads) {
-    int64_t num_items = num_sequences * num_heads, group = num_heads / num_kv_heads;
+    int64_t num_items = num_sequences * num_kv_heads, group = num_heads / num_kv_heads;
     (void)num_threads;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_items * width >= WORTH_A_THREAD)
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_items * group * width >= WORTH_A_THREAD)
     for (int64_t item = 0; item < num_items; item++) {
-        int64_t sequence = item / num_heads, head = item % num_heads, stop = lengths[sequence];
-        struct cache cache = {key_cache, value_cache, num_kv_heads, block_size, width, blocks + firsts[sequence]};
+        int64_t s = item / num_kv_heads, kv_head = item % num_kv_heads, stop = lengths[s];
+        struct cache cache = {key_cache, value_cache, num_kv_heads, block_size, width, blocks + firsts[s]};
         int64_t start = window && window < stop ? stop - window : 0;
-        attend_any(&cache, at(query, sequence * query_stride + head * query_head, dtype), dtype,
-                   at(out, item * width, dtype), dtype, head / group, start, stop, scaling, softcap,
-                   sinks ? sinks + head : 0, cache_dtype);
+        for (int64_t first = 0; first < group; first += MOST_HEADS) {
+            int64_t head = kv_head * group + first, num = least(MOST_HEADS, group - first);
+            struct attention state;
+            for (int64_t h = 0; h < num; h++)
+                for (int64_t n = 0; n < width; n += LANES) {
+                    int64_t place = s * query_stride + (head + h) * query_head + n;
+                    floats value = load(query, place, width - n, dtype) * (float)scaling;
+                    store(state.queries[h], n, width - n, value, FLOAT32);
+                }
+            attend_any(&state, num, &cache, at(out, (s * num_heads + head) * width, dtype), dtype, kv_head, start, stop,
+                       softcap, sinks ? sinks + head : 0, cache_dtype);
+        }
     }
 }
 
@@ -526,37 +601,59 @@ void graft_rotary_decode(const void *query, int64_t query_stride, const void *ke
         store_finite(value_cache, to, values, s * value_stride + kv_head * width, width, dtype, cache_dtype);
         struct cache cache = {key_cache, value_cache, num_kv_heads, block_size, width, blocks + firsts[s]};
         int64_t start = window && window < stop ? stop - window : 0;
-        for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
-            float turned[MAX_WIDTH];
-            for (int64_t n = 0; n < half; n += LANES) {
-                turn(query, s * query_stride + head * width + n, c + n, d + n, half, half - n, dtype, &first, &last);
-                store(turned, n, half - n, first, FLOAT32);
-                store(turned, half + n, half - n, last, FLOAT32);
-            }
-            attend_any(&cache, turned, FLOAT32, at(out, (s * num_heads + head) * width, dtype), dtype, kv_head, start,
-                       stop, scaling, softcap, 0, cache_dtype);
+        for (int64_t from = 0; from < group; from += MOST_HEADS) {
+            int64_t head = kv_head * group + from, num = least(MOST_HEADS, group - from);
+            struct attention state;
+            for (int64_t h = 0; h < num; h++)
+                for (int64_t n = 0; n < half; n += LANES) {
+                    int64_t place = s * query_stride + (head + h) * width + n;
+                    turn(query, place, c + n, d + n, half, half - n, dtype, &first, &last);
+                    store(state.queries[h], n, half - n, first * (float)scaling, FLOAT32);
+                    store(state.queries[h], half + n, half - n, last * (float)scaling, FLOAT32);
+                }
+            attend_any(&state, num, &cache, at(out, (s * num_heads + head) * width, dtype), dtype, kv_head, start, stop,
+                       softcap, 0, cache_dtype);
         }
     }
 }
 
 /* What stands between the products of a model. */
 
-/* x (rows, width) -> y, dense: weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, arXiv:1910.07467). */
+/* One row of `width`: weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, arXiv:1910.07467). */
+INLINE void norm_row(const void *x, void *y, int dtype, const float *weight, int64_t width, float eps) {
+    floats squares = {0};
+    for (int64_t n = 0; n < width; n += LANES) {
+        floats value = load(x, n, width - n, dtype);
+        squares += value * value;
+    }
+    float factor = 1 / sqrtf(total(squares) / width + eps);
+    for (int64_t n = 0; n < width; n += LANES) {
+        floats value = load(x, n, width - n, dtype) * factor;
+        store(y, n, width - n, value * load(weight, n, width - n, FLOAT32), dtype);
+    }
+}
+
+/* x (rows, width) -> y, dense. */
 void graft_rms_norm(const void *x, int64_t x_stride, void *y, int64_t dtype, const float *weight, int64_t num_rows,
                     int64_t width, double eps, int64_t num_threads) {
     (void)num_threads;
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_rows * width >= 8 * WORTH_A_THREAD)
+    for (int64_t row = 0; row < num_rows; row++)
+        norm_row(at(x, row * x_stride, dtype), at(y, row * width, dtype), dtype, weight, width, eps);
+}
+
+/* x + other -> sum, rounded; its norm -> y; all (rows, width) and dense. */
+void graft_add_rms_norm(const void *x, const void *other, void *sum, void *y, int64_t dtype, const float *weight,
+                        int64_t num_rows, int64_t width, double eps, int64_t num_threads) {
+    (void)num_threads;
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_rows * width >= 8 * WORTH_A_THREAD)
     for (int64_t row = 0; row < num_rows; row++) {
-        floats squares = {0};
+        int64_t start = row * width;
         for (int64_t n = 0; n < width; n += LANES) {
-            floats value = load(x, row * x_stride + n, width - n, dtype);
-            squares += value * value;
+            floats value = load(x, start + n, width - n, dtype) + load(other, start + n, width - n, dtype);
+            store(sum, start + n, width - n, value, dtype);
         }
-        float factor = 1 / sqrtf(total(squares) / width + (float)eps);
-        for (int64_t n = 0; n < width; n += LANES) {
-            floats value = load(x, row * x_stride + n, width - n, dtype) * factor;
-            store(y, row * width + n, width - n, value * load(weight, n, width - n, FLOAT32), dtype);
-        }
+        norm_row(at(sum, start, dtype), at(y, start, dtype), dtype, weight, width, eps);
     }
 }
 

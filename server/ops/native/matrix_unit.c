@@ -4,6 +4,7 @@
    multiplies every token for itself, over the inputs in their order, so a token's sums are the same to the bit in any
    batch and with any number of threads. */
 
+#include "kernels.h"
 #include "pairs.h"
 
 #ifdef __AMX_BF16__

@@ -4,6 +4,7 @@
    of a block is multiplied by its scale. A token's sum runs over the inputs in their order, by itself, so it is the same
    to the bit in any batch and with any number of threads. */
 
+#include "kernels.h"
 #include "pairs.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
@@ -124,6 +125,56 @@ INLINE void turn(const char *x, int64_t x_stride, int64_t num, int64_t width, ui
             turned[k * num_tokens + t] = pair;
         }
 }
+
+/* Of a weight that lies as rows: sums of one token and output are in one vector, for so many at once. */
+enum { ROW_TOKENS = 8, PAIRS = 2 * LANES };
+INLINE int rows_at_once(int num_tokens) { return num_tokens <= 4 ? 4 : 2; }
+
+/* y[t] of at most LANES outputs, for `num_tokens` tokens. */
+INLINE void rows_product(const char *rows, int64_t num_rows, const float *bias, int num_tokens, const char *x,
+                         int64_t x_stride, int64_t width, void *y, int64_t y_stride) {
+    floats products[ROW_TOKENS][LANES];
+    int at_once = rows_at_once(num_tokens);
+    for (int64_t row = 0; row < LANES; row += at_once) {
+        floats sums[4][ROW_TOKENS];
+        for (int i = 0; i < at_once; i++)
+            for (int t = 0; t < num_tokens; t++) sums[i][t] = all(0);
+        for (int64_t k = 0; k < width; k += PAIRS)
+            for (int i = 0; i < at_once; i++) {
+                if (row + i >= num_rows) continue;
+                const char *place = at(rows, (row + i) * width + k, BFLOAT16);
+                __m512bh weights = (__m512bh)_mm512_loadu_si512(place);
+                __builtin_prefetch(place + at_once * 2048);
+                for (int t = 0; t < num_tokens; t++)
+                    sums[i][t] = (floats)_mm512_dpbf16_ps(
+                        (__m512)sums[i][t], weights, (__m512bh)_mm512_loadu_si512(at(x, t * x_stride + k, BFLOAT16)));
+            }
+        for (int i = 0; i < at_once; i++)
+            for (int t = 0; t < num_tokens; t++) products[t][row + i] = sums[i][t];
+    }
+    for (int t = 0; t < num_tokens; t++) {
+        floats sums = totals(products[t]);
+        if (bias) sums += load(bias, 0, num_rows, FLOAT32);
+        store(y, t * y_stride, num_rows, sums, BFLOAT16);
+    }
+}
+
+/* For any number of tokens up to ROW_TOKENS. */
+INLINE void rows_product_of_any(const char *rows, int64_t num_rows, const float *bias, int64_t num_tokens,
+                                const char *x, int64_t x_stride, int64_t width, void *y, int64_t y_stride) {
+    while (num_tokens > 0) {
+        int64_t num = num_tokens >= 8 ? 8 : num_tokens >= 4 ? 4 : num_tokens >= 2 ? 2 : 1;
+        switch (num) {
+        case 8: rows_product(rows, num_rows, bias, 8, x, x_stride, width, y, y_stride); break;
+        case 4: rows_product(rows, num_rows, bias, 4, x, x_stride, width, y, y_stride); break;
+        case 2: rows_product(rows, num_rows, bias, 2, x, x_stride, width, y, y_stride); break;
+        default: rows_product(rows, num_rows, bias, 1, x, x_stride, width, y, y_stride);
+        }
+        num_tokens -= num;
+        x = at(x, num * x_stride, BFLOAT16);
+        y = at(y, num * y_stride, BFLOAT16);
+    }
+}
 #endif
 
 int64_t graft_has_pair_vectors(void) {
@@ -163,5 +214,20 @@ void graft_pair_product(const void *plain, const uint32_t *codes, const float *s
 #else
     (void)plain, (void)codes, (void)scales, (void)levels, (void)bias, (void)num_tiles, (void)width, (void)block;
     (void)x, (void)x_stride, (void)num_tokens, (void)turned, (void)y, (void)y_stride, (void)num_threads;
+#endif
+}
+
+/* The same for a weight that lies as it is trained, (d_out, width) in bfloat16, whose width is a multiple of 32. */
+void graft_rows_product(const void *weight, const float *bias, int64_t d_out, int64_t width, const void *x,
+                        int64_t x_stride, int64_t num_tokens, void *y, int64_t y_stride, int64_t num_threads) {
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+    (void)num_threads;
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (d_out * width >= WEIGHTS_WORTH_A_THREAD)
+    for (int64_t row = 0; row < d_out; row += LANES)
+        rows_product_of_any(at(weight, row * width, BFLOAT16), least(LANES, d_out - row), bias ? bias + row : 0,
+                            num_tokens, x, x_stride, width, at(y, row, BFLOAT16), y_stride);
+#else
+    (void)weight, (void)bias, (void)d_out, (void)width, (void)x, (void)x_stride, (void)num_tokens, (void)y;
+    (void)y_stride, (void)num_threads;
 #endif
 }

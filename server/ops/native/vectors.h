@@ -77,6 +77,39 @@ INLINE float total(floats value) {
     return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
 }
 
+#if defined(__AVX512F__) && !defined(__clang__)
+/* Half of the lanes of two vectors, `step` of the one beside `step` of the other, those from `first` on. */
+#define HALVES(step, first)                                                                                      \
+    {                                                                                                            \
+        LANE(0, step, first), LANE(1, step, first), LANE(2, step, first), LANE(3, step, first),                  \
+        LANE(4, step, first), LANE(5, step, first), LANE(6, step, first), LANE(7, step, first),                  \
+        LANE(8, step, first), LANE(9, step, first), LANE(10, step, first), LANE(11, step, first),                \
+        LANE(12, step, first), LANE(13, step, first), LANE(14, step, first), LANE(15, step, first)               \
+    }
+#define LANE(n, step, first) ((n) / (2 * (step)) * 2 * (step) + (n) % (step) + (first) + ((n) / (step) % 2 ? LANES : 0))
+
+/* One step of `totals`: half as many vectors, in each the sums of two. */
+#define FOLD(values, num, step)                                                                                  \
+    for (int i = 0; i < (num); i++)                                                                              \
+        values[i] = __builtin_shuffle(values[2 * i], values[2 * i + 1], (ints)HALVES(step, 0)) +                 \
+                    __builtin_shuffle(values[2 * i], values[2 * i + 1], (ints)HALVES(step, step));
+#endif
+
+/* The totals of LANES vectors, which are used up. */
+INLINE floats totals(floats values[LANES]) {
+#ifdef FOLD
+    FOLD(values, 8, 1)
+    FOLD(values, 4, 2)
+    FOLD(values, 2, 4)
+    FOLD(values, 1, 8)
+    return values[0];
+#else
+    floats found;
+    for (int i = 0; i < LANES; i++) found[i] = total(values[i]);
+    return found;
+#endif
+}
+
 INLINE floats chosen(ints condition, floats yes, floats no) {
     return (floats)(((words)yes & (words)condition) | ((words)no & ~(words)condition));
 }

@@ -4,8 +4,10 @@ Owns their layouts, and which product is made how. Knows nothing about bitsandby
 what reads the products.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cache
 from typing import Protocol, Self
 
@@ -18,14 +20,46 @@ from server.ops.native.layout import dense_rows
 
 _TILE = 16  # LANES of vectors.h: outputs side by side
 _CODES = 8  # of four_bit.h: in a word of 32 bits
-_MOST_TOKENS = 16  # MOST_TOKENS of four_bit.c, or a multiple of it
 _LONGEST = 48  # tokens that vectors are as good for as weights made whole and a library's product
-_PAIRED_TOKENS = 16  # MOST_TOKENS of pair_vectors.c
+ROOM_FOR_TOKENS = 16  # MOST_TOKENS of four_bit.c and pair_vectors.c, or a multiple of it
 _UNIT_INPUTS = 32  # of matrix_unit.c
+_NEAR_INPUTS = 1 << 14  # numbers in bfloat16 that stay in the first level's cache while they are read for every output
+
+
+class Way(IntEnum):
+    """How a product in bfloat16 is made, as decode_layer.c numbers them."""
+
+    BY_VECTORS = 0
+    BY_PAIRS = 1
+    ON_UNIT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A weight as the C functions want it."""
+
+    way: Way
+    place: tuple[int | None, int | None, int | None, int | None]  # addresses: plain; codes, scales and levels
+    num_tiles: int
+    width: int
+    block: int
+
+    @property
+    def d_out(self) -> int:
+        return self.num_tiles * _TILE
+
+    @property
+    def max_tokens(self) -> int:
+        """Beyond which a library's product is the better one."""
+        return _LONGEST if self.way is Way.BY_VECTORS else sys.maxsize
 
 
 class Weight(Protocol):
     """W (d_out, d_in), and its products."""
+
+    @property
+    def layout(self) -> Layout:
+        """For products of bfloat16."""
 
     @property
     def num_bytes(self) -> int:
@@ -55,7 +89,13 @@ def has_pair_vectors() -> bool:
 
 def multiplies_bfloat16() -> bool:
     """Whether this processor makes products in bfloat16 in one way or another."""
-    return has_matrix_unit() or has_pair_vectors()
+    return _way() is not Way.BY_VECTORS
+
+
+def _way() -> "Way":
+    if has_matrix_unit():  # which asks Linux for it
+        return Way.ON_UNIT
+    return Way.BY_PAIRS if has_pair_vectors() else Way.BY_VECTORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,20 +142,26 @@ class FourBitWeight:
         Where the processor multiplies bfloat16, and elsewhere up to 48 tokens, a token's sums have one order whatever
         else is in x: they are the same to the bit.
         """
-        if x.dtype is torch.bfloat16 and self._block % _UNIT_INPUTS == 0 and multiplies_bfloat16():
-            return _bfloat16_product(x, self._d_out, self._d_in, bias, (None, *self._place), self._block)
+        layout = self.layout
+        if x.dtype is torch.bfloat16 and layout.way is not Way.BY_VECTORS:
+            return _bfloat16_product(x, layout, bias)
         rows = dense_rows(x.reshape(-1, self._d_in))
         num = rows.shape[0]
         if num > _LONGEST:
             return F.linear(x, self._matrix(x.dtype).t(), None if bias is None else bias.to(x.dtype))
         y = torch.empty(num, self._d_out, dtype=x.dtype)
-        turned = torch.empty(-(-num // _MOST_TOKENS) * _MOST_TOKENS * self._d_in)
+        turned = torch.empty(-(-num // ROOM_FOR_TOKENS) * ROOM_FOR_TOKENS * self._d_in)
         library().graft_four_bit(
             *self._place, None if bias is None else bias.data_ptr(), len(self.codes), self._d_in, self._block,
             rows.data_ptr(), rows.stride(0), DTYPES[x.dtype], num, turned.data_ptr(), y.data_ptr(), self._d_out,
             torch.get_num_threads(),
         )  # fmt: skip
         return y.view(*x.shape[:-1], self._d_out)
+
+    @property
+    def layout(self) -> Layout:
+        way = _way() if self._block % _UNIT_INPUTS == 0 else Way.BY_VECTORS
+        return Layout(way, (None, *self._place), len(self.codes), self._d_in, self._block)
 
     def whole(self) -> torch.Tensor:
         """Float32, to the bit what bitsandbytes makes of it in that dtype."""
@@ -174,39 +220,55 @@ class PairedWeight:
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x bfloat16. A token's sums are the same to the bit whatever else is in x."""
-        d_out, d_in = self._shape
-        place = (self.pairs.data_ptr(), None, None, None)
-        return _bfloat16_product(x, d_out, d_in, bias, place, _UNIT_INPUTS)
-
-    def whole(self) -> torch.Tensor:
-        return self.pairs.transpose(1, 2).reshape(self._shape)
+        return _bfloat16_product(x, self.layout, bias)
 
     @property
-    def _shape(self) -> tuple[int, int]:
-        return self.pairs.shape[0] * _TILE, self.pairs.shape[1] * 2
+    def layout(self) -> Layout:
+        place = (self.pairs.data_ptr(), None, None, None)
+        return Layout(_way(), place, len(self.pairs), self.pairs.shape[1] * 2, _UNIT_INPUTS)
+
+    def whole(self) -> torch.Tensor:
+        return self.pairs.transpose(1, 2).reshape(len(self.pairs) * _TILE, -1)
 
 
-def _bfloat16_product(
-    x: torch.Tensor,
-    d_out: int,
-    d_in: int,
-    bias: torch.Tensor | None,
-    place: tuple[int | None, int | None, int | None, int | None],
-    block: int,
-) -> torch.Tensor:
+def _bfloat16_product(x: torch.Tensor, layout: Layout, bias: torch.Tensor | None) -> torch.Tensor:
     assert x.dtype is torch.bfloat16
-    rows = dense_rows(x.reshape(-1, d_in))
-    num = rows.shape[0]
+    width, d_out = layout.width, layout.d_out
+    rows = dense_rows(x.reshape(-1, width))
+    num, num_threads = rows.shape[0], torch.get_num_threads()
     y = torch.empty(num, d_out, dtype=x.dtype)
-    weight = (*place, None if bias is None else bias.data_ptr(), d_out // _TILE, d_in, block)
-    if has_matrix_unit():  # which asks Linux for it
-        library().graft_unit_product(
-            *weight, rows.data_ptr(), rows.stride(0), num, y.data_ptr(), d_out, torch.get_num_threads()
-        )
+    weight = (*layout.place, None if bias is None else bias.data_ptr(), layout.num_tiles, width, layout.block)
+    if layout.way is Way.ON_UNIT:
+        library().graft_unit_product(*weight, rows.data_ptr(), rows.stride(0), num, y.data_ptr(), d_out, num_threads)
     else:
-        turned = torch.empty(-(-num // _PAIRED_TOKENS) * _PAIRED_TOKENS * d_in, dtype=x.dtype)
+        turned = torch.empty(-(-num // ROOM_FOR_TOKENS) * ROOM_FOR_TOKENS * width, dtype=x.dtype)
         library().graft_pair_product(
-            *weight, rows.data_ptr(), rows.stride(0), num, turned.data_ptr(), y.data_ptr(), d_out,
-            torch.get_num_threads(),
-        )  # fmt: skip
+            *weight, rows.data_ptr(), rows.stride(0), num, turned.data_ptr(), y.data_ptr(), d_out, num_threads
+        )
+    return y.view(*x.shape[:-1], d_out)
+
+
+def can_multiply_rows(d_in: int) -> bool:
+    """Whether `rows_product` is there for such a weight."""
+    return d_in % _UNIT_INPUTS == 0 and has_pair_vectors()
+
+
+def rows_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x (..., d_in) -> x W^T + bias, for a weight (d_out, d_in) in bfloat16 that has to stay as it is; bias (d_out,)
+    float32.
+
+    Of few tokens, for which a library would lay the weight out anew: then a token's sums are the same to the bit
+    whatever else is in x. Of more, a library's.
+    """
+    assert x.dtype is weight.dtype is torch.bfloat16
+    assert weight.is_contiguous()
+    d_out, d_in = weight.shape
+    rows = dense_rows(x.reshape(-1, d_in))
+    if rows.numel() > _NEAR_INPUTS:
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    y = torch.empty(rows.shape[0], d_out, dtype=x.dtype)
+    library().graft_rows_product(
+        weight.data_ptr(), None if bias is None else bias.data_ptr(), d_out, d_in, rows.data_ptr(), rows.stride(0),
+        rows.shape[0], y.data_ptr(), d_out, torch.get_num_threads(),
+    )  # fmt: skip
     return y.view(*x.shape[:-1], d_out)

@@ -40,6 +40,7 @@ def test_it_is_shrink_and_expand_in_one(shapes: list[Shape], dtype: torch.dtype)
 def test_embeddings_and_long_runs_have_none() -> None:
     case = Resident(16, (16,), torch.float32, CPU)
     slot = case.admit({0: drawn(case, 0, Shape(2), 1)})
-    assert native.joint(case.group, case.sheets, case.runs([slot] * 17), has_rows=True) is None
+    assert native.joint(case.group, case.sheets, case.runs([slot] * 41), has_rows=True) is None
+    assert native.joint(case.group, case.sheets, case.runs([slot] * 40), has_rows=True) is not None
     embedding = replace(case.group, is_embedding=True)
     assert native.joint(embedding, case.sheets, case.runs([slot]), has_rows=True) is None

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.ops.native import FourBitWeight, PairedWeight, Weight, build, multiplies_bfloat16
+from server.ops.native import (
+    FourBitWeight,
+    PairedWeight,
+    Weight,
+    build,
+    can_multiply_rows,
+    multiplies_bfloat16,
+    rows_product,
+)
 from server.ops.native import weights as module
 from tests.ops.resident import normal
 
@@ -134,6 +142,21 @@ def test_rows_are_those_of_their_outputs() -> None:
         x = normal(3, 1024, seed=1).to(dtype)
         assert torch.equal(weight.rows(32, 80).product(x), weight.product(x)[:, 32:80])
         assert torch.equal(weight.rows(32, 80).whole(), weight.whole()[32:80])
+
+
+@pytest.mark.skipif(not module.has_pair_vectors(), reason="this processor has no vectors of bfloat16")
+@pytest.mark.parametrize(("d_out", "d_in"), [(16, 32), (7, 96), (75, 512)])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 7, 16, 29, 32])
+def test_a_product_with_rows_as_they_lie(d_out: int, d_in: int, num_tokens: int) -> None:
+    weight, bias = normal(d_out, d_in, seed=1).bfloat16(), normal(d_out, seed=2)
+    x = normal(num_tokens, 2 * d_in, seed=3).bfloat16()[:, :d_in]
+    assert can_multiply_rows(d_in)
+    for added in (None, bias):
+        found = rows_product(x, weight, added)
+        expected = x.double() @ weight.double().t() + (0 if added is None else added.double())
+        torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-3)
+        for token in range(num_tokens):
+            assert torch.equal(rows_product(x[token], weight, added), found[token])
 
 
 @in_bfloat16
