@@ -4,6 +4,8 @@ import asyncio
 import json
 import random
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from server.engine import choice, sampler
 from server.engine.chosen import Chosen
 from server.engine.flight import GenerationRequest
 from server.engine.runner import Runner, StepLogits
-from server.engine.sequence import Batch, Delta, FinishReason, SamplingParams
+from server.engine.sequence import Batch, FinishReason, SamplingParams
 from server.ground.errors import (
     AdapterQuarantined,
     ContextTooLong,
@@ -30,6 +32,7 @@ from server.ground.errors import (
     Overloaded,
 )
 from tests.adapters.peft_adapters import make_adapter
+from tests.endings import Endings
 from tests.serving import Ask, answer, answer_all, serving
 from tests.test_isolation import check_nothing_leaks
 
@@ -59,17 +62,33 @@ class FaultyRunner:
 
 
 @pytest.fixture(params=["off", "on"], ids=["one step at a time", "overlap"])
-def server(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
+def overlap(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@contextmanager
+def faulty_server(model: Path, scratch: Path, overlap: str) -> Iterator[Server]:
     """A base, and an adapter folder that says it is one but cannot be lowered."""
-    broken = tmp_path / "adapters" / "broken"
-    broken.mkdir(parents=True)
+    broken = scratch / "adapters" / "broken"
+    broken.mkdir(parents=True, exist_ok=True)
     (broken / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
     (broken / "adapter_model.safetensors").write_bytes(b"\x00" * 32)
-    limits = {"max_queued": "4", "max_sequences": "3", "kv_memory": "64KiB", "overlap": request.param}
-    with serving(tiny_llama, tmp_path, adapters=str(tmp_path / "adapters"), **limits) as server:
-        faulty = FaultyRunner(server.runner)
-        server.engine._runner = faulty
+    limits = {"max_queued": "4", "max_sequences": "3", "kv_memory": "64KiB", "overlap": overlap}
+    with serving(model, scratch, adapters=str(scratch / "adapters"), **limits) as server:
+        runner: Any = FaultyRunner(server.runner)
+        server.engine._runner = runner
         yield server
+
+
+@pytest.fixture
+def server(overlap: str, tiny_llama: Path, tmp_path: Path) -> Iterator[Server]:
+    with faulty_server(tiny_llama, tmp_path, overlap) as server:
+        yield server
+
+
+@pytest.fixture
+def endings(monkeypatch: pytest.MonkeyPatch) -> Endings:
+    return Endings(monkeypatch)
 
 
 @dataclass(frozen=True)
@@ -80,8 +99,13 @@ class Action:
     num_prompt: int
     max_tokens: int
     adapter: str | None
-    abort_after_ms: int | None
+    abort_after_ms: int | None  # over HTTP the client leaves then
     has_stop: bool
+    is_http: bool
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        return ("e",) if self.has_stop else ()
 
 
 ACTIONS = st.lists(
@@ -93,52 +117,215 @@ ACTIONS = st.lists(
         adapter=st.sampled_from([None, None, "broken"]),
         abort_after_ms=st.none() | st.integers(0, 10),
         has_stop=st.booleans(),
+        is_http=st.booleans(),
     ),
     min_size=1,
     max_size=12,
 )
 
 
-async def play(server: Server, number: int, action: Action) -> list[Delta] | None:
-    """The deltas of an accepted request; None for one that was refused."""
+async def play(server: Server, number: int, action: Action) -> None:
+    """Sends a request, and reads it to its end unless its client leaves. One that is refused has none."""
     await asyncio.sleep(action.delay_ms / 1000)
-    params = SamplingParams(action.max_tokens, temperature=1.0, stop=("e",) if action.has_stop else ())
     prompt = tuple(random.Random(number).randrange(256) for _ in range(action.num_prompt))
+    if action.is_http:
+        await play_over_http(server, prompt, action)
+        return
+    params = SamplingParams(action.max_tokens, temperature=1.0, stop=action.stop)
     try:
         lease = None if action.adapter is None else server.registry.lease(action.adapter)
     except GraftError:
-        return None
+        return
     try:
         stream = server.engine.submit(GenerationRequest(f"r{number}-{id(action)}", prompt, params, lease))
-    except (Overloaded, ContextTooLong):
+    except GraftError:
         if lease is not None:
             lease.release()
-        return None
+        return
     if action.abort_after_ms is not None:
         asyncio.get_running_loop().call_later(action.abort_after_ms / 1000, stream.abort)
-    return [delta async for delta in stream]
+    deltas = [delta async for delta in stream]
+    assert [delta.is_terminal for delta in deltas] == [False] * (len(deltas) - 1) + [True]
 
 
-def test_any_storm_ends_each_request_once(server: Server) -> None:
+async def play_over_http(server: Server, prompt: tuple[int, ...], action: Action) -> None:
+    """The same to the application itself, with a client that leaves by closing its connection."""
+    body = {"prompt": prompt, "max_tokens": max(action.max_tokens, 1), "stop": action.stop, "stream": True}
+    if action.adapter is not None:
+        body["adapter"] = action.adapter
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+        "path": "/v1/completions", "raw_path": b"/v1/completions", "root_path": "", "query_string": b"",
+        "headers": [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")],
+        "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
+    }  # fmt: skip
+    messages = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
+
+    async def receive() -> dict[str, Any]:
+        for message in messages:
+            return message
+        await asyncio.sleep(3600 if action.abort_after_ms is None else action.abort_after_ms / 1000)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None: ...
+
+    await server.app(scope, receive, send)
+
+
+async def play_all(server: Server, actions: list[Action]) -> None:
+    await asyncio.wait_for(asyncio.gather(*(play(server, i, action) for i, action in enumerate(actions))), 120)
+
+
+def test_any_storm_ends_each_request_once(server: Server, endings: Endings) -> None:
     faulty: Any = server.engine._runner
 
     @settings(max_examples=25, deadline=None)
     @given(actions=ACTIONS, num_faults=st.integers(0, 2))
     def storm(actions: list[Action], num_faults: int) -> None:
-        async def run() -> list[list[Delta] | None]:
+        async def run() -> None:
             faulty.num_faults = num_faults
-            played = asyncio.gather(*(play(server, i, action) for i, action in enumerate(actions)))
-            return await asyncio.wait_for(played, 120)
+            await play_all(server, actions)
+            while server.engine.stats().num_in_flight:  # those whose clients have left
+                await asyncio.sleep(0.001)
+            faulty.num_faults = 0
+            # A step that works: faults of several storms do not add up to a dead engine, and what the engine has still
+            # to hand over comes before it.
+            assert (await answer(server, Ask(None, (1,), SamplingParams(1)))).error is None
 
-        for deltas in asyncio.run(run()):
-            if deltas is not None:
-                assert [delta.is_terminal for delta in deltas] == [False] * (len(deltas) - 1) + [True]
-        faulty.num_faults = 0
-        # A step that works, so that faults of several storms do not add up to a dead engine.
-        assert answer_all(server, [Ask(None, (1,), SamplingParams(1))])[0].error is None
+        asyncio.run(run())
+        endings.check()
         check_nothing_leaks(server)
 
     storm()
+    assert endings.num_accepted > 25  # more than the steps at the end
+
+
+class Death:
+    """What ends an engine at a step of a storm, by its number."""
+
+    def __init__(self, server: Server, at_step: int) -> None:
+        self.server = server
+        self._num_left = at_step
+
+    def is_due(self) -> bool:
+        self._num_left -= 1
+        return self._num_left < 0
+
+    async def follow(self) -> None:
+        """What else happens, when it is time."""
+
+
+class Defect(Death):
+    def __init__(self, server: Server, at_step: int) -> None:
+        super().__init__(server, at_step)
+        engine: Any = server.engine
+        schedule = engine._schedule
+
+        def die() -> Batch:
+            batch: Batch = schedule()
+            if batch.sequences and self.is_due():
+                raise ZeroDivisionError("a defect")
+            return batch
+
+        engine._schedule = die
+
+
+class LostDevice(Death):
+    def __init__(self, server: Server, at_step: int) -> None:
+        super().__init__(server, at_step)
+        faulty: Any = server.engine._runner
+        run = faulty.run
+
+        def lose(*step: Any) -> StepLogits:
+            if self.is_due():
+                faulty.is_device_alive = lambda: False
+                raise faulty.error
+            logits: StepLogits = run(*step)
+            return logits
+
+        faulty.run = lose
+
+
+class Hang(Death):
+    """A step that does not return until the engine has been given up. Then it does, and must end nothing again."""
+
+    def __init__(self, server: Server, at_step: int) -> None:
+        super().__init__(server, at_step)
+        self._is_hung, self._goes_on = threading.Event(), threading.Event()
+        faulty: Any = server.engine._runner
+        run = faulty.run
+
+        def hang(*step: Any) -> StepLogits:
+            if self.is_due():
+                self._is_hung.set()
+                assert self._goes_on.wait(120)
+            logits: StepLogits = run(*step)
+            return logits
+
+        faulty.run = hang
+
+    async def follow(self) -> None:
+        assert await asyncio.to_thread(self._is_hung.wait, 120)
+        self.server.engine.abandon()
+        self._goes_on.set()
+
+
+@pytest.mark.parametrize("kind", [Defect, LostDevice, Hang])
+def test_an_engine_that_dies_in_a_storm_ends_each_request_once(
+    tiny_llama: Path, tmp_path: Path, overlap: str, endings: Endings, kind: type[Death]
+) -> None:
+    @settings(max_examples=6, deadline=None)
+    @given(actions=ACTIONS, at_step=st.integers(0, 8))
+    def storm(actions: list[Action], at_step: int) -> None:
+        with faulty_server(tiny_llama, tmp_path, overlap) as server:
+            engine = server.engine
+
+            async def run() -> None:
+                death = kind(server, at_step)
+                follows = asyncio.create_task(death.follow())
+                await play_all(server, actions)
+                while engine.is_alive:  # the storm may have had fewer steps
+                    with suppress(GraftError):
+                        await answer(server, Ask(None, (1,), SamplingParams(4, ignore_eos=True)))
+                await follows
+                await asyncio.to_thread(engine._thread.join)  # it says nothing any more
+                await asyncio.sleep(0)
+
+            asyncio.run(run())
+            endings.check()
+            assert engine.stats().num_in_flight == 0
+            assert server.registry.stats().num_leases == 0
+
+    storm()
+    assert endings.num_accepted >= 6
+
+
+def test_what_two_threads_hand_over_at_once_comes_once(server: Server, endings: Endings) -> None:
+    """A hung step that ends just as the engine is given up."""
+    engine: Any = server.engine
+    faulty: Any = engine._runner
+    faulty.permits = threading.Semaphore(0)
+
+    async def run() -> None:
+        loop: Any = asyncio.get_running_loop()
+        call_soon = loop.call_soon_threadsafe
+
+        def meanwhile(*call: Any) -> None:
+            loop.call_soon_threadsafe = call_soon
+            other = threading.Thread(target=engine._hand_over)
+            other.start()
+            other.join()
+            call_soon(*call)
+
+        stream = engine.submit(GenerationRequest("one", (1,), SamplingParams(2)))
+        loop.call_soon_threadsafe = meanwhile
+        engine.abandon()
+        assert [delta.finish_reason async for delta in stream] == [FinishReason.ERROR]
+        faulty.permits.release(10)
+        await asyncio.to_thread(engine._thread.join)
+
+    asyncio.run(run())
+    endings.check()
 
 
 def test_a_stream_is_read_to_its_end_and_no_further(server: Server) -> None:

@@ -228,7 +228,7 @@ class Engine:
         with self._lock:
             self._fault = self._fault or f"a step took longer than --step-timeout, {self._max_step_s:g} s"
             self._end_with_error(list(self._flights.values()), _dead(self._fault))
-            self._hand_over()
+        self._hand_over()
 
     @property
     def is_alive(self) -> bool:
@@ -515,10 +515,11 @@ class Engine:
 
     def _hand_over(self) -> None:
         """All deltas since the last step, with one call into each event loop."""
-        for loop, deltas in self._outbox.items():
+        with self._lock:  # a step that was given up may end just as `abandon` hands over
+            outbox, self._outbox = self._outbox, {}
+        for loop, deltas in outbox.items():
             with contextlib.suppress(RuntimeError):  # the loop has been closed, and nobody reads any more
                 loop.call_soon_threadsafe(_deliver, deltas)
-        self._outbox = {}
 
 
 def _tried(batch: Batch, part: Callable[[], _T]) -> _T | _Failure:
