@@ -14,10 +14,9 @@ from server.adapters.store.folder_store import INCOMING_FOLDER
 from server.ground.config import Settings
 from tests.adapters.remote.site import Site
 from tests.api.conftest import Live, serving
-from tests.faults.load import ADAPTERS, MODEL, STORE, Case, Load, await_that, right_answers
+from tests.faults.load import ADAPTERS, MODEL, SLACK, STORE, Case, Load, right_answers, settled
+from tests.faults.record import Counts, note
 from tests.test_isolation import check_nothing_leaks
-
-_SLACK = 4  # threads and descriptors that come and go with connections
 
 Faulted = Callable[[], AbstractContextManager[Load]]
 
@@ -61,30 +60,47 @@ def live(tmp_path_factory: pytest.TempPathFactory, site: Site) -> Iterator[Live]
 def right(live: Live) -> Iterator[Mapping[Case, str]]:
     """The right answers; when all faults are over, threads and descriptors are what they were at the beginning."""
     right = right_answers(live.http)
-    with Load(live.url, right).running():  # starts what is started when it is first needed
+    with Load(lambda: live.url, right).running():  # starts what is started when it is first needed
         pass
-    before = _num_threads(), _num_descriptors()
+    num_threads, num_descriptors = _num_threads(), _num_descriptors()
     yield right
 
-    def are_back() -> bool:
+    def left_over() -> dict[str, int]:
         live.post("/v1/completions", prompt="Hi", max_tokens=1)  # lets go of idle threads
         time.sleep(0.5)
-        return _num_threads() <= before[0] + _SLACK and _num_descriptors() <= before[1] + _SLACK
+        return {
+            "threads": max(_num_threads() - num_threads - SLACK, 0),
+            "descriptors": max(_num_descriptors() - num_descriptors - SLACK, 0),
+        }
 
-    await_that(are_back, lambda: f"threads and descriptors were {before}: {_num_threads()}, {_num_descriptors()}")
+    found = settled(left_over)
+    note(Counts("when all in the tests' process were over", left_over=found))
+    assert not any(found.values()), found
+
+
+def left_over_in(live: Live) -> dict[str, int]:
+    """What a server in the tests' process holds for requests that are over."""
+    engine, registry = live.server.engine.stats(), live.server.registry.stats()
+    return {
+        "sequences": engine.num_in_flight,
+        "blocks": engine.num_used_blocks,
+        "leases": registry.num_leases,
+        "residencies": registry.num_residencies,
+    }
 
 
 @pytest.fixture
 def faulted(live: Live, right: Mapping[Case, str]) -> Faulted:
-    """The server under load; afterwards, the third count: nothing is left over."""
+    """The server under load; afterwards, what is left over for the third count."""
+
+    def left_over() -> dict[str, int]:
+        return left_over_in(live) | {"files": len(list((live.store / INCOMING_FOLDER).iterdir()))}
 
     @contextmanager
     def faulted() -> Iterator[Load]:
-        with Load(live.url, right).running() as load:
+        with Load(lambda: live.url, right).running() as load:
             yield load
-        await_that(lambda: live.server.engine.stats().num_in_flight == 0)
-        await_that(lambda: live.server.registry.stats().num_leases == 0)
-        await_that(lambda: list((live.store / INCOMING_FOLDER).iterdir()) == [])
+        load.left_over = settled(left_over)
         check_nothing_leaks(live.server)
 
     return faulted

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -16,13 +16,16 @@ from typing import Any
 
 import httpx
 
+from tests.faults.record import Counts, current_fault, note
+
 MODEL = Path(__file__).parents[2] / "demo" / "base"
 STORE = Path(__file__).parents[2] / "adapters_store"
 # A method each: what two of them share on their way to an answer is the server.
 ADAPTERS = ("pirate-lora", "poet-dora", "news-vera", "robot-ia3", "judge-loreft")
 PROMPTS = ("The old boat", "A cat sat on")
 PATIENCE_S = 120.0  # for a server that hangs, not for one that is slow
-_NUM_CLIENTS = 4
+SLACK = 4  # threads and descriptors that come and go with connections
+NUM_CLIENTS = 4  # each with one request at a time
 _DONE = "[DONE]"
 
 
@@ -44,11 +47,15 @@ CASES = tuple(Case(adapter, prompt) for prompt in PROMPTS for adapter in (None, 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a request ended: with `text`, with an error's `code`, or (both None) not at all."""
+    """How a request ended: with `text`, with an error's `code`, or (both None) not at all.
+
+    One that is not even `sent`, because nobody listens, has no end and needs none.
+    """
 
     text: str | None = None
     code: str | None = None
     detail: str = ""
+    is_sent: bool = True
 
 
 def ask(http: httpx.Client, case: Case, *, stream: bool) -> End:
@@ -60,6 +67,8 @@ def ask(http: httpx.Client, case: Case, *, stream: bool) -> End:
         if answer.status_code != 200:
             return End(code=answer.json()["error"]["code"], detail=answer.text)
         return End(text=answer.json()["choices"][0]["text"])
+    except httpx.ConnectError as error:
+        return End(detail=repr(error), is_sent=False)
     except (httpx.HTTPError, ValueError, KeyError) as error:
         return End(detail=repr(error))
 
@@ -91,23 +100,39 @@ def right_answers(http: httpx.Client, cases: Sequence[Case] = CASES) -> dict[Cas
     return answers
 
 
-@dataclass
-class Load:
-    """Clients that ask without a pause, and what has become of their requests."""
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A request that was sent to the server at `url` and had no end."""
 
     url: str
+    said: str
+
+
+@dataclass
+class Load:
+    """Clients that ask without a pause, and what has become of their requests.
+
+    `where` is the server's address, which changes when it is started again; those in `killed` were taken away from
+    their requests, and `left_over` is what was found when all was over.
+    """
+
+    where: Callable[[], str]
     right: Mapping[Case, str]
     num_right: Counter[Case] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)  # by code
     wrong: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
+    lost: list[Lost] = field(default_factory=list)
+    num_unreached: int = 0
+    killed: Collection[str] = ()
+    restarts_s: Sequence[float] = ()
+    left_over: Mapping[str, int] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
 
     @contextmanager
     def running(self) -> Iterator["Load"]:
         """The load, from its first right answers on; at the end every request that was sent has had its end."""
         numbers = count()
-        threads = [threading.Thread(target=self._client, args=[numbers]) for _ in range(_NUM_CLIENTS)]
+        threads = [threading.Thread(target=self._client, args=[numbers]) for _ in range(NUM_CLIENTS)]
         for thread in threads:
             thread.start()
         try:
@@ -119,19 +144,26 @@ class Load:
                 thread.join()
 
     def _client(self, numbers: Iterator[int]) -> None:
-        cases = list(self.right)
-        with httpx.Client(base_url=self.url, timeout=PATIENCE_S) as http:
-            while not self._stop.is_set():
-                number = next(numbers)
-                case = cases[number % len(cases)]
-                self._note(case, ask(http, case, stream=number % 3 == 0))
+        while not self._stop.is_set():
+            url = self.where()
+            with httpx.Client(base_url=url, timeout=PATIENCE_S) as http:
+                while self.where() == url and not self._stop.is_set():
+                    self._ask_next(http, url, next(numbers))
 
-    def _note(self, case: Case, end: End) -> None:
-        if end.code is not None:
+    def _ask_next(self, http: httpx.Client, url: str, number: int) -> None:
+        cases = list(self.right)
+        case = cases[number % len(cases)]
+        self._note(case, ask(http, case, stream=number % 3 == 0), url)
+
+    def _note(self, case: Case, end: End, url: str) -> None:
+        if not end.is_sent:
+            self.num_unreached += 1
+            self._stop.wait(0.1)
+        elif end.code is not None:
             self.refused[end.code] += 1
             self._stop.wait(0.01)
         elif end.text is None:
-            self.lost.append(f"{case}: {end.detail}")
+            self.lost.append(Lost(url, f"{case}: {end.detail}"))
             self._stop.wait(0.1)
         elif end.text == self.right[case]:
             self.num_right[case] += 1
@@ -149,11 +181,31 @@ class Load:
         before = self.refused[code]
         await_that(lambda: self.refused[code] >= before + times, lambda: str(self))
 
-    def check(self, *, may_refuse: Collection[str] = (), must_refuse: Collection[str] = (), max_lost: int = 0) -> None:
-        """The first two counts: none lost, none wrong, and no errors but those that the fault explains."""
+    def check(self, *, may_refuse: Collection[str] = (), must_refuse: Collection[str] = ()) -> None:
+        """The three counts, which are noted first, and no errors but those that the fault explains."""
+        gone = [each for each in self.lost if each.url in self.killed]
+        lost = [each for each in self.lost if each.url not in self.killed]
+        note(self._counts(len(lost), len(gone)))
         assert self.wrong == []
-        assert len(self.lost) <= max_lost, self.lost
+        assert lost == []
+        assert len(gone) <= NUM_CLIENTS * len(self.killed), gone  # those in flight when it was killed
+        assert self.num_unreached == 0 or self.killed
+        assert not any(self.left_over.values()), self.left_over
         assert set(must_refuse) <= set(self.refused) <= set(must_refuse) | set(may_refuse), self.refused
+
+    def _counts(self, num_lost: int, num_gone: int) -> Counts:
+        return Counts(
+            fault=current_fault(),
+            num_right=self.num_right.total(),
+            refused=dict(self.refused),
+            num_lost=num_lost,
+            num_wrong=len(self.wrong),
+            left_over=dict(self.left_over),
+            num_lost_with_process=num_gone,
+            num_killed=len(self.killed),
+            num_unreached=self.num_unreached,
+            restarts_s=tuple(self.restarts_s),
+        )
 
 
 def cases_of(*adapters: str | None) -> list[Case]:
@@ -166,3 +218,11 @@ def await_that(is_so: Any, said: Any = lambda: "it did not happen") -> None:
     while not is_so():
         assert time.monotonic() < deadline, said()
         time.sleep(0.01)
+
+
+def settled(left_over: Callable[[], Mapping[str, int]]) -> Mapping[str, int]:
+    """What is left over, once nothing is, or at the end of all patience."""
+    deadline = time.monotonic() + PATIENCE_S
+    while any((found := left_over()).values()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found

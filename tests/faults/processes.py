@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +20,19 @@ from typing import Any
 
 import httpx
 
-from tests.faults.load import MODEL, PATIENCE_S, Case, End, await_that
+from server.adapters.store.folder_store import INCOMING_FOLDER
+from tests.faults.load import MODEL, PATIENCE_S, SLACK, Case, End, await_that
+from tests.faults.record import Counts, current_fault, note
 
+NUM_COMPARED = 60  # characters: beyond a sentence's end that is ignored two tokens may be as likely as one another
 _ROOT = Path(__file__).parents[2]
+_GAUGES = {
+    "sequences running": "graft_sequences_running",
+    "sequences waiting": "graft_sequences_waiting",
+    "blocks": "graft_kv_blocks_used",
+    "leases": "graft_adapter_leases",
+}
+_HELD = {"threads": "task", "descriptors": "fd"}
 _FLAGS = {
     "port": "0",
     "quantize": "none",
@@ -42,8 +53,9 @@ class Process:
     log: Path
     fault: str = "none"
     flags: dict[str, str] = field(default_factory=dict)
-    url: str = ""
-    start_s: float = 0.0  # from its start to the first answer
+    url: str = ""  # of its last life
+    starts_s: list[float] = field(default_factory=list)  # of each life, from its start to the first answer
+    killed: list[str] = field(default_factory=list)  # the addresses of the lives that were
     _popen: subprocess.Popen[str] | None = None
 
     def start(self) -> "Process":
@@ -53,16 +65,19 @@ class Process:
         begun_s = time.monotonic()
         with self.log.open("ab") as log:
             self._popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=_ROOT)
+        self.url = self._told_url()
+        with self.client() as http:
+            assert http.get("/ready").status_code == 200
+        self.starts_s.append(time.monotonic() - begun_s)
+        return self
+
+    def _told_url(self) -> str:
+        assert self._popen is not None
         assert self._popen.stdout is not None
         for line in self._popen.stdout:  # it ends when the process does
             if (found := re.search(r"http://127\.0\.0\.1:\d+", line)) is not None:
-                self.url = found.group()
-                break
-        assert self.url, self.log.read_text()[-3000:]
-        with self.client() as http:
-            assert http.get("/ready").status_code == 200
-        self.start_s = time.monotonic() - begun_s
-        return self
+                return found.group()
+        raise AssertionError(self.log.read_text()[-3000:])
 
     @property
     def pid(self) -> int:
@@ -75,6 +90,8 @@ class Process:
         return httpx.Client(base_url=self.url, timeout=PATIENCE_S, limits=limits)
 
     def send(self, sent: signal.Signals) -> None:
+        if sent is signal.SIGKILL:
+            self.killed.append(self.url)
         os.kill(self.pid, sent)
 
     def end(self) -> int:
@@ -98,6 +115,37 @@ class Process:
 
     def said(self) -> str:
         return self.log.read_text()
+
+    def holds(self) -> dict[str, int]:
+        """What it has of its own, which the lives of one process have alike."""
+        folder = Path(f"/proc/{self.pid}")
+        return {what: len(list((folder / where).iterdir())) for what, where in _HELD.items()}
+
+    def left_over(self, before: Mapping[str, int]) -> dict[str, int]:
+        """What it holds for requests that are over, and of its own beyond what it had `before`."""
+        with self.client() as http:
+            http.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 1})  # lets go of idle threads
+            samples = dict(re.findall(r"^(\w+) (\S+)$", http.get("/metrics").text, re.MULTILINE))
+        found = {what: int(float(samples[gauge])) for what, gauge in _GAUGES.items()}
+        found |= {what: max(number - before[what] - SLACK, 0) for what, number in self.holds().items()}
+        return found | {"files": len(list((self.store / INCOMING_FOLDER).iterdir()))}
+
+
+def note_streams(streams: Sequence["Begun"], left_over: Mapping[str, int], right: Sequence[str] = ()) -> None:
+    """The counts of a fault whose requests were begun before it; none of them is to have an end that is no end."""
+    ends = [each.ended() for each in streams]
+    texts = [end.text for end in ends if end.text is not None and end.code is None]
+    num_right = sum(text[:NUM_COMPARED] in right for text in texts)
+    counts = Counts(
+        fault=current_fault(),
+        num_right=num_right,
+        refused=dict(Counter(end.code for end in ends if end.code is not None)),
+        num_lost=sum(end.text is None and end.code is None for end in ends),
+        num_wrong=len(texts) - num_right,
+        left_over=left_over,
+    )
+    note(counts)
+    assert (counts.num_lost, counts.num_wrong, counts.num_left_over) == (0, 0, 0), counts
 
 
 class Begun:

@@ -507,7 +507,7 @@ def test_no_request_leaves_its_prompt_in_the_log(
     live: Live, faulted: Faulted, caplog: pytest.LogCaptureFixture
 ) -> None:
     secret = "zxsecretxz"
-    with caplog.at_level("INFO"), faulted():
+    with caplog.at_level("INFO"), faulted() as load:
         headers = {"x-request-id": "trace-of-a-secret"}
         for body in (
             {"prompt": secret, "adapter": "pirate-lora", "max_tokens": 3},
@@ -516,6 +516,7 @@ def test_no_request_leaves_its_prompt_in_the_log(
         ):
             live.http.post("/v1/completions", json=body, headers=headers)
         await_that(lambda: caplog.text.count("request trace-of-a-secret: POST") == 3)
+    assert not any(load.left_over.values())
     assert secret not in caplog.text
     lines = [r for r in caplog.records if getattr(r, "fields", {}).get("request_id") == "trace-of-a-secret"]
     told = [(r.fields["status"], r.fields["outcome"], r.fields["output_tokens"]) for r in lines]  # type: ignore[attr-defined]

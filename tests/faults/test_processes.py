@@ -9,7 +9,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -18,15 +18,14 @@ import pytest
 from server.adapters.format.content import CONFIG_FILE, WEIGHTS_FILE
 from server.adapters.store.folder_store import INCOMING_FOLDER
 from tests.api.adapter_files import AdapterFiles
-from tests.faults.conftest import fill_store
-from tests.faults.load import ADAPTERS, Case, Load, ask, await_that, right_answers
-from tests.faults.processes import Process, await_status, begin
-from tests.faults.test_inside import code_of, files_of, version_of
+from tests.faults.conftest import Faulted, fill_store
+from tests.faults.load import ADAPTERS, Case, Load, ask, await_that, right_answers, settled
+from tests.faults.processes import NUM_COMPARED, Process, await_status, begin, note_streams
+from tests.faults.test_inside import OF_OTHERS, VICTIM, code_of, files_of, version_of
 
 pytestmark = pytest.mark.slow
 LONG = [Case(adapter, "The old boat", 400) for adapter in (None, *ADAPTERS)]
 ENDLESS = [Case(adapter, "The old boat", 1000) for adapter in (None, *ADAPTERS)]
-_NUM_COMPARED = 60  # characters: beyond a sentence's end that is ignored two tokens may be as likely as one another
 Start = Callable[..., Process]
 
 
@@ -45,6 +44,29 @@ def right(world: Process) -> Mapping[Case, str]:
         return right_answers(http)
 
 
+@pytest.fixture(scope="module")
+def before(world: Process, right: Mapping[Case, str]) -> Mapping[str, int]:
+    """The threads and descriptors of a life that has served."""
+    with Load(lambda: world.url, right).running():
+        pass
+    return world.holds()
+
+
+@pytest.fixture
+def faulted(world: Process, right: Mapping[Case, str], before: Mapping[str, int]) -> Faulted:
+    """The process under load, over all its lives; afterwards, what is left over in the last one."""
+
+    @contextmanager
+    def faulted() -> Iterator[Load]:
+        num_killed, num_starts = len(world.killed), len(world.starts_s)
+        with Load(lambda: world.url, right).running() as load:
+            yield load
+        load.killed, load.restarts_s = world.killed[num_killed:], world.starts_s[num_starts:]
+        load.left_over = settled(lambda: world.left_over(before))
+
+    return faulted
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     started = []
@@ -60,12 +82,17 @@ def start(tmp_path: Path) -> Iterator[Start]:
         process.kill()
 
 
+def left_in_store(process: Process) -> dict[str, int]:
+    """What an ended process can leave."""
+    return {"files": len(list((process.store / INCOMING_FOLDER).iterdir()))}
+
+
 # It is told to end
 
 
 def test_sigterm_lets_what_runs_finish(start: Start) -> None:
     process = start(drain_timeout="300")
-    right = [each.ended().text[:_NUM_COMPARED] for each in begin(process, LONG)]
+    right = [each.ended().text[:NUM_COMPARED] for each in begin(process, LONG)]
     streams = begin(process, LONG)
     process.send(signal.SIGTERM)
     await_status(process, "/ready", 503)
@@ -74,9 +101,9 @@ def test_sigterm_lets_what_runs_finish(start: Start) -> None:
         assert code_of(http.post("/v1/completions", json={"prompt": "A"})) == (503, "overloaded")
     ends = [each.ended() for each in streams]
     assert [end.code for end in ends] == [None] * len(ends)
-    assert [end.text[:_NUM_COMPARED] for end in ends] == right
+    assert [end.text[:NUM_COMPARED] for end in ends] == right
     assert process.end() == 0
-    assert list((process.store / INCOMING_FOLDER).iterdir()) == []
+    note_streams(streams, left_in_store(process), right)
 
 
 def test_sigterm_aborts_what_takes_longer_than_the_limit(start: Start) -> None:
@@ -86,6 +113,7 @@ def test_sigterm_aborts_what_takes_longer_than_the_limit(start: Start) -> None:
     ends = [each.ended() for each in streams]
     assert {end.code for end in ends} == {"overloaded"}, ends
     assert process.end() == 0
+    note_streams(streams, left_in_store(process))
 
 
 def test_a_second_sigterm_hastens(start: Start) -> None:
@@ -97,6 +125,7 @@ def test_a_second_sigterm_hastens(start: Start) -> None:
     ends = [each.ended() for each in streams]
     assert {end.code for end in ends} == {"overloaded"}, ends
     assert process.end() == 0
+    note_streams(streams, left_in_store(process))
 
 
 # It is lost
@@ -114,6 +143,7 @@ def test_an_engine_is_lost(start: Start, fault: str) -> None:
     assert {end.code for end in ends} <= allowed, ends
     assert process.end() == 1
     assert "the engine has stopped" in process.said()
+    note_streams(streams, left_in_store(process))
 
 
 # It is killed in the middle of a change, and starts again
@@ -167,42 +197,51 @@ def check_whole(process: Process, right: Mapping[Case, str], *also: str) -> None
     assert on_disk == listed
 
 
-def test_it_is_killed_in_the_middle_of_an_upload(world: Process, right: Mapping[Case, str]) -> None:
+def test_it_is_killed_in_the_middle_of_an_upload(world: Process, right: Mapping[Case, str], faulted: Faulted) -> None:
     files = files_of("pirate-lora")
     host, port = world.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=120) as connection:
-        content = tar_of(files)
-        head = f"PUT /v1/adapters/torn HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
-        connection.sendall(head.encode() + content[: len(content) // 2])
-        await_that(lambda: any((world.store / INCOMING_FOLDER).glob("*/version")))
-        world.send(signal.SIGKILL)
-        world.end()
-    assert list((world.store / INCOMING_FOLDER).iterdir()) != []
-    world.start()
+    with faulted() as load:
+        with socket.create_connection((host, int(port)), timeout=120) as connection:
+            content = tar_of(files)
+            head = f"PUT /v1/adapters/torn HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
+            connection.sendall(head.encode() + content[: len(content) // 2])
+            await_that(lambda: any((world.store / INCOMING_FOLDER).glob("*/version")))
+            world.send(signal.SIGKILL)
+            world.end()
+        assert list((world.store / INCOMING_FOLDER).iterdir()) != []
+        world.start()
+        load.await_right()
+    load.check()
     check_whole(world, right)
 
 
-def test_it_is_killed_in_the_middle_of_replacing(world: Process, right: Mapping[Case, str]) -> None:
+def test_it_is_killed_in_the_middle_of_replacing(world: Process, right: Mapping[Case, str], faulted: Faulted) -> None:
     contents = [tar_of(files_of(name)) for name in ("pirate-lora", "shout-rslora")]
-    killed_while(world, lambda http, number: http.put("/v1/adapters/changing", content=contents[number % 2]))
+    with faulted() as load:
+        killed_while(world, lambda http, number: http.put("/v1/adapters/changing", content=contents[number % 2]))
+        load.await_right()
+    load.check()
     check_whole(world, right, "changing")
     with world.client() as http:
         assert ask(http, Case("changing", "The old boat"), stream=False).text
         assert http.delete("/v1/adapters/changing").status_code == 200
 
 
-def test_it_is_killed_in_the_middle_of_deleting(world: Process, right: Mapping[Case, str]) -> None:
+def test_it_is_killed_in_the_middle_of_deleting(world: Process, right: Mapping[Case, str], faulted: Faulted) -> None:
     content = tar_of(files_of("pirate-lora"))
 
     def change(http: httpx.Client, number: int) -> None:
         assert http.put("/v1/adapters/comes-and-goes", content=content).status_code == 201
         assert http.delete("/v1/adapters/comes-and-goes").status_code == 200
 
-    killed_while(world, change)
+    with faulted() as load:
+        killed_while(world, change)
+        load.await_right()
+    load.check()
     check_whole(world, right, "comes-and-goes")
 
 
-def test_it_is_killed_in_the_middle_of_merging(world: Process, right: Mapping[Case, str]) -> None:
+def test_it_is_killed_in_the_middle_of_merging(world: Process, right: Mapping[Case, str], faulted: Faulted) -> None:
     with world.client() as http:
         assert http.put("/v1/adapters/shout", content=tar_of(files_of("shout-rslora"))).status_code == 201
 
@@ -211,38 +250,43 @@ def test_it_is_killed_in_the_middle_of_merging(world: Process, right: Mapping[Ca
         order = {"name": "merged", "adapters": adapters, "strategy": "cat", "replace": True}
         assert http.post("/v1/adapters/merge", json=order).status_code in (200, 201)
 
-    killed_while(world, change, times=4)
+    with faulted() as load:
+        killed_while(world, change, times=4)
+        load.await_right()
+    load.check()
     check_whole(world, right, "shout", "merged")
 
 
-def test_it_starts_again_with_an_index_that_is_cut(world: Process, right: Mapping[Case, str]) -> None:
+def test_it_starts_again_with_an_index_that_is_cut(world: Process, right: Mapping[Case, str], faulted: Faulted) -> None:
     """What cannot be read is left out by name; nothing else is."""
-    index = world.store / "judge-loreft" / "current.json"
-    whole = index.read_bytes()
-    world.kill()
-    index.write_bytes(whole[:30])
-    try:
-        world.start()
-        with world.client() as http:
-            names = {each["name"] for each in http.get("/v1/adapters").json()["data"]}
-            assert "judge-loreft" not in names
-            assert set(ADAPTERS) - names == {"judge-loreft"}
-            case = Case("poet-dora", "The old boat")
-            assert ask(http, case, stream=False).text == right[case]
-        assert any("judge-loreft is left out" in line["message"] for line in world.lines())
-    finally:
+    index = world.store / VICTIM / "current.json"
+    with faulted() as load:
+        whole = index.read_bytes()
         world.kill()
-        index.write_bytes(whole)
-        world.start()
+        index.write_bytes(whole[:30])
+        try:
+            world.start()
+            with world.client() as http:
+                names = {each["name"] for each in http.get("/v1/adapters").json()["data"]}
+            assert set(ADAPTERS) - names == {VICTIM}
+            load.await_refused("adapter_not_found")
+            load.await_right(OF_OTHERS)
+            assert any(f"{VICTIM} is left out" in line["message"] for line in world.lines())
+        finally:
+            world.kill()
+            index.write_bytes(whole)
+            world.start()
+        load.await_right()
+    load.check(must_refuse={"adapter_not_found"})
     check_whole(world, right, "shout", "merged", "comes-and-goes")
 
 
 # It goes on
 
 
-def test_it_is_stopped_for_a_while(world: Process, right: Mapping[Case, str]) -> None:
+def test_it_is_stopped_for_a_while(world: Process, faulted: Faulted) -> None:
     """As by a machine that is suspended."""
-    with Load(world.url, right).running() as load:
+    with faulted() as load:
         world.send(signal.SIGSTOP)
         time.sleep(2)
         world.send(signal.SIGCONT)
@@ -250,17 +294,17 @@ def test_it_is_stopped_for_a_while(world: Process, right: Mapping[Case, str]) ->
     load.check()
 
 
-def test_it_has_no_descriptors_left(world: Process, right: Mapping[Case, str]) -> None:
+def test_it_has_no_descriptors_left(world: Process, right: Mapping[Case, str], faulted: Faulted) -> None:
     """New connections wait, and a cold adapter is told to be asked for again; what is connected is served."""
     before = resource.prlimit(world.pid, resource.RLIMIT_NOFILE)
-    with Load(world.url, right).running() as load, httpx.Client(base_url=world.url, timeout=120) as http:
+    with faulted() as load, httpx.Client(base_url=world.url, timeout=120) as http:
         assert http.post("/v1/adapters/judge-loreft/unload").status_code == 200
         num_open = len(list(Path(f"/proc/{world.pid}/fd").iterdir()))
         resource.prlimit(world.pid, resource.RLIMIT_NOFILE, (num_open, before[1]))
         host, port = world.url.removeprefix("http://").split(":")
         idle = [socket.create_connection((host, int(port)), timeout=120) for _ in range(20)]
         try:
-            load.await_right([case for case in right if case.adapter != "judge-loreft"])
+            load.await_right([case for case in right if case.adapter != VICTIM])
             assert http.get("/health").status_code == 200
         finally:
             resource.prlimit(world.pid, resource.RLIMIT_NOFILE, before)

@@ -9,7 +9,8 @@ import pytest
 from server.ground.config import Settings
 from tests.adapters.s3 import S3, s3_service, use
 from tests.api.conftest import Live, serving
-from tests.faults.load import ADAPTERS, MODEL, Load, await_that, right_answers
+from tests.faults.conftest import left_over_in
+from tests.faults.load import ADAPTERS, MODEL, Load, right_answers, settled
 from tests.faults.test_inside import OF_OTHERS, VICTIM, code_of, files_of, unload
 from tests.test_isolation import check_nothing_leaks
 
@@ -43,7 +44,7 @@ def live(service: S3, tmp_path: Path) -> Iterator[Live]:
 
 def test_an_object_store_does_not_answer(live: Live, service: S3, tmp_path: Path) -> None:
     """What this machine has is served on; what it has not is told to be asked for again, and then is there."""
-    with Load(live.url, right_answers(live.http)).running() as load:
+    with Load(lambda: live.url, right_answers(live.http)).running() as load:
         service.fail_next = 10**6
         shutil.rmtree(tmp_path / "cache" / "versions" / live.http.get(f"/v1/adapters/{VICTIM}").json()["version"])
         unload(live, VICTIM)
@@ -53,6 +54,6 @@ def test_an_object_store_does_not_answer(live: Live, service: S3, tmp_path: Path
         assert live.http.get("/health").status_code == 200
         service.fail_next = 0
         load.await_right()
+    load.left_over = settled(lambda: left_over_in(live))
     load.check(must_refuse={"store_unreachable"})
-    await_that(lambda: live.server.registry.stats().num_leases == 0)
     check_nothing_leaks(live.server)
