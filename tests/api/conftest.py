@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,20 @@ class Live:
         """A bare connection; one that hears nothing for long fails its test and not the whole run."""
         return socket.create_connection(self.address, timeout=120)
 
-    def send(self, path: str, **body: Any) -> socket.socket:
+    @contextmanager
+    def deaf(self) -> Iterator[socket.socket]:
+        """A connection that takes little before it is read."""
+        with closing(socket.socket()) as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect(self.address)
+            yield deaf
+
+    def send(self, path: str, on: socket.socket | None = None, **body: Any) -> socket.socket:
         """A connection on which a whole request has been sent and nothing read; closing it is leaving."""
         content = json.dumps(body).encode()
         key = self.http.headers["authorization"]
         fields = f"host: x\r\nauthorization: {key}\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
-        connection = self.connect()
+        connection = on or self.connect()
         connection.sendall(f"POST {path} HTTP/1.1\r\n{fields}\r\n\r\n".encode() + content)
         return connection
 

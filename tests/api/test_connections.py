@@ -5,7 +5,7 @@ import json
 import logging
 import socket
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from typing import Any
 
 import httpx
@@ -39,15 +39,6 @@ def is_ended(connection: socket.socket) -> bool:
     with suppress(ConnectionError):
         read_all(connection)  # beyond its time limit the test fails
     return True
-
-
-@contextmanager
-def deaf_client(live: Live) -> Iterator[socket.socket]:
-    """A connection that takes little before it is read."""
-    with closing(socket.socket()) as deaf:
-        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        deaf.connect(live.address)
-        yield deaf
 
 
 def received_from(connection: socket.socket) -> bytes:
@@ -112,7 +103,7 @@ def test_a_body_that_stops_or_drips_ends_the_connection_and_leaves_nothing(impat
 
 def test_answers_that_nobody_reads_are_ended(impatient: Live) -> None:
     asked = 200  # of some 100 KB each: more than the system buffers of a connection
-    with deaf_client(impatient) as deaf:
+    with impatient.deaf() as deaf:
         deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * asked)
         own = deaf.getsockname()
         assert deaf.recv(4) == b"HTTP"  # it has begun
@@ -131,7 +122,7 @@ def test_a_stream_that_nobody_reads_is_ended(impatient: Live) -> None:
         return impatient.metric("graft_requests_total", route="/v1/completions")
 
     before = num_answered()
-    with deaf_client(impatient) as deaf:
+    with impatient.deaf() as deaf:
         deaf.sendall(HEAD + f"content-length: {len(body)}\r\n\r\n".encode() + body)
         eventually(lambda: num_answered() > before)
         assert impatient.server.engine.stats().num_in_flight == 0

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -210,8 +210,12 @@ def test_a_disk_hangs_while_an_adapter_is_loaded(live: Live, faulted: Faulted, m
         monkeypatch.setattr(registry, "_load", slow)
         unload(live, VICTIM)
         await_that(is_asked.is_set)
-        load.num_right.clear()
-        goes_on.set()
+        try:  # its own requests wait, and all of the load's clients with them in the end
+            for case in OF_OTHERS:
+                assert ask(live.http, case, stream=False).text == load.right[case]
+            assert not goes_on.is_set()
+        finally:
+            goes_on.set()
         load.await_right()
     load.check()
 
@@ -410,26 +414,47 @@ def test_an_adapter_is_replaced_and_deleted_while_it_is_used(live: Live, faulted
 
 
 def test_clients_vanish(live: Live, faulted: Faulted) -> None:
+    """Running and waiting, streamed and whole: each sequence is aborted, and none goes on to its own end."""
+    num_clients, num_tokens = 12, 200
+
+    def num_aborted() -> float:
+        return live.metric("graft_sequences_finished_total", finish_reason="abort")
+
+    def num_theirs() -> int:
+        flights = tuple(live.server.engine._flights.values())
+        return sum(flight.sequence.params.max_tokens == num_tokens for flight in flights)
+
+    before = num_aborted()
     with faulted() as load:
-        for number in range(12):
+        connections = []
+        for number in range(num_clients):
             adapter = ("pirate-lora", "poet-dora", "news-vera")[number % 3]
-            body = {"prompt": "The old boat", "max_tokens": 200, "adapter": adapter, "stream": number % 2 == 0}
-            connection = live.send("/v1/completions", **body, ignore_eos=True)
-            if number % 2 == 0:
-                connection.recv(64)
+            body = {"prompt": "The old boat", "max_tokens": num_tokens, "adapter": adapter, "stream": number % 2 == 0}
+            connections.append(live.send("/v1/completions", **body, ignore_eos=True))
+        await_that(lambda: num_theirs() == num_clients)
+        for connection in connections:
             connection.close()
+        await_that(lambda: num_aborted() == before + num_clients, lambda: f"{num_aborted()} after {before}")
         load.await_right()
     load.check(may_refuse={"overloaded"})
 
 
 def test_clients_do_not_read_their_answers(live: Live, faulted: Faulted) -> None:
-    with faulted() as load:
-        stalled = [
-            live.send("/v1/completions", prompt="The", max_tokens=100, stream=True, ignore_eos=True) for _ in range(8)
-        ]
+    """Their answers are larger than all buffers on the way, so that the server cannot send them to their end."""
+    # Some MB for each time that it is sent; those beyond the first wait on the connection.
+    asked = {"prompt": [*range(5, 245)], "echo": True, "logprobs": 20, "max_tokens": 1, "n": 8, "stream": True}
+
+    def num_stalled() -> int:
+        return sum(connection.flow.write_paused for connection in tuple(live.connections))
+
+    with ExitStack() as opened, faulted() as load:
+        for num_deaf in (1, 2):
+            deaf = opened.enter_context(live.deaf())
+            for _ in range(8):
+                live.send("/v1/completions", on=deaf, **asked)
+            await_that(lambda wanted=num_deaf: num_stalled() >= wanted, lambda: f"{num_stalled()} are stalled")
         load.await_right()
-        for connection in stalled:
-            connection.close()
+        assert num_stalled() >= 2
     load.check(may_refuse={"overloaded"})
 
 
@@ -494,12 +519,25 @@ def _kill_children() -> int:
     return len(pids)
 
 
-def test_a_grammar_that_never_ends_takes_its_own_process_with_it(live: Live, faulted: Faulted) -> None:
-    deep = "(" * 2000 + "a" + ")*" * 2000
+def test_a_grammar_overflows_the_stack_of_the_process_that_tries_it(live: Live, faulted: Faulted) -> None:
+    """That process dies of it; the request is told, and the next grammar has a new one."""
+    rules = "\n".join(["start:r0", *(f"r{n}:r{n + 1}" for n in range(2200)), 'r2200:"a"'])
+
+    def ask_with(grammar: str) -> httpx.Response:
+        outputs = {"grammar": grammar}
+        return live.post("/v1/completions", prompt="A", max_tokens=4, temperature=0, structured_outputs=outputs)
+
     with faulted() as load:
-        answer = live.post("/v1/completions", prompt="A", max_tokens=4, structured_outputs={"regex": deep})
-        assert answer.status_code == 400
+        assert ask_with('start: "yes"').json()["choices"][0]["text"] == "yes"
+        trial: Any = live.server.grammars._trial
+        process = trial._process
+        assert process.poll() is None
+        answer = ask_with(rules)
+        assert code_of(answer) == (400, "invalid_grammar")
+        assert "nested too deeply" in answer.json()["error"]["message"]
+        assert process.wait(120) in (-signal.SIGSEGV, -signal.SIGABRT)
         load.await_right()
+        assert ask_with('start: "no"').json()["choices"][0]["text"] == "no"
     load.check()
 
 
