@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults import record
 from tests.faults.load import CASES, NUM_CLIENTS, Case, End, Load, settled
-from tests.faults.record import Counts, is_good, totals
+from tests.faults.record import MAX_RESTART_S, Counts, is_good, totals
 
 RIGHT: Mapping[Case, str] = dict.fromkeys(CASES, "right")
 FIRST, SECOND = "http://first", "http://second"
@@ -52,6 +52,15 @@ def test_what_is_left_over_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     load = load_of((End(text="right"), FIRST))
     load.left_over = settled(lambda: {"leases": 1, "blocks": 0})
     with pytest.raises(AssertionError, match="leases"):
+        load.check()
+
+
+def test_a_restart_that_takes_minutes_fails() -> None:
+    load = load_of((End(text="right"), FIRST))
+    load.killed, load.restarts_s = [FIRST], [8.0]
+    load.check()
+    load.restarts_s = [8.0, MAX_RESTART_S]
+    with pytest.raises(AssertionError):
         load.check()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from tests.faults.record import Counts, current_fault, note
+from tests.faults.record import MAX_RESTART_S, Counts, current_fault, note
 
 MODEL = Path(__file__).parents[2] / "demo" / "base"
 STORE = Path(__file__).parents[2] / "adapters_store"
@@ -190,6 +190,7 @@ class Load:
         assert lost == []
         assert len(gone) <= NUM_CLIENTS * len(self.killed), gone  # those in flight when it was killed
         assert self.num_unreached == 0 or self.killed
+        assert all(took_s < MAX_RESTART_S for took_s in self.restarts_s), self.restarts_s
         assert not any(self.left_over.values()), self.left_over
         assert set(must_refuse) <= set(self.refused) <= set(must_refuse) | set(may_refuse), self.refused
 
