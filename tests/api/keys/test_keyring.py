@@ -1,6 +1,7 @@
 """The keys in force: found by their secret, and read again when their file changes."""
 
 import errno
+import hmac
 import json
 import logging
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from server.adapters.audit import LOGGER
+from server.api.keys.key import digest_of
 from server.api.keys.keyring import SINGLE, Keyring
 from server.ground.errors import StartupRefused
 from tests.api.keys.tenants import entry, secret_of, write_keys
@@ -29,6 +31,41 @@ def test_a_key_is_found_by_its_secret_alone(tmp_path: Path) -> None:
         assert keyring.find(wrong) is None
     assert secret_of("one") not in repr(keyring.keys)
     assert "digest" not in repr(keyring.keys)
+
+
+class Guarded(bytes):
+    """Bytes that nothing may compare or look up: both take a time that depends on them."""
+
+    def __eq__(self, other: object) -> bool:
+        raise AssertionError("the digest of a secret was compared with ==")
+
+    def __ne__(self, other: object) -> bool:
+        raise AssertionError("the digest of a secret was compared with !=")
+
+    def __hash__(self) -> int:
+        raise AssertionError("the digest of a secret was looked up as it is")
+
+
+def test_no_time_of_a_search_depends_on_what_can_be_known_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys lie under a hash with a secret of this process, and what is found there is compared in constant time."""
+    file = write_keys(tmp_path / "keys.yaml", entry("one"), entry("two"))
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare_digest(one: bytes, other: bytes) -> bool:
+        compared.append((one, other))
+        return real(one, other)
+
+    real = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", compare_digest)
+    monkeypatch.setattr("server.api.keys.keyring.digest_of", lambda secret: Guarded(digest_of(secret)))
+    keyring, other = Keyring(file, single="sesame"), Keyring(file, single="sesame")
+    assert keyring._keys.keys().isdisjoint(other._keys.keys())
+    for secret, is_key in ((secret_of("one"), True), ("sesame", True), ("secret-of-on", False)):
+        compared.clear()
+        assert (keyring.find(secret) is not None) is is_key
+        assert [tuple(map(bytes.hex, pair)) for pair in compared] == [(digest_of(secret).hex(),) * 2] * is_key
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
