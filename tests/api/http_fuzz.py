@@ -11,18 +11,22 @@ import copy
 import json
 import re
 import socket
+import struct
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from enum import Enum, auto
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from tests.api.adapter_files import lora_files
+from tests.api.tar_fuzz import changed_tar
 
 KEY = "secret-of-fuzz"
 HIDDEN = "acme-treasure"  # an adapter of another owner: no answer may name it
@@ -74,28 +78,50 @@ _ODD: Sequence[Any] = (
 )  # fmt: skip
 
 
+class After(Enum):
+    """What a client does when it has sent what it sends."""
+
+    READ = auto()  # all of the answer
+    LEAVE = auto()  # at once
+    READ_AND_LEAVE = auto()  # after the first part
+    STALL = auto()  # after the first part; it never reads again
+    STALL_AND_READ = auto()  # the rest, when many others have had theirs
+    VANISH = auto()  # at once, without an orderly end
+    READ_AND_VANISH = auto()
+
+
+Sent = tuple[bytes, After]
+_LEAVING = {After.LEAVE, After.READ_AND_LEAVE, After.VANISH, After.READ_AND_VANISH}
+_VANISHING = {After.VANISH, After.READ_AND_VANISH}
+_STALLING = {After.STALL, After.STALL_AND_READ}
+_READING_FIRST = {After.READ_AND_LEAVE, After.READ_AND_VANISH}
+_FIRST_BYTES = 300
+_NUM_STALLED = 8  # at once
+
+
 @dataclass(frozen=True)
 class Case:
-    """What is sent, and how much of the answer is read before the client leaves (None: all of it)."""
+    """What is sent, and what its client does then."""
 
+    number: int
     kind: str
     sent: bytes
-    reads: int | None = None
+    after: After
 
 
 def make(seed: int, number: int) -> Case:
     """The case of a number."""
     random = Random(f"{seed} {number}")
-    kind = random.choice(list(_KINDS))
-    sent, reads = _KINDS[kind](random)
-    return Case(kind, sent, reads)
+    kind = random.choice(list(KINDS))
+    sent, after = KINDS[kind](random)
+    return Case(number, kind, sent, after)
 
 
-def _json(random: Random) -> tuple[bytes, int | None]:
+def _json(random: Random) -> Sent:
     path, body = copy.deepcopy(random.choice(_BODIES))
     for _ in range(random.randint(0, 3)):
         _mutate(random, body)
-    return _request(random, "POST", path, json.dumps(body).encode()), None
+    return _request(random, "POST", path, json.dumps(body).encode()), After.READ
 
 
 def _mutate(random: Random, value: Any) -> None:
@@ -126,7 +152,7 @@ def _nested(depth: int, inside: Any) -> Any:
     return inside
 
 
-def _bytes(random: Random) -> tuple[bytes, int | None]:
+def _bytes(random: Random) -> Sent:
     """A body that is no JSON, or that is not all there."""
     path, body = random.choice(_BODIES)
     content = bytearray(json.dumps(body).encode())
@@ -138,10 +164,10 @@ def _bytes(random: Random) -> tuple[bytes, int | None]:
             random.choice([b"[" * 100_000, b'{"a":' * 5000, b"1" * 10_000, b"\xff\xfe", b"NaN", b"{}{}"])
         )
     declared = len(content) + random.choice([0, 0, 0, 1, 1000])
-    return _request(random, "POST", path, bytes(content), declared), None
+    return _request(random, "POST", path, bytes(content), declared), After.READ
 
 
-def _heads(random: Random) -> tuple[bytes, int | None]:
+def _heads(random: Random) -> Sent:
     """A head that is odd."""
     odd = [
         b"content-length: 5\r\ncontent-length: 6", b"transfer-encoding: chunked\r\ncontent-length: 3",
@@ -159,10 +185,10 @@ def _heads(random: Random) -> tuple[bytes, int | None]:
     lines = [f"{method} {target} HTTP/{random.choice(['1.1', '1.1', '1.0', '2.0', '9'])}".encode(), b"host: x"]
     lines += random.sample(odd, random.randint(1, 3))
     lines += [f"authorization: Bearer {random.choice([KEY, KEY, KEY, 'x', ''])}".encode(), b"connection: close"]
-    return b"\r\n".join(lines) + b"\r\n\r\n" + random.choice([b"", b"{}", b"3\r\nabc\r\n0\r\n\r\n"]), None
+    return b"\r\n".join(lines) + b"\r\n\r\n" + random.choice([b"", b"{}", b"3\r\nabc\r\n0\r\n\r\n"]), After.READ
 
 
-def _form(random: Random) -> tuple[bytes, int | None]:
+def _form(random: Random) -> Sent:
     """An upload whose form is damaged."""
     files = lora_files(random.randrange(3))
     parts = [
@@ -189,25 +215,46 @@ def _form(random: Random) -> tuple[bytes, int | None]:
     if random.random() < 0.2:
         body = random.randbytes(random.randrange(200)) + body
     path = random.choice(["/v1/adapters", "/v1/adapters?replace=true", "/v1/adapters?replace=x"])
-    return _request(random, "POST", path, body, kind="multipart/form-data; boundary=b"), None
+    return _request(random, "POST", path, body, kind="multipart/form-data; boundary=b"), After.READ
 
 
-def _tar(random: Random) -> tuple[bytes, int | None]:
-    """A tar that is none."""
-    body = random.choice([b"", b"\x1f\x8b" + random.randbytes(200), b"\0" * 1024, random.randbytes(2000), b"a" * 513])
-    name = random.choice(["mine", HIDDEN, "..", "x" * 80, "%00"])
-    return _request(random, "PUT", f"/v1/adapters/{name}", body, kind="application/x-tar"), None
+def _tar(random: Random) -> Sent:
+    """The tar of an adapter, changed."""
+    body = changed_tar(random)
+    name = random.choice(["mine", "mine", "fuzzed", "fuzzed", HIDDEN, "..", "x" * 80, "%00"])
+    return _request(random, "PUT", f"/v1/adapters/{name}", body, kind="application/x-tar"), After.READ
 
 
-def _leaver(random: Random) -> tuple[bytes, int | None]:
+def _leaver(random: Random) -> Sent:
     """A stream whose reader leaves after some bytes, or at once."""
-    body = {"prompt": "Hi", "max_tokens": random.choice([1, 20, 100]), "n": random.choice([1, 4]), "stream": True}
+    return _stream(random), random.choice([After.LEAVE, After.READ_AND_LEAVE])
+
+
+def _staller(random: Random) -> Sent:
+    """A stream whose reader stops in its middle, and goes on much later or never."""
+    return _stream(random, is_large=random.random() < 0.03), random.choice([After.STALL, After.STALL_AND_READ])
+
+
+def _vanisher(random: Random) -> Sent:
+    """A client that is reset in the middle of what it sends, or of its answer."""
+    whole = random.choice([_stream(random), _form(random)[0], _tar(random)[0]])
+    if random.random() < 0.5:
+        whole = whole[: random.randrange(len(whole))]
+    return whole, random.choice([After.VANISH, After.READ_AND_VANISH])
+
+
+def _stream(random: Random, *, is_large: bool = False) -> bytes:
+    """A request for a stream; a large answer does not fit into what the system buffers of a connection."""
+    body: dict[str, Any] = {"prompt": "Hi", "max_tokens": random.choice([1, 20, 100]), "n": random.choice([1, 4])}
     body |= {"ignore_eos": True, "adapter": random.choice([None, "mine", "public"])}
-    return _request(random, "POST", "/v1/completions", json.dumps(body).encode()), random.choice([0, 1, 300, 2000])
+    if is_large:
+        body |= {"prompt": [*range(5, 245)], "max_tokens": 1, "n": 32, "echo": True, "logprobs": 20}
+    return _request(random, "POST", "/v1/completions", json.dumps(body | {"stream": True}).encode())
 
 
-_KINDS: dict[str, Callable[[Random], tuple[bytes, int | None]]] = {
+KINDS: dict[str, Callable[[Random], Sent]] = {
     "json": _json, "bytes": _bytes, "heads": _heads, "form": _form, "tar": _tar, "leaver": _leaver,
+    "staller": _staller, "vanisher": _vanisher,
 }  # fmt: skip
 
 
@@ -224,22 +271,96 @@ def _request(
     return f"{head}content-type: {kind}\r\ncontent-length: {length}\r\n\r\n".encode() + body
 
 
-def run(address: tuple[str, int], case: Case) -> str:
-    """Sends a case and judges the answer: the status as text, "left" or "closed". Raises AssertionError."""
-    with closing(socket.create_connection(address, timeout=PATIENCE_S)) as connection:
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a case: a status as text, or what else; or the finding, where that is not as it must be."""
+
+    case: Case
+    said: str = ""
+    finding: Exception | None = None
+
+
+Stalled = tuple[Case, socket.socket, bytes]  # with the first part of its answer
+
+
+def run(address: tuple[str, int], cases: Iterable[Case]) -> Iterator[Outcome]:
+    """Sends the cases one after the other, while some that have stalled stay connected. One outcome for each."""
+    stalled: deque[Stalled] = deque()
+    for case in cases:
+        if case.after in _STALLING:
+            stalled.append(_stall(address, case))
+        else:
+            yield _found(case, partial(_sent, address, case))
+        if len(stalled) > _NUM_STALLED:
+            yield _found(stalled[0][0], partial(_followed, *stalled.popleft()))
+    for each in stalled:
+        yield _found(each[0], partial(_followed, *each))
+
+
+def _found(case: Case, part: Callable[[], str]) -> Outcome:
+    try:
+        return Outcome(case, part())
+    except (AssertionError, TimeoutError, ValueError) as finding:
+        return Outcome(case, finding=finding)
+
+
+def _sent(address: tuple[str, int], case: Case) -> str:
+    """Sends a case and judges the answer. Raises AssertionError."""
+    with closing(_connected(address)) as connection:
         try:
             connection.sendall(case.sent)
-            if case.reads is not None:
-                connection.recv(case.reads or 1) if case.reads else None
+            if case.after in _LEAVING:
+                _leave(connection, case)
                 return "left"
             connection.shutdown(socket.SHUT_WR) if _is_cut_short(case) else None
-            received = bytearray()
-            while part := connection.recv(1 << 16):
-                received += part
+            answer = _read(connection)
         except ConnectionError:  # the server had answered, and does not listen to the rest
             return "closed"
-    answer = bytes(received).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
     return _judged(case, answer) if answer else "closed"
+
+
+def _stall(address: tuple[str, int], case: Case) -> Stalled:
+    connection = _connected(address, is_deaf=True)
+    connection.sendall(case.sent)
+    return case, connection, connection.recv(_FIRST_BYTES)
+
+
+def _followed(case: Case, connection: socket.socket, first: bytes) -> str:
+    """What comes of a client that has stalled, many cases later."""
+    with closing(connection):
+        if case.after is After.STALL:
+            return "given up"
+        answer = first + _read(connection)
+    status = _judged(case, answer)
+    assert status != "200" or b"data: [DONE]\n\n" in answer, f"a stream without its end: {answer[-300:]!r}"
+    return status
+
+
+def _connected(address: tuple[str, int], *, is_deaf: bool = False) -> socket.socket:
+    connection = socket.socket()
+    if is_deaf:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(PATIENCE_S)
+    connection.connect(address)
+    return connection
+
+
+def _leave(connection: socket.socket, case: Case) -> None:
+    """Where a first part is waited for: not for long, as the server may wait for the rest of the request."""
+    if case.after in _READING_FIRST:
+        connection.settimeout(0.02 if case.after in _VANISHING else PATIENCE_S)
+        with suppress(TimeoutError):
+            connection.recv(_FIRST_BYTES)
+    if case.after in _VANISHING:  # a reset in the place of an end
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def _read(connection: socket.socket) -> bytes:
+    received = bytearray()
+    while part := connection.recv(1 << 16):
+        received += part
+    return bytes(received).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 def _is_cut_short(case: Case) -> bool:
@@ -271,20 +392,21 @@ def main() -> int:
     given = parser.parse_args()
     from tests.api.test_http_fuzz import served, sound
 
-    begun_s, outcomes, findings = time.monotonic(), Counter[str](), 0
+    begun_s, said, num_findings = time.monotonic(), Counter[tuple[str, str]](), 0
+    cases = (make(given.seed, number) for number in range(given.first, given.first + given.cases))
     with tempfile.TemporaryDirectory() as scratch, served(Path(scratch)) as live:
-        for number in range(given.first, given.first + given.cases):
-            case = make(given.seed, number)
-            try:
-                outcomes[f"{case.kind} {run(live.address, case)}"] += 1
-            except (AssertionError, TimeoutError, ValueError) as finding:
-                findings += 1
-                sys.stdout.write(f"case {number}: {case.kind}: {case.sent[:300]!r}: {finding!r}\n")
+        for outcome in run(live.address, cases):
+            case = outcome.case
+            said[case.kind, "finding" if outcome.finding else outcome.said] += 1
+            if outcome.finding is not None:
+                num_findings += 1
+                sys.stdout.write(f"case {case.number}: {case.kind}: {case.sent[:300]!r}: {outcome.finding!r}\n")
         sound(live)
-    for outcome, count in sorted(outcomes.items()):
-        sys.stdout.write(f"{outcome:20} {count}\n")
-    sys.stdout.write(f"{given.cases} cases, {findings} findings, {time.monotonic() - begun_s:.0f} s\n")
-    return int(findings > 0)
+    for kind in KINDS:
+        of_kind = {what: count for (each, what), count in sorted(said.items()) if each == kind}
+        sys.stdout.write(f"{kind:9} {sum(of_kind.values()):5} {of_kind}\n")
+    sys.stdout.write(f"{said.total()} cases, {num_findings} findings, {time.monotonic() - begun_s:.0f} s\n")
+    return int(num_findings > 0)
 
 
 if __name__ == "__main__":
