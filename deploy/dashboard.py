@@ -79,7 +79,11 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (_sum("graft_sequences_short_of_room"), "waiting for room for their adapter"),
         ),
         _panel(
-            "Refused and failed", "reqps", (_rate("graft_rejections_total", "reason"), "{{reason}}"), is_stacked=True
+            "Refused and failed",
+            "reqps",
+            (_rate("graft_rejections_total", "reason"), "{{reason}}"),
+            (_rate("graft_broken_answers_total", "reason"), "{{reason}} in mid-stream"),
+            is_stacked=True,
         ),
         _panel(
             "Ends of sequences",

@@ -23,6 +23,7 @@ _LONGEST_RETRY_S = 60  # that a client should sit out by itself
 _RESTART_S = 10  # what a client should wait for a server that cannot go on
 STATUS_CLIENT_GONE = 499  # nobody reads it; it is what metrics show
 REASON = "graft.reason"  # the key in a request's scope of why it was answered with an error
+BROKEN = "graft.broken"  # and of why its answer failed when its status was out
 
 _LOG = logging.getLogger(__name__)
 _HTTP_CODES = {401: "unauthorized", 404: "route_not_found", 405: "method_not_allowed", 413: "too_large"}

@@ -16,7 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from server.api import notes
 from server.api.disconnect import ClientGone, until_gone
-from server.api.errors import error_object, error_response, internal_error, log_failure
+from server.api.errors import BROKEN, error_object, error_response, internal_error, log_failure
 from server.ground.errors import GraftError
 
 _LOG = logging.getLogger(__name__)
@@ -68,12 +68,12 @@ class EventStream(Response):
             if not wire.is_open:
                 await error_response(error)(scope, receive, send)
                 return
-            last = _event(error_object(error))
+            last = _broken_off(scope, error)
         except Exception:  # a defect: once the status is out, an event is the only way left to tell the client
             if not wire.is_open:
                 raise
             _LOG.exception("the stream of request %s failed", request_id)
-            last = _event(error_object(internal_error()))
+            last = _broken_off(scope, internal_error())
         await wire.write(last)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -114,6 +114,12 @@ class _Wire:
                 await asyncio.sleep(rest_s)
             else:
                 await self.write(_COMMENT)
+
+
+def _broken_off(scope: Scope, error: GraftError) -> bytes:
+    """The last event of a stream that fails: its status says that all is well, so its scope says why it is not."""
+    scope[BROKEN] = error.reason
+    return _event(error_object(error))
 
 
 def _event(value: Mapping[str, Any]) -> bytes:

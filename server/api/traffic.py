@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import notes
 from server.api.auth import key_of
-from server.api.errors import REASON, STATUS_CLIENT_GONE, error_response, internal_error
+from server.api.errors import BROKEN, REASON, STATUS_CLIENT_GONE, error_response, internal_error
 from server.api.notes import Notes
 from server.ground.metrics import Metrics
 
@@ -45,6 +45,7 @@ class Traffic:
         except Exception:
             _LOG.exception("request %s to %r failed", request_id, scope["path"])
             if status:
+                scope[BROKEN] = internal_error().reason
                 raise  # the server then breaks the connection off: the client must not take this for a whole answer
             await error_response(internal_error())(scope, receive, send_with_id)
         finally:
@@ -52,6 +53,8 @@ class Traffic:
             self._metrics.observe_request(_route(scope), status or STATUS_CLIENT_GONE, duration_s)
             if REASON in scope:
                 self._metrics.count_rejection(scope[REASON])
+            if BROKEN in scope:
+                self._metrics.count_broken_answer(scope[BROKEN])
             _log_request(scope, noted, status or STATUS_CLIENT_GONE, duration_s)
 
 

@@ -21,6 +21,15 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 
 RESULTS = ("stored", "unchanged", "rejected", "failed", "abandoned")  # of an upload or a merge
 _OUTCOMES = ("done", "failed", "cancelled")
+_BROKEN_OFF = (
+    "adapter_overflow",
+    "engine_dead",
+    "generation_failed",
+    "internal_error",
+    "out_of_memory",
+    "overloaded",
+    "request_timeout",
+)
 _FINISH_REASONS = ("stop", "length", "abort", "error")
 
 
@@ -61,6 +70,12 @@ REQUESTS = (
         "graft_rejections_total",
         "Requests answered with an error, by its code; a full server's by what is full.",
         "reason",
+    ),
+    _counter(
+        "graft_broken_answers_total",
+        "Streams that ended in an error event, after their status 200; by its code, these and rarer ones.",
+        "reason",
+        values=_BROKEN_OFF,
     ),
 )
 

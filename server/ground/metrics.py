@@ -88,6 +88,10 @@ class Metrics:
         """`reason` is an error's, of a closed set."""
         self._counters["graft_rejections_total"].labels(reason).inc()
 
+    def count_broken_answer(self, reason: str) -> None:
+        """As a rejection's `reason`, of an answer that failed when its status was out."""
+        self._counters["graft_broken_answers_total"].labels(reason).inc()
+
     # Sequences
 
     def observe_first_token(self, wait_s: float, queue_s: float) -> None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -45,6 +46,33 @@ def test_a_full_queue_is_a_reason_of_its_own_and_so_is_a_missing_key(strict: Liv
                 assert strict.post("/v1/completions", prompt="Hi", n=4).status_code == 503
     with rising(strict, "graft_rejections_total", 1, reason="invalid_api_key"):
         assert strict.http.get("/v1/models", headers={"authorization": "Bearer wrong"}).status_code == 401
+
+
+def test_a_stream_that_fails_in_the_middle_is_counted_by_its_reason(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*step: Any) -> Any:
+        raise RuntimeError("the device is gone")
+
+    steps = iter([live.server.runner.run] * 3)
+    body = {"prompt": "Hi", "stream": True, "max_tokens": 100, "ignore_eos": True, "logprobs": 0, "adapter": "first"}
+    with (
+        rising(live, "graft_requests_total", 1, route="/v1/completions", status="200"),
+        rising(live, "graft_broken_answers_total", 1, reason="generation_failed"),
+        rising(live, "graft_sequences_finished_total", 1, finish_reason="error"),
+        rising(live, "graft_adapter_failures_total", 1, adapter="first"),
+        rising(live, "graft_rejections_total", 0),
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(live.server.runner, "run", lambda *step: next(steps, broken)(*step))
+        assert live.post("/v1/completions", **body).status_code == 200
+
+
+def test_a_defect_in_the_middle_of_a_stream_is_counted(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = iter("ab")  # then StopIteration is raised, which nobody foresees
+    with rising(live, "graft_broken_answers_total", 1, reason="internal_error"), monkeypatch.context() as patch:
+        patch.setattr(live.server.tokenizer, "token_text", lambda token_id: next(texts))
+        assert live.post("/v1/completions", prompt="Hi", stream=True, logprobs=0, ignore_eos=True).status_code == 200
 
 
 def test_an_adapters_requests_and_tokens_are_its_own(live: Live) -> None:
