@@ -40,15 +40,22 @@ _NUM_WARM = 100  # adapters that are on the host while lookups are measured: tho
 _MODULES = ("q_proj", "v_proj")
 
 
-def fill(store: Store, count: int) -> None:
-    """`count` adapters named many-00000 and so on, by the store's own code; each differs in one number."""
+def fill(store: Store, count: int, *, own_rows: bool = False) -> None:
+    """`count` adapters named many-00000 and so on, by the store's own code; each differs in one number.
+
+    So the tiers, where equal rows lie once, take thousands of them in the room of a few. With `own_rows` each has rows
+    that no other has, and takes what an adapter of somebody else takes.
+    """
     config = json.loads((BASE / "config.json").read_text(encoding="utf-8"))
     tensors = dict(_tensors(config))
     first = next(iter(tensors.values()))
     asked = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": list(_MODULES), "bias": "none"}
     num_sites, num_parameters = len(tensors) // 2, sum(tensor.numel() for tensor in tensors.values())
     for index in range(count):
-        first.view(-1)[0] = index
+        if own_rows:
+            tensors = dict(_tensors(config, seed=index))
+        else:
+            first.view(-1)[0] = index
         record = Record(int(time.time()), "lora", RANK, num_parameters, num_sites)
         with store.incoming() as incoming:
             for name, data in ((CONFIG_FILE, json.dumps(asked).encode()), (WEIGHTS_FILE, save(tensors))):
@@ -57,12 +64,12 @@ def fill(store: Store, count: int) -> None:
             store.put(incoming, f"many-{index:05d}", record, replace=False)
 
 
-def _tensors(config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(config: dict[str, Any], seed: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
     """A LoRA of RANK on q and v of every layer, float32, so that thousands of contents are different numbers."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head = config.get("head_dim") or hidden // heads
     widths = {"q_proj": head * heads, "v_proj": head * config["num_key_value_heads"]}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for layer in range(config["num_hidden_layers"]):
         for module in _MODULES:
             key = f"base_model.model.model.layers.{layer}.self_attn.{module}"

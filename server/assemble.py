@@ -45,7 +45,7 @@ from server.ground.config import Settings
 from server.ground.errors import GraftError, StartupRefused
 from server.ground.memory_plan import MemoryPlan
 from server.ground.metrics import Metrics, Watched
-from server.ground.vllm_names import vllm_names
+from server.ground.vllm_names import VllmNames
 from server.model.base import Base
 from server.model.chat_template import MAX_TEMPLATE_CHARS
 from server.model.grammar import Grammars
@@ -87,6 +87,7 @@ class Server:
     rescans: tuple[Rescan, ...]  # of what others change: folders that are watched, a store that is shared
     engine: Engine
     runner: Runner
+    metrics: Metrics
 
     def banner(self) -> str:
         """What is loaded, the memory it takes, the address, and a line to try it."""
@@ -178,6 +179,7 @@ def assemble(settings: Settings) -> Server:
         rescans=tuple(_rescans(settings, registry, store, keyring)),
         engine=engine,
         runner=runner,
+        metrics=metrics,
     )
 
 
@@ -203,7 +205,7 @@ def _metrics(settings: Settings, base: Base) -> Metrics:
     if settings.metrics_compat == "none":
         return Metrics(settings.metrics_max_adapters)
     name = (settings.served_model_name or (base.name,))[0]
-    return Metrics(settings.metrics_max_adapters, lambda families: vllm_names(families, name))
+    return Metrics(settings.metrics_max_adapters, VllmNames(name))
 
 
 def _memory(base: Base, adapters: DeviceTier, runner: Runner) -> Mapping[str, Watched]:

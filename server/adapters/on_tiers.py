@@ -4,7 +4,6 @@ Owns the gathering of a name's versions into one value. Knows nothing about who 
 """
 
 from collections.abc import Sequence
-from operator import itemgetter
 
 from server.adapters.books import Books
 from server.adapters.catalog import Copy
@@ -16,14 +15,18 @@ from server.ground.adapter_series import AdapterState
 def on_tiers(books: Books, host: HostTier, residency: Residency) -> tuple[AdapterState, ...]:
     """In no order, without sequences; mixes are left out. Its cost is theirs, however many there are in the store."""
     on_host = set(host.digests())
-    with books.lock:
+    with books.lock:  # which the engine may wait for: thousands of adapters are sorted after it
         known = books.catalog.contents
-        contents = {digest: known[digest] for digest in on_host if digest in known}
-        contents |= {content.digest: content for content in residency.residents()}
-        found = [(books.catalog.is_current(copy), copy) for content in contents.values() for copy in content.copies]
+        contents = [known[digest] for digest in on_host if digest in known]
+        contents += [content for content in residency.residents() if content.digest not in on_host]
+        found = [copy for content in contents for copy in content.copies]
     by_name: dict[str, list[Copy]] = {}
-    for _, copy in sorted(found, key=itemgetter(0)):
+    for copy in found:
         by_name.setdefault(copy.version.name, []).append(copy)
+    with books.lock:
+        for copies in by_name.values():
+            if len(copies) > 1:
+                copies.sort(key=books.catalog.is_current)
     return tuple(_gathered(name, copies, on_host) for name, copies in by_name.items())
 
 

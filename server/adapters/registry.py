@@ -41,6 +41,7 @@ from server.adapters.served_base import ServedBase
 from server.adapters.sources import Source
 from server.adapters.store.adapter_store import AdapterStore
 from server.adapters.store.folder_store import Incoming
+from server.adapters.tally import tally_of
 from server.adapters.versions import Versions, claim_of
 from server.adapters.workers import Workers
 from server.ground.adapter_series import AdapterState
@@ -407,17 +408,17 @@ class Registry:
             entries = self._books.catalog.entries
             num_adapters, contents = len(entries), tuple(self._books.catalog.contents.values())
             copies = [copy for entry in entries.values() for copy in entry.copies.values()]
-        sizes = [content.sizes.device_bytes for content in contents if content.sizes is not None]
+        tally = tally_of(contents)
         return RegistryStats(
             num_adapters=num_adapters,
             num_versions=len(copies),
-            num_leases=sum(copy.num_leases for content in contents for copy in content.copies),
-            num_residencies=sum(content.num_residencies for content in contents),
+            num_leases=tally.num_leases,
+            num_residencies=tally.num_residencies,
             num_resident=self._residency.num_resident,
             num_on_host=self._host.num_adapters,
-            num_loading=sum(content.is_loading for content in contents),
-            num_pinned=sum(content.is_pinned for content in contents),
-            num_quarantined=sum(content.is_quarantined for content in contents),
+            num_loading=tally.num_loading,
+            num_pinned=tally.num_pinned,
+            num_quarantined=tally.num_quarantined,
             device_used_bytes=self._device.used_bytes,
             device_capacity_bytes=self._device.capacity_bytes,
             device_copied_bytes=self._device.copied_bytes,
@@ -432,7 +433,7 @@ class Registry:
             device_evictions_total=self._residency.evictions_total,
             host_evictions_total=self._host.num_evictions,
             lookups_total=dict(self._leases.lookups_total),
-            mean_device_bytes=sum(sizes) / len(sizes) if sizes else None,
+            mean_device_bytes=tally.mean_device_bytes,
         )
 
     def on_tiers(self) -> tuple[AdapterState, ...]:

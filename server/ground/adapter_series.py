@@ -9,13 +9,11 @@ first scrape that finds it on no tier and in no sequence. What happens to an ada
 """
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
-
+from server.ground.exposition import Kept, head, line, quoted
 from server.ground.families import EACH_ADAPTER
 
 OTHER = "other"  # the adapters without a seat; one that is called so never has one
@@ -44,9 +42,27 @@ class _Totals:
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
 
+    def told(self) -> tuple[int, int, int, int]:
+        return self.num_sequences, self.num_failures, self.num_prompt_tokens, self.num_output_tokens
 
-class AdapterSeries(Collector):
-    """Counts events by adapter, and publishes them with what `watch` reads. Safe for many threads."""
+
+class _Told(NamedTuple):
+    name: str
+    num_sequences: int
+    num_failures: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+
+
+class Shown(NamedTuple):
+    """What one scrape tells of adapters."""
+
+    text: str  # in Prometheus' format
+    own: Sequence[AdapterState]  # those that have series of their own
+
+
+class AdapterSeries:
+    """Counts events by adapter, and tells them with what `watch` reads. Safe for many threads."""
 
     def __init__(self, max_adapters: int) -> None:
         self.max_adapters = max_adapters
@@ -55,6 +71,8 @@ class AdapterSeries(Collector):
         self._totals = {OTHER: _Totals(), UNKNOWN: _Totals()}
         self._read: Callable[[], Sequence[AdapterState]] = tuple
         self._is_known: Callable[[str], bool] = lambda name: False
+        self._gauge_lines = Kept(_gauge_lines)
+        self._counter_lines = Kept(_counter_lines)
 
     def watch(self, read: Callable[[], Sequence[AdapterState]], is_known: Callable[[str], bool]) -> None:
         """`read` gives one state for each adapter that is loaded or in use, `is_known` whether a name still exists."""
@@ -98,27 +116,30 @@ class AdapterSeries(Collector):
 
     # Scrapes
 
-    def describe(self) -> Iterator[Metric]:
-        """Nothing: registering must not read a state that may not be there yet."""
-        return iter(())
-
-    def collect(self) -> Iterator[Metric]:
+    def shown(self) -> Shown:
         states = self._read()
         with self._lock:
             self._reseat(states)
             own = [state for state in states if state.name in self._seated]
             rest = [state for state in states if state.name not in self._seated]
-            totals = [(state.name, self._totals.get(state.name, _Totals())) for state in own]
-            totals.append((OTHER, self._totals[OTHER]))
-            counters = [*_counters(totals, self._totals[UNKNOWN].num_sequences)]
-        return iter([*_gauges(own, rest), *counters])
+            totals = [_Told(state.name, *self._totals.get(state.name, _Totals()).told()) for state in own]
+            others = _Told(OTHER, *self._totals[OTHER].told())
+            num_unknown = self._totals[UNKNOWN].num_sequences
+        unknown = (line(_SEQUENCES.name, {"adapter": UNKNOWN}, num_unknown), "", "", "")
+        gauges = self._gauge_lines.columns(own, _lines_of_rest(rest))
+        counters = self._counter_lines.columns([*totals, others], unknown)
+        columns = zip(EACH_ADAPTER, (*gauges, *counters), strict=True)
+        text = "".join([head(family.name, family.kind, family.text) + lines for family, lines in columns])
+        return Shown(text, own)
 
     def _reseat(self, states: Sequence[AdapterState]) -> None:
         """Under the lock: those that have gone give their seats to those that stand, what is on the device first."""
         self._seated &= {state.name for state in states}
-        for state in sorted(states, key=_standing):
-            if state.name not in self._seated and not self._seat(state.name) and not self._has_free_seat():
-                break
+        if self._has_free_seat():
+            standing = sorted([state for state in states if state.name not in self._seated], key=_standing)
+            for state in standing:
+                if not self._seat(state.name) and not self._has_free_seat():
+                    break
         gone = [name for name in self._totals if name not in self._seated and not self._stays(name)]
         for name in gone:
             del self._totals[name]
@@ -134,40 +155,42 @@ def _standing(state: AdapterState) -> tuple[bool, bool, bool, str]:
     return (state.device_bytes is None, not (state.num_running or state.num_waiting), not state.is_pinned, state.name)
 
 
-def _gauges(own: Collection[AdapterState], rest: Collection[AdapterState]) -> Iterator[Metric]:
-    loaded, taken, running, waiting = (
-        GaugeMetricFamily(family.name, family.text, labels=family.labels)
-        for family in (_LOADED, _BYTES, _RUNNING, _WAITING)
-    )
-    for state in own:
-        rank, pinned = "" if state.rank is None else str(state.rank), str(state.is_pinned).lower()
-        for tier, num_bytes in (("host", state.host_bytes), ("device", state.device_bytes)):
-            if num_bytes is not None:
-                loaded.add_metric((state.name, tier, state.method, rank, pinned), 1)
-                taken.add_metric((state.name, tier), num_bytes)
-        if state.num_running or state.num_waiting:
-            running.add_metric((state.name,), state.num_running)
-            waiting.add_metric((state.name,), state.num_waiting)
-    if rest:
-        on_host = [state.host_bytes for state in rest if state.host_bytes is not None]
-        on_device = [state.device_bytes for state in rest if state.device_bytes is not None]
-        for tier, sizes in (("host", on_host), ("device", on_device)):
-            loaded.add_metric((OTHER, tier, "", "", ""), len(sizes))
-            taken.add_metric((OTHER, tier), sum(sizes))
-        running.add_metric((OTHER,), sum(state.num_running for state in rest))
-        waiting.add_metric((OTHER,), sum(state.num_waiting for state in rest))
-    yield from (loaded, taken, running, waiting)
+def _gauge_lines(state: AdapterState) -> tuple[str, ...]:
+    of_it = f"{{adapter={quoted(state.name)}"
+    rank, pinned = "" if state.rank is None else state.rank, str(state.is_pinned).lower()
+    told = f'method={quoted(state.method)},rank="{rank}",pinned="{pinned}"'
+    loaded = taken = running = waiting = ""
+    for tier, num_bytes in (("host", state.host_bytes), ("device", state.device_bytes)):
+        if num_bytes is not None:
+            loaded += f'{_LOADED.name}{of_it},tier="{tier}",{told}}} 1\n'
+            taken += f'{_BYTES.name}{of_it},tier="{tier}"}} {num_bytes}\n'
+    if state.num_running or state.num_waiting:
+        running = f"{_RUNNING.name}{of_it}}} {state.num_running}\n"
+        waiting = f"{_WAITING.name}{of_it}}} {state.num_waiting}\n"
+    return loaded, taken, running, waiting
 
 
-def _counters(totals: Sequence[tuple[str, _Totals]], num_unknown: int) -> Iterator[Metric]:
-    sequences, failures, prompts, outputs = (
-        CounterMetricFamily(family.name, family.text, labels=family.labels)
-        for family in (_SEQUENCES, _FAILURES, _PROMPT_TOKENS, _OUTPUT_TOKENS)
+def _lines_of_rest(rest: Collection[AdapterState]) -> tuple[str, ...]:
+    """Those without a seat, as one."""
+    if not rest:
+        return "", "", "", ""
+    name, loaded, taken = {"adapter": OTHER}, "", ""
+    on_host = [state.host_bytes for state in rest if state.host_bytes is not None]
+    on_device = [state.device_bytes for state in rest if state.device_bytes is not None]
+    for tier, sizes in (("host", on_host), ("device", on_device)):
+        of_tier = name | {"tier": tier}
+        loaded += line(_LOADED.name, of_tier | {"method": "", "rank": "", "pinned": ""}, len(sizes))
+        taken += line(_BYTES.name, of_tier, sum(sizes))
+    running = line(_RUNNING.name, name, sum(state.num_running for state in rest))
+    waiting = line(_WAITING.name, name, sum(state.num_waiting for state in rest))
+    return loaded, taken, running, waiting
+
+
+def _counter_lines(told: _Told) -> tuple[str, ...]:
+    of_it = f"{{adapter={quoted(told.name)}}}"
+    return (
+        f"{_SEQUENCES.name}{of_it} {told.num_sequences}\n",
+        f"{_FAILURES.name}{of_it} {told.num_failures}\n",
+        f"{_PROMPT_TOKENS.name}{of_it} {told.num_prompt_tokens}\n",
+        f"{_OUTPUT_TOKENS.name}{of_it} {told.num_output_tokens}\n",
     )
-    for name, total in totals:
-        sequences.add_metric((name,), total.num_sequences)
-        failures.add_metric((name,), total.num_failures)
-        prompts.add_metric((name,), total.num_prompt_tokens)
-        outputs.add_metric((name,), total.num_output_tokens)
-    sequences.add_metric((UNKNOWN,), num_unknown)
-    yield from (sequences, failures, prompts, outputs)

@@ -5,7 +5,7 @@ happens (`count_*`, `observe_*`); what is a state is read at scrape time through
 Knows nothing about HTTP, engines or adapters.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from prometheus_client import (
@@ -18,7 +18,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.ground.adapter_series import AdapterSeries
+from server.ground.adapter_series import AdapterSeries, AdapterState
 from server.ground.exposition import exposition
 from server.ground.families import FAMILIES, Family
 
@@ -50,15 +50,15 @@ class Metrics:
     def __init__(
         self,
         max_adapters: int = MAX_ADAPTERS,
-        also: Callable[[Iterable[Metric]], Iterable[Metric]] = lambda families: (),
+        also: Callable[[Iterable[Metric], Sequence[AdapterState]], str] = lambda families, adapters: "",
     ) -> None:
-        """At most `max_adapters` adapters have series of their own. `also` derives further metrics from all others."""
+        """At most `max_adapters` adapters have series of their own. `also` writes further metrics, made of all others
+        and of those adapters."""
         self.registry = CollectorRegistry()
         self._also = also
         self._counters = {family.name: self._counter(family) for family in _events("counter")}
         self._histograms = {family.name: self._histogram(family) for family in _events("histogram")}
         self.adapters = AdapterSeries(max_adapters)
-        self.registry.register(self.adapters)
         ProcessCollector(registry=self.registry)
 
     def _counter(self, family: Family) -> Counter:
@@ -166,8 +166,8 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format."""
-        families = list(self.registry.collect())
-        return exposition([*families, *self._also(families)])
+        families, adapters = list(self.registry.collect()), self.adapters.shown()
+        return (exposition(families) + adapters.text + self._also(families, adapters.own)).encode()
 
 
 def _events(kind: str) -> Iterator[Family]:

@@ -10,12 +10,13 @@ combination of adapters that ever had requests; here it is one, and its adapters
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.samples import Sample
 
-from server.ground.adapter_series import OTHER
+from server.ground.adapter_series import AdapterState
+from server.ground.exposition import Kept, exposition, head, line
 
 # By our name: vLLM's, as it is scraped.
 SAME: Mapping[str, str] = {
@@ -47,18 +48,36 @@ SAME: Mapping[str, str] = {
 }
 LOADED, REQUESTS_INFO = "vllm:lora_adapter_loaded", "vllm:lora_requests_info"
 _LABELS = {"finish_reason": "finished_reason", "num_blocks": "num_gpu_blocks"}
-_LEVELS = {"device": "gpu", "host": "cpu"}  # the better one first
 
 
-def vllm_names(families: Iterable[Metric], model_name: str, clock: Callable[[], float] = time.time) -> Iterator[Metric]:
-    """vLLM's metrics, made of ours. `model_name` is their label; `clock` gives Unix time."""
-    ours = {f"{one.name}_total" if one.type == "counter" else one.name: one for one in families}
-    own = {"model_name": model_name, "engine": "0"}
-    for name, theirs in SAME.items():
-        if name in ours:
-            yield _renamed(ours[name], theirs, own)
-    yield _loaded(_samples(ours, "graft_adapter_loaded"), own)
-    yield _requests_info(ours, clock())
+class VllmNames:
+    """vLLM's metrics, made of ours."""
+
+    def __init__(self, model_name: str, clock: Callable[[], float] = time.time) -> None:
+        """`model_name` is their label; `clock` gives Unix time."""
+        self._own = {"model_name": model_name, "engine": "0"}
+        self._clock = clock
+        self._loaded = Kept(self._loaded_lines)
+
+    def __call__(self, families: Iterable[Metric], adapters: Sequence[AdapterState]) -> str:
+        """In Prometheus' text format; `adapters`: those that have series of their own."""
+        ours = {f"{one.name}_total" if one.type == "counter" else one.name: one for one in families}
+        same = exposition(_renamed(ours[name], theirs, self._own) for name, theirs in SAME.items() if name in ours)
+        (loaded,) = self._loaded.columns(adapters, ("",))
+        told = "1 for each adapter that is loaded; the level is the best that has it."
+        return same + head(LOADED, "gauge", told) + loaded + _requests_info(ours, adapters, self._clock())
+
+    def _loaded_lines(self, adapter: AdapterState) -> tuple[str]:
+        """One series for each adapter on host or device, at the better of the two."""
+        if adapter.host_bytes is None and adapter.device_bytes is None:
+            return ("",)
+        labels = {
+            "adapter_name": adapter.name,
+            "level": "cpu" if adapter.device_bytes is None else "gpu",
+            "pinned": str(adapter.is_pinned).lower(),
+            "rank": "" if adapter.rank is None else str(adapter.rank),
+        }
+        return (line(LOADED, self._own | labels, 1),)
 
 
 def _renamed(family: Metric, name: str, own: dict[str, str]) -> Metric:
@@ -71,37 +90,15 @@ def _renamed(family: Metric, name: str, own: dict[str, str]) -> Metric:
     return renamed
 
 
-def _samples(ours: Mapping[str, Metric], name: str) -> list[Sample]:
-    """Those of single adapters."""
-    samples = ours[name].samples if name in ours else []
-    return [sample for sample in samples if sample.labels["adapter"] != OTHER]
-
-
-def _loaded(samples: Iterable[Sample], own: dict[str, str]) -> Metric:
-    """One series for each adapter on host or device, at the better of the two."""
-    best: dict[str, Sample] = {}
-    for sample in samples:
-        name = sample.labels["adapter"]
-        if name not in best or sample.labels["tier"] == "device":
-            best[name] = sample
-    told = Metric(LOADED, "1 for each adapter that is loaded; the level is the best that has it.", "gauge")
-    for name, sample in best.items():
-        labels = {"adapter_name": name, "level": _LEVELS[sample.labels["tier"]]}
-        labels |= {label: sample.labels[label] for label in ("pinned", "rank")}
-        told.samples.append(Sample(LOADED, own | labels, 1.0))
-    return told
-
-
-def _requests_info(ours: Mapping[str, Metric], now_s: float) -> Metric:
+def _requests_info(ours: Mapping[str, Metric], adapters: Sequence[AdapterState], now_s: float) -> str:
     """One series: the adapters on the device, those that are waited for, and how many the device may hold."""
-    on_device = {s.labels["adapter"] for s in _samples(ours, "graft_adapter_loaded") if s.labels["tier"] == "device"}
-    waiting = {s.labels["adapter"] for s in _samples(ours, "graft_adapter_sequences_waiting") if s.value}
+    on_device = {adapter.name for adapter in adapters if adapter.device_bytes is not None}
+    waiting = {adapter.name for adapter in adapters if adapter.num_waiting} - on_device
     places = ours["graft_adapter_places"].samples[0].value if "graft_adapter_places" in ours else len(on_device)
     labels = {
         "max_lora": str(int(places)),
         "running_lora_adapters": ",".join(sorted(on_device)),
-        "waiting_lora_adapters": ",".join(sorted(waiting - on_device)),
+        "waiting_lora_adapters": ",".join(sorted(waiting)),
     }
-    told = GaugeMetricFamily(REQUESTS_INFO, "Unix time of this scrape; the adapters on the device, and those to come.")
-    told.samples.append(Sample(REQUESTS_INFO, labels, now_s))
-    return told
+    told = "Unix time of this scrape; the adapters on the device, and those to come."
+    return head(REQUESTS_INFO, "gauge", told) + line(REQUESTS_INFO, labels, now_s)

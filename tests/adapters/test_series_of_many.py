@@ -10,7 +10,7 @@ from server.adapters.registry import Registry
 from server.adapters.store.folder_store import Record, Store
 from server.ground.adapter_series import SERIES_PER_ADAPTER
 from server.ground.metrics import Metrics
-from server.ground.vllm_names import vllm_names
+from server.ground.vllm_names import VllmNames
 from tests.adapters.folders import incoming_from, load_folder, write_folder
 from tests.adapters.test_registry import ROW_BYTES, Table
 
@@ -32,7 +32,7 @@ def test_the_series_stay_under_the_cap(tmp_path: Path, num_adapters: int) -> Non
     """The tiers hold more than the cap, and fewer than there are."""
     host, device = HostTier(400 * ROW_BYTES, torch.float32), Table(320)
     registry = Registry(filled(tmp_path, num_adapters), (), host, device, load_folder)
-    metrics = Metrics(CAP, lambda families: vllm_names(families, "base"))
+    metrics = Metrics(CAP, VllmNames("base"))
 
     metrics.adapters.watch(registry.on_tiers, registry.has)
     most = 0

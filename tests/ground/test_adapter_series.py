@@ -1,7 +1,9 @@
 """Series that carry the name of an adapter: bounded, gone with their adapter, and never falling."""
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from server.ground import adapter_series
 from server.ground.adapter_series import SERIES_PER_ADAPTER, AdapterSeries, AdapterState
 
 
@@ -20,7 +22,8 @@ class Watched:
 
     def scrape(self) -> dict[tuple[str, ...], float]:
         """Values by (metric without its prefix, adapter, more label values)."""
-        samples = [sample for family in self.series.collect() for sample in family.samples]
+        families = text_string_to_metric_families(self.series.shown().text)
+        samples = [sample for family in families for sample in family.samples]
         values = {(s.name.removeprefix("graft_adapter_"), *s.labels.values()): s.value for s in samples}
         assert len(values) == len(samples), "a series is there twice"
         return values
@@ -118,6 +121,29 @@ def test_an_adapter_called_as_a_sum_is_called_does_not_double_it(watched: Watche
     assert values["sequences_total", "other"] == 1
     assert values["sequences_total", "unknown"] == 0
     assert values["loaded", "other", "host", "", "", ""] == 1
+
+
+def test_what_is_as_it_was_is_not_written_again(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    quoted = adapter_series.quoted
+    monkeypatch.setattr(adapter_series, "quoted", lambda value: written.append(value) or quoted(value))
+    for name in ("a", "b"):
+        watched.load(name)
+    watched.scrape()
+    assert {"a", "b"} <= set(written)
+    written.clear()
+    watched.series.count_tokens(["b"], num_output=3)
+    values = watched.scrape()
+    assert (values["output_tokens_total", "a"], values["output_tokens_total", "b"]) == (0, 3)
+    assert set(written) == {"b"}
+
+
+def test_names_of_any_characters_are_read_as_they_are(watched: Watched) -> None:
+    hostile = 'a"b\\c\nd'
+    watched.load(hostile, device_bytes=5)
+    values = watched.scrape()
+    assert values["bytes", hostile, "device"] == 5
+    assert values["output_tokens_total", hostile] == 0
 
 
 def test_a_mix_counts_for_each_of_its_adapters(watched: Watched) -> None:

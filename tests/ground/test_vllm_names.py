@@ -8,14 +8,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.ground.adapter_series import AdapterState
 from server.ground.families import FAMILIES
 from server.ground.metrics import Metrics
-from server.ground.vllm_names import LOADED, REQUESTS_INFO, SAME, vllm_names
+from server.ground.vllm_names import LOADED, REQUESTS_INFO, SAME, VllmNames
 
 OWN = {"model_name": "org/base", "engine": "0"}
 
 
 @pytest.fixture
 def metrics() -> Metrics:
-    metrics = Metrics(also=lambda families: vllm_names(families, "org/base", clock=lambda: 1234.5))
+    metrics = Metrics(also=VllmNames("org/base", clock=lambda: 1234.5))
     metrics.watch(
         lambda: {
             name: {tuple("7" for _ in family.labels): 7.0} if family.labels else 7.0

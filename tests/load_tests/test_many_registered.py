@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from load_tests import many_registered
+from load_tests.many_adapters import WEIGHTS_FILE
 from load_tests.many_registered import fill, timed
 from server.adapters.store.folder_store import Store, folder_digest
 
@@ -21,6 +23,14 @@ def test_each_adapter_of_a_filled_store_is_its_own(tmp_path: Path) -> None:
     version = found[-1].versions[0]
     assert folder_digest(version.folder).digest == version.digest
     assert (version.record.method, version.record.rank) == ("lora", many_registered.RANK)
+
+
+def test_rows_of_their_own_are_shared_by_no_two(tmp_path: Path) -> None:
+    store = Store(tmp_path, create=True)
+    fill(store, 2, own_rows=True)
+    one, other = (load_file(stored.versions[0].folder / WEIGHTS_FILE) for stored in store.scan())
+    for key, tensor in one.items():
+        assert not (tensor == other[key]).all(dim=-1).any(), key
 
 
 def test_a_measurement_gives_the_median_and_the_tail() -> None:
