@@ -50,10 +50,11 @@ class AdapterInfo:
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """The end of an upload: what the name means now, and whether that is new."""
+    """The end of an upload: what the name means now, whether that is new, and the digest that it meant before."""
 
     info: AdapterInfo
     is_new: bool
+    replaced: str | None = None  # none before, or the same
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,12 +207,13 @@ class Registry:
         """
         with noted("register", name, source=provenance and provenance.source) as facts:
             self._elsewhere.refresh()
-            copy, is_new = self._versions.register(
+            change = self._versions.register(
                 incoming, name, replace=replace, base_fingerprint=base_fingerprint, provenance=provenance
             )
-            facts |= {"version": copy.version.digest, "is_new": is_new}
+            told = {"version": change.copy.version.digest, "is_new": change.is_new, "replaced": change.replaced}
+            facts |= told
         with self._books.lock:
-            return Registered(self._info(copy), is_new)
+            return Registered(self._info(change.copy), change.is_new, change.replaced)
 
     def check_may_claim(self, name: str) -> None:
         """Raises the Conflict of `register` for a name that who asks may not give."""

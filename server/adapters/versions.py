@@ -6,6 +6,7 @@ Owns the step from an upload to what a name means. Knows nothing about the devic
 import logging
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from server.adapters.adapter_info import Provenance
 from server.adapters.asker import current_asker
@@ -31,6 +32,14 @@ from server.adapters.workers import Workers
 from server.ground.errors import AdapterNotFound, Conflict, GraftError
 
 _log = logging.getLogger(__name__)
+
+
+class Change(NamedTuple):
+    """What an upload came to."""
+
+    copy: Copy  # that the name means now
+    is_new: bool  # whether it meant another content before, or none
+    replaced: str | None = None  # the digest of that other
 
 
 class Versions:
@@ -115,8 +124,8 @@ class Versions:
         replace: bool,
         base_fingerprint: str | None,
         provenance: Provenance | None,
-    ) -> tuple[Copy, bool]:
-        """`Registry.register`; the copy that the name means now, and whether that is new."""
+    ) -> Change:
+        """`Registry.register`."""
         check_name(name)
         with self._books.lock:
             self._books.catalog.owner_for(name)  # before anything is told of what the name means
@@ -127,7 +136,7 @@ class Versions:
         self._books.check_base(self._books.base.doubts(claim))
         with self._books.lock:
             if self._is_current(name, digest, replace=replace) and not self._is_news(name, claim):
-                return self._books.catalog.entries[name].current, False
+                return Change(self._books.catalog.entries[name].current, is_new=False)
             self._check_room(Coming(incoming.num_bytes, name, digest))
             lowering = self._workers.submit(self._loader.lower, incoming.folder)  # so that uploads are bounded too
         try:
@@ -204,12 +213,14 @@ class Versions:
     def _check_room(self, coming: Coming) -> None:
         check_room(self._books.catalog, coming, self._max_versions)
 
-    def _commit(self, incoming: Incoming, name: str, record: Record, sizes: Sizes, replace: bool) -> tuple[Copy, bool]:
+    def _commit(self, incoming: Incoming, name: str, record: Record, sizes: Sizes, replace: bool) -> Change:
         with self._books.changes:
             with self._books.lock:
                 self._books.catalog.owner_for(name)
                 self._books.catalog.check_not_in_place(name)
                 self._check_room(Coming(incoming.num_bytes, name, incoming.digest()))
+                before = self._books.catalog.entries.get(name)
+                replaced = before.current.version.digest if before is not None else None
             self.num_changes += 1
             stored, created = self._store.put(incoming, name, record, replace=replace)
             with self._books.lock:
@@ -220,7 +231,7 @@ class Versions:
         for old in over:
             self._leases.dispose(old)
         log_doubts(copy)
-        return copy, created
+        return Change(copy, created, replaced if created else None)
 
     def _record(self, adapter: HostAdapter, claim: BaseClaim, provenance: Provenance | None) -> Record:
         return Record(

@@ -126,14 +126,19 @@ class Merges:
 
     def _make(self, merge: Merge) -> Made:
         order = merge.order
-        inputs = [str(lease.version) for lease in merge.leases]
-        with noted("merge", order.name, inputs=inputs), self._store.incoming(max_bytes=self._max_bytes) as incoming:
+        inputs = [f"{lease.version.name}@{lease.version.digest}" for lease in merge.leases]
+        with (
+            noted("merge", order.name, inputs=inputs) as facts,
+            self._store.incoming(max_bytes=self._max_bytes) as incoming,
+        ):
             target = incoming.workspace / "merged"
             read = [self._read(merge, *pair) for pair in zip(merge.leases, merge.ingredients, strict=True)]
             merged = merge_inputs(read, order.recipe, self._base, target, progress=merge.check)
             incoming.copy(target)
             merge.check()
             registered = self._registry.register(incoming, order.name, replace=order.replace)
+            told = {"version": registered.info.digest, "is_new": registered.is_new, "replaced": registered.replaced}
+            facts |= told
         return Made(merged, registered)
 
     def _read(self, merge: Merge, lease: Lease, ingredient: Ingredient) -> Input:

@@ -12,6 +12,24 @@ from tests.api.keys.conftest import Tenants
 SECRET_TEXT = "the quick brown fox"
 
 
+def test_what_a_merge_or_an_upload_replaced_is_told(tenants: Tenants, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, LOGGER)
+    acme = tenants["acme"]
+    first = acme.upload("acme-changed", lora_files(22)).json()["version"]
+    acme.upload("acme-changed", lora_files(22))
+    order = {"name": "acme-changed", "adapters": [{"name": "acme-changed"}, {"name": "public-one"}], "replace": True}
+    second = acme.ask("POST", "/v1/adapters/merge", order).json()["version"]
+    acme.ask("DELETE", "/v1/adapters/acme-changed")
+    lines = [json.loads(record.message) for record in caplog.records if record.name == LOGGER]
+    told = [(line["verb"], line["version"], line["is_new"], line["replaced"]) for line in lines[:-1]]
+    assert told == [
+        ("register", first, True, None),
+        ("register", first, False, None),
+        ("register", second, True, first),
+        ("merge", second, True, first),
+    ]
+
+
 def test_every_change_leaves_a_line(tenants: Tenants, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     acme, operator = tenants["acme"], tenants["operator"]
@@ -21,11 +39,9 @@ def test_every_change_leaves_a_line(tenants: Tenants, caplog: pytest.LogCaptureF
     operator.ask("POST", "/v1/adapters/acme-noted/pin")
     operator.ask("POST", "/v1/adapters/acme-noted/unpin")
     acme.ask("POST", "/v1/adapters/acme-noted/unload")
-    acme.ask(
-        "POST",
-        "/v1/adapters/merge",
-        {"name": "acme-mixed", "adapters": [{"name": "acme-noted"}, {"name": "public-one"}]},
-    )
+    parts = [{"name": "acme-noted"}, {"name": "public-one"}]
+    mixed = acme.ask("POST", "/v1/adapters/merge", {"name": "acme-mixed", "adapters": parts}).json()["version"]
+    public = operator.ask("GET", "/v1/adapters/public-one").json()["version"]
     tenants["beta"].ask("DELETE", "/v1/adapters/acme-noted")
     acme.complete(adapter="acme-noted", prompt=SECRET_TEXT)
     for name in ("acme-noted", "acme-mixed"):
@@ -46,7 +62,9 @@ def test_every_change_leaves_a_line(tenants: Tenants, caplog: pytest.LogCaptureF
         ("acme", "delete", "acme-mixed", "done"),
     ]
     assert [line["version"] for line in lines[:3]] == [first, second, first]
-    assert lines[7]["inputs"][0] == f"acme-noted@{first[:12]}"
+    assert [line["replaced"] for line in lines[:2]] == [None, first], "an upload, and a replacement"
+    assert lines[7]["inputs"] == [f"acme-noted@{first}", f"public-one@{public}"]
+    assert [(line["version"], line["is_new"], line["replaced"]) for line in lines[6:8]] == [(mixed, True, None)] * 2
     assert sorted(lines[9]["versions"]) == sorted([first, second])
     assert all(line["request_id"].startswith("req_") for line in lines)
     # No log at any level has what a request says, or a key.
