@@ -153,3 +153,24 @@ print(seen() is None)
 def test_the_collector_leaves_alone_what_stays_and_finds_what_comes_later() -> None:
     done = subprocess.run([sys.executable, "-c", _COUNT_GONE_THROUGH], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False", "True"]
+
+
+_COUNT_FULL = """
+import gc, sys
+from server.ground.heap import set_apart_what_stays
+
+if "apart" in sys.argv:
+    set_apart_what_stays()
+before = gc.get_stats()[2]["collections"]
+kept = [[] for _ in range(500_000)]
+print(gc.get_stats()[2]["collections"] - before)
+"""
+
+
+def test_full_collections_are_rare_once_what_stays_is_set_apart() -> None:
+    def num_full(*arguments: str) -> int:
+        run = [sys.executable, "-c", _COUNT_FULL, *arguments]
+        return int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+
+    assert num_full() > 3, "else there is nothing to show"
+    assert num_full("apart") == 0
