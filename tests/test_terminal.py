@@ -470,6 +470,7 @@ def test_an_adapter_that_overflows_fails_and_its_neighbours_do_not(tiny_llama: P
             assert failed.finish_reason is FinishReason.ERROR
             assert "overflowed with the adapter huge@" in str(failed.error)
         assert base.token_ids == alone.token_ids
+        assert server.engine.stats().num_overflown == 2
         while server.registry.describe("huge").is_quarantined is False:
             assert answer_all(server, [Ask("huge", (5, 6), SamplingParams(8))])[0].error is not None
         assert server.registry.stats().overflows_total == MAX_OVERFLOWS

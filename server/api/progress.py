@@ -25,15 +25,24 @@ class Progress:
         self._submitted_s = self._heard_s = time.perf_counter()
         self._first_token_s: float | None = None
         self._num_counted = 0  # output tokens so far
+        self._is_prefilled = False
         metrics.adapters.count_sequence(adapters)
 
     def observe(self, delta: Delta) -> None:
         """A delta has come."""
+        if not self._is_prefilled and (delta.num_output_tokens > 0 or delta.finish_reason in _FINISHED):
+            self._count_prompt(delta)
         num_new = delta.num_output_tokens - self._num_counted
         if num_new > 0:
             self._count(num_new, delta.queue_s)
         if delta.finish_reason is not None:
             self.finish(delta.finish_reason, delta)
+
+    def _count_prompt(self, first: Delta) -> None:
+        """The prefill has ended, once for good: a preempted sequence that computes its prompt again has one prompt."""
+        self._is_prefilled = True
+        self._metrics.count_prompt(first.num_prompt_tokens, first.num_cached_tokens)
+        self._metrics.adapters.count_tokens(self._adapters, num_prompt=first.num_prompt_tokens)
 
     def _count(self, num_new: int, queue_s: float) -> None:
         now_s = time.perf_counter()
@@ -52,9 +61,8 @@ class Progress:
 
     def finish(self, reason: FinishReason, last: Delta) -> None:
         """It has ended, or its reader has all that it wants, with the delta `last`."""
-        self._metrics.count_finished(reason, last.num_prompt_tokens)
+        self._metrics.count_finished(reason)
         notes.current().num_prompt_tokens += last.num_prompt_tokens
-        self._metrics.adapters.count_tokens(self._adapters, num_prompt=last.num_prompt_tokens)
         if reason is FinishReason.ERROR:
             self._metrics.adapters.count_failure(self._adapters)
         if reason not in _FINISHED:
@@ -67,4 +75,4 @@ class Progress:
 
     def abort(self) -> None:
         """Its reader has left."""
-        self._metrics.count_finished(FinishReason.ABORT, 0)
+        self._metrics.count_finished(FinishReason.ABORT)

@@ -33,6 +33,7 @@ def _of_engine(engine: EngineStats) -> Mapping[str, Watched]:
         "graft_sequences_running": engine.num_running,
         "graft_sequences_waiting": engine.num_waiting,
         "graft_sequences_short_of_room": engine.num_short,
+        "graft_sequences_overflowed_total": engine.num_overflown,
         "graft_kv_blocks": engine.num_blocks,
         "graft_kv_blocks_used": engine.num_used_blocks,
         "graft_kv_blocks_kept": engine.num_kept_blocks,

@@ -82,6 +82,7 @@ class EngineStats:
     num_queried_tokens: int  # looked up in the cache when their sequences first ran
     num_hit_tokens: int  # of those, found there and not computed
     num_short: int  # of those waiting, for room for their adapter
+    num_overflown: int  # ended because the output overflowed
 
 
 @dataclass(slots=True)
@@ -152,6 +153,7 @@ class Engine:
         self._is_closing = False
         self._fault: str | None = None
         self._num_steps = 0
+        self._num_overflown = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -261,6 +263,7 @@ class Engine:
             num_queried_tokens=self._scheduler.num_queried_tokens,
             num_hit_tokens=self._scheduler.num_hit_tokens,
             num_short=self._scheduler.num_short,
+            num_overflown=self._num_overflown,
         )
 
     def in_flight(self) -> dict[str, InFlight]:
@@ -428,6 +431,7 @@ class Engine:
                 lease.blame()
             for flight in flights.values():
                 self._end_with_error([flight], _overflown(flight))
+            self._num_overflown += len(flights)
 
     def _follow_grammars(self, tokens: dict[str, int], logits: StepLogits) -> None:
         """Moves each grammar on by its sequence's new token; ends the sequences whose grammar cannot go on."""

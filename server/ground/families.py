@@ -84,7 +84,15 @@ SEQUENCES = (
     _gauge("graft_sequences_waiting", "Accepted sequences that no step has taken yet, and preempted ones."),
     _gauge("graft_sequences_short_of_room", "Those of them whose adapter finds no room on the device."),
     _counter("graft_sequences_finished_total", "Sequences that ended.", "finish_reason", values=_FINISH_REASONS),
-    _counter("graft_prompt_tokens_total", "Prompt tokens of sequences that ended."),
+    _total(
+        "graft_sequences_overflowed_total",
+        "Sequences that ended because the output overflowed: no token could be chosen.",
+    ),
+    _counter(
+        "graft_prompt_tokens_total",
+        "Prompt tokens, counted when a sequence's prefill ends: those found in the KV cache, too.",
+    ),
+    _counter("graft_prompt_tokens_cached_total", "Those of them that were found in the KV cache, and not computed."),
     _counter("graft_output_tokens_total", "Tokens generated."),
     _histogram("graft_time_to_first_token_seconds", "From submission to a sequence's first token.", _FIRST_TOKEN_S),
     _histogram("graft_inter_token_latency_seconds", "Between two tokens of one sequence.", _SHORT_S),
@@ -196,7 +204,11 @@ EACH_ADAPTER = (
     _gauge("graft_adapter_sequences_waiting", "Its accepted sequences that wait, where it is in use.", "adapter"),
     _total("graft_adapter_sequences_total", "Sequences that were asked of it.", "adapter"),
     _total("graft_adapter_failures_total", "Sequences of it that ended in an error.", "adapter"),
-    _total("graft_adapter_prompt_tokens_total", "Prompt tokens of its sequences that ended.", "adapter"),
+    _total(
+        "graft_adapter_prompt_tokens_total",
+        "Prompt tokens of its sequences, counted when their prefill ends.",
+        "adapter",
+    ),
     _total("graft_adapter_output_tokens_total", "Tokens generated with it.", "adapter"),
 )
 

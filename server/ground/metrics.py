@@ -121,9 +121,13 @@ class Metrics:
     def count_output_tokens(self, num_tokens: int) -> None:
         self._counters["graft_output_tokens_total"].inc(num_tokens)
 
-    def count_finished(self, finish_reason: str, num_prompt_tokens: int) -> None:
+    def count_prompt(self, num_tokens: int, num_cached: int) -> None:
+        """A prefill has ended; `num_cached` of the prompt's tokens were found and not computed."""
+        self._counters["graft_prompt_tokens_total"].inc(num_tokens)
+        self._counters["graft_prompt_tokens_cached_total"].inc(num_cached)
+
+    def count_finished(self, finish_reason: str) -> None:
         self._counters["graft_sequences_finished_total"].labels(finish_reason).inc()
-        self._counters["graft_prompt_tokens_total"].inc(num_prompt_tokens)
 
     # Adapters
 

@@ -25,8 +25,10 @@ SAME: Mapping[str, str] = {
     "graft_kv_usage_ratio": "vllm:kv_cache_usage_perc",
     "graft_kv_cache_info": "vllm:cache_config_info",
     "graft_prompt_tokens_total": "vllm:prompt_tokens_total",
+    "graft_prompt_tokens_cached_total": "vllm:prompt_tokens_cached_total",
     "graft_output_tokens_total": "vllm:generation_tokens_total",
     "graft_sequences_finished_total": "vllm:request_success_total",
+    "graft_sequences_overflowed_total": "vllm:corrupted_requests_total",
     "graft_preemptions_total": "vllm:num_preemptions_total",
     "graft_prefix_cache_queries_total": "vllm:prefix_cache_queries_total",
     "graft_prefix_cache_hits_total": "vllm:prefix_cache_hits_total",
@@ -46,6 +48,9 @@ SAME: Mapping[str, str] = {
     "graft_adapter_places": "vllm:max_gpu_lora_adapters",
     "graft_adapter_load_seconds": "vllm:lora_adapter_load_seconds",
 }
+WAITING_BY_REASON, BY_SOURCE = "vllm:num_requests_waiting_by_reason", "vllm:prompt_tokens_by_source_total"
+REJECTIONS = "vllm:admission_rejections_total"
+ADMISSION_REASONS = ("queue_full", "queue_timeout")  # of our rejections: what the queue turned away
 LOADED, REQUESTS_INFO = "vllm:lora_adapter_loaded", "vllm:lora_requests_info"
 _LABELS = {"finish_reason": "finished_reason", "num_blocks": "num_gpu_blocks"}
 
@@ -63,9 +68,32 @@ class VllmNames:
         """In Prometheus' text format; `adapters`: those that have series of their own."""
         ours = {f"{one.name}_total" if one.type == "counter" else one.name: one for one in families}
         same = exposition(_renamed(ours[name], theirs, self._own) for name, theirs in SAME.items() if name in ours)
+        same += self._split(_Values(ours))
         (loaded,) = self._loaded.columns(adapters, ("",))
         told = "1 for each adapter that is loaded; the level is the best that has it."
         return same + head(LOADED, "gauge", told) + loaded + _requests_info(ours, adapters, self._clock())
+
+    def _split(self, ours: "_Values") -> str:
+        """What vLLM tells by a label that ours do not have."""
+        num_short, num_cached = ours("graft_sequences_short_of_room"), ours("graft_prompt_tokens_cached_total")
+        waiting = {"capacity": ours("graft_sequences_waiting") - num_short, "deferred": num_short}
+        sources = {"local_compute": ours("graft_prompt_tokens_total") - num_cached, "local_cache_hit": num_cached}
+        rejections = {reason: ours("graft_rejections_total", reason=reason) for reason in ADMISSION_REASONS}
+        model = {"model_name": self._own["model_name"]}  # as vLLM, without an engine
+        return (
+            _by(
+                WAITING_BY_REASON,
+                "gauge",
+                "Waiting sequences: for a seat, or for their adapter.",
+                "reason",
+                waiting,
+                self._own,
+            )
+            + _by(
+                BY_SOURCE, "counter", "Prompt tokens: computed, or found in the KV cache.", "source", sources, self._own
+            )
+            + _by(REJECTIONS, "counter", "Requests that the queue turned away.", "reason", rejections, model)
+        )
 
     def _loaded_lines(self, adapter: AdapterState) -> tuple[str]:
         """One series for each adapter on host or device, at the better of the two."""
@@ -78,6 +106,22 @@ class VllmNames:
             "rank": "" if adapter.rank is None else str(adapter.rank),
         }
         return (line(LOADED, self._own | labels, 1),)
+
+
+class _Values:
+    """Of our metrics at this scrape."""
+
+    def __init__(self, ours: Mapping[str, Metric]) -> None:
+        self._ours = ours
+
+    def __call__(self, name: str, **labels: str) -> float:
+        """The sum over the series of a metric that have these labels; 0 where there are none yet."""
+        samples = self._ours[name].samples if name in self._ours else ()
+        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
+
+
+def _by(name: str, kind: str, told: str, label: str, values: Mapping[str, float], own: Mapping[str, str]) -> str:
+    return head(name, kind, told) + "".join(line(name, {**own, label: one}, number) for one, number in values.items())
 
 
 def _renamed(family: Metric, name: str, own: dict[str, str]) -> Metric:

@@ -88,6 +88,33 @@ def test_an_adapters_requests_and_tokens_are_its_own(live: Live) -> None:
     assert live.metric("graft_adapter_bytes", adapter="first", tier="device") > 0
 
 
+def test_prompt_tokens_count_when_the_prefill_ends_and_once(live: Live, gate: Gate) -> None:
+    def told() -> list[float]:
+        names = ("graft_prompt_tokens_total", "graft_sequences_finished_total")
+        return [live.metric(name) for name in names] + [
+            live.metric("graft_adapter_prompt_tokens_total", adapter="first")
+        ]
+
+    before = told()
+    with live.send("/v1/completions", prompt=[65, 66, 67], max_tokens=20, ignore_eos=True, adapter="first"):
+        eventually(lambda: live.server.engine.stats().num_in_flight == 1)
+        assert told() == before
+        gate.allow(2)
+        eventually(lambda: told() == [before[0] + 3, before[1], before[2] + 3])
+        gate.allow(5)
+    eventually(lambda: told() == [before[0] + 3, before[1] + 1, before[2] + 3])
+
+
+def test_prompt_tokens_that_were_found_are_told(settings: Callable[..., Settings]) -> None:
+    with serving(settings(metrics_compat="vllm", prefix_reuse="on", block_size=16)) as live:
+        for _ in range(2):
+            live.post("/v1/completions", prompt=list(range(60, 100)), max_tokens=1).raise_for_status()
+        found = live.metric("graft_prompt_tokens_cached_total")
+        assert 16 <= found < 40
+        assert live.metric("graft_prompt_tokens_total") == 80
+        assert live.metric("vllm:prompt_tokens_by_source_total", source="local_compute") == 80 - found
+
+
 def test_a_mix_counts_for_each_of_its_adapters(live: Live) -> None:
     mix = [{"name": "first", "weight": 0.5}, {"name": "second", "weight": 0.5}]
     with (

@@ -7,11 +7,24 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from server.ground.families import FAMILIES, SECTIONS, Family
-from server.ground.vllm_names import LOADED, REQUESTS_INFO, SAME
+from server.ground.vllm_names import (
+    ADMISSION_REASONS,
+    BY_SOURCE,
+    LOADED,
+    REJECTIONS,
+    REQUESTS_INFO,
+    SAME,
+    WAITING_BY_REASON,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 BEGIN, END = "<!-- metrics: written by tests/ground/metrics_page.py -->\n", "<!-- end of metrics -->\n"
 BEGIN_VLLM, END_VLLM = "<!-- vllm names: written by tests/ground/metrics_page.py -->\n", "<!-- end of vllm names -->\n"
+_WAITING = "`deferred`: `graft_sequences_short_of_room`; `capacity`: the others of `graft_sequences_waiting`"
+_SOURCES = (
+    "`local_cache_hit`: `graft_prompt_tokens_cached_total`; `local_compute`: the others of `graft_prompt_tokens_total`"
+)
+_QUEUE = " and ".join(f"`{reason}`" for reason in ADMISSION_REASONS)
 
 
 def tables() -> str:
@@ -20,6 +33,9 @@ def tables() -> str:
 
 def vllm_table() -> str:
     rows = [f"| `{theirs}` | {FAMILIES[ours].kind} | `{ours}` |" for ours, theirs in SAME.items()]
+    rows.append(f"| `{WAITING_BY_REASON}` | gauge: `reason` | {_WAITING} |")
+    rows.append(f"| `{BY_SOURCE}` | counter: `source` | {_SOURCES} |")
+    rows.append(f"| `{REJECTIONS}` | counter: `reason` | `graft_rejections_total`: {_QUEUE} |")
     rows.append(f"| `{LOADED}` | gauge: `adapter_name`, `level`, `pinned`, `rank` | `graft_adapter_loaded` |")
     labels = "`max_lora`, `running_lora_adapters`, `waiting_lora_adapters`"
     rows.append(f"| `{REQUESTS_INFO}` | gauge: {labels} | see below |")

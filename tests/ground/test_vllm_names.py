@@ -40,14 +40,40 @@ def test_every_name_is_there_with_vllms_labels_and_our_value(metrics: Metrics) -
 
 
 def test_counters_and_histograms_keep_their_ends(metrics: Metrics) -> None:
-    metrics.count_finished("length", 11)
+    metrics.count_finished("length")
+    metrics.count_prompt(11, num_cached=4)
     metrics.observe_first_token(0.03, queue_s=0.01)
     metrics.step(SimpleNamespace(num_sequences=1, num_tokens=8, num_adapters=0, num_methods=0, duration_s=0.1))
     assert (OWN | {"finished_reason": "length"}, 1) in samples(metrics, "vllm:request_success_total")
     assert samples(metrics, "vllm:prompt_tokens_total") == [(OWN, 11)]
+    assert samples(metrics, "vllm:prompt_tokens_cached_total") == [(OWN, 4)]
     assert samples(metrics, "vllm:time_to_first_token_seconds_sum") == [(OWN, 0.03)]
     assert (OWN | {"le": "0.04"}, 1) in samples(metrics, "vllm:time_to_first_token_seconds_bucket")
     assert samples(metrics, "vllm:iteration_tokens_total_sum") == [(OWN, 8)]
+
+
+def test_prompt_tokens_are_told_by_source(metrics: Metrics) -> None:
+    metrics.count_prompt(11, num_cached=4)
+    found = [(OWN | {"source": "local_compute"}, 7), (OWN | {"source": "local_cache_hit"}, 4)]
+    assert samples(metrics, "vllm:prompt_tokens_by_source_total") == found
+
+
+def test_those_that_wait_are_told_by_what_they_wait_for() -> None:
+    metrics = Metrics(also=VllmNames("org/base"))
+    metrics.watch(lambda: {"graft_sequences_waiting": 7.0, "graft_sequences_short_of_room": 2.0})
+    found = [(OWN | {"reason": "capacity"}, 5), (OWN | {"reason": "deferred"}, 2)]
+    assert samples(metrics, "vllm:num_requests_waiting_by_reason") == found
+
+
+def test_what_the_queue_turned_away_is_there_from_the_start_and_nothing_else_is(metrics: Metrics) -> None:
+    def told() -> list[tuple[dict[str, str], float]]:
+        return samples(metrics, "vllm:admission_rejections_total")
+
+    model = {"model_name": "org/base"}
+    assert told() == [(model | {"reason": "queue_full"}, 0), (model | {"reason": "queue_timeout"}, 0)]
+    for reason in ("queue_full", "missing_field"):
+        metrics.count_rejection(reason)
+    assert told() == [(model | {"reason": "queue_full"}, 1), (model | {"reason": "queue_timeout"}, 0)]
 
 
 def test_a_loaded_adapter_is_one_series_at_its_best_level(metrics: Metrics) -> None:
