@@ -15,6 +15,7 @@ import httpx
 import pytest
 import yaml
 
+from tests.api.conftest import eventually
 from tests.deploy.prometheus import Prometheus
 
 pytestmark = pytest.mark.slow
@@ -39,18 +40,22 @@ def why_not() -> str | None:
         return "docker has no compose"
     services = yaml.safe_load((ROOT / "deploy" / "compose.yml").read_text(encoding="utf-8"))["services"]
     for image in (os.environ.get("PYTHON_IMAGE", "python:3.12-slim"), services["prometheus"]["image"]):
-        if docker("docker", "image", "inspect", image).returncode == 0:
-            continue
-        if docker("docker", "pull", "--quiet", image, timeout_s=_MAX_BUILD_S).returncode:
+        if not can_be_had(image):
             return f"{image} is neither here nor to be had"
     return None
+
+
+def can_be_had(image: str) -> bool:
+    is_here = docker("docker", "image", "inspect", image).returncode == 0
+    return is_here or docker("docker", "pull", "--quiet", image, timeout_s=_MAX_BUILD_S).returncode == 0
 
 
 class Containers:
     """The server and its Prometheus as compose.yml has them, on ports that are free."""
 
     def __init__(self, folder: Path) -> None:
-        free = {"services": {"graft": {"ports": ["127.0.0.1::8000"]}, "prometheus": {"ports": ["127.0.0.1::9090"]}}}
+        inside = {"graft": 8000, "prometheus": 9090, "grafana": 3000}
+        free = {"services": {name: {"ports": [f"127.0.0.1::{port}"]} for name, port in inside.items()}}
         lines = yaml.safe_dump(free).replace("ports:", "ports: !override")
         (folder / "ports.yml").write_text(lines, encoding="utf-8")
         self._files = [ROOT / "deploy" / "compose.yml", "--file", folder / "ports.yml"]
@@ -110,13 +115,52 @@ def test_the_container_runs_the_demo_as_nobody_special_and_asks_for_the_key(cont
 
 
 def test_prometheus_scrapes_it_with_the_key_and_evaluates_the_rules(containers: Containers) -> None:
-    with containers.http("prometheus", "9090") as http:
+    with containers.http("prometheus", "9090") as http, containers.of_one_with_the_key() as server:
         prometheus = Prometheus(http)
         prometheus.await_true(lambda: prometheus.values("up") == [1.0])
-        prometheus.await_true(lambda: bool(prometheus.values("graft:time_to_first_token_seconds:p95_5m")))
+
+        def has_seen_tokens() -> bool:
+            ask(server).raise_for_status()  # again and again: what came before the first scrape is no rise
+            return bool(prometheus.values("graft:time_to_first_token_seconds:p95_5m"))
+
+        prometheus.await_true(has_seen_tokens)
         rules = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
     assert len(rules) > 10
     assert {rule["health"] for rule in rules} == {"ok"}
+
+
+def test_prometheus_key_reads_the_metrics_and_does_nothing_else(containers: Containers) -> None:
+    key = containers.compose("exec", "prometheus", "cat", "/run/metrics-key/key").strip()
+    assert key.startswith("graft_")
+    with containers.http(headers={"Authorization": f"Bearer {key}"}) as http:
+        assert http.get("/metrics").status_code == 200
+        assert ask(http).status_code == 403
+        assert http.delete("/v1/adapters/pirate-lora").status_code == 403
+        assert http.post("/v1/adapters", data={"name": "stolen"}).status_code == 403
+    told = containers.compose("exec", "prometheus", "env") + containers.compose(
+        "exec", "graft", "cat", "/keys/keys.yaml"
+    )
+    assert KEY not in told
+    assert key not in told, "the server has its hash alone"
+
+
+def test_grafana_has_the_dashboard(containers: Containers) -> None:
+    services = yaml.safe_load((ROOT / "deploy" / "compose.yml").read_text(encoding="utf-8"))["services"]
+    image = services["grafana"]["image"]
+    if not can_be_had(image):
+        pytest.skip(f"{image} is neither here nor to be had")
+    containers.compose("up", "--detach", "--no-build", "grafana", timeout_s=_MAX_START_S)
+    with containers.http("grafana", "3000", auth=("admin", "admin")) as http:
+        eventually(lambda: found_dashboards(http) == ["graftserve"], within_s=_MAX_START_S)
+
+
+def found_dashboards(http: httpx.Client) -> list[str]:
+    """Their ids; none while Grafana starts."""
+    try:
+        answer = http.get("/api/search", params={"type": "dash-db"})
+    except httpx.TransportError:
+        return []
+    return [one["uid"] for one in answer.json()] if answer.status_code == 200 else []
 
 
 def test_what_was_uploaded_and_compiled_outlives_the_container(containers: Containers) -> None:

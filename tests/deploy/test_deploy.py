@@ -84,7 +84,18 @@ def test_compose_names_files_that_are_there() -> None:
     here = [path for path in mounted if path.startswith(".")]
     assert here
     assert all((DEPLOY / path).exists() for path in here)
-    assert all(port.startswith("127.0.0.1:") for service in services.values() for port in service["ports"])
+    assert all(port.startswith("127.0.0.1:") for service in services.values() for port in service.get("ports", ()))
+
+
+def test_the_key_that_may_do_everything_goes_to_the_server_alone() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yml").read_text(encoding="utf-8"))["services"]
+    assert [name for name, service in services.items() if "GRAFT_API_KEY" in json.dumps(service)] == ["graft"]
+    (job,) = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["scrape_configs"]
+    folder = str(Path(job["authorization"]["credentials_file"]).parent)
+    volumes = {name: [volume.split(":")[:2] for volume in service["volumes"]] for name, service in services.items()}
+    assert ["metrics-key", folder] in volumes["prometheus"]
+    assert [name for name, mounted in volumes.items() if "metrics-key" in dict(mounted)] == ["keys", "prometheus"]
+    assert "--scope metrics --api-keys" in services["keys"]["command"][0]
 
 
 @NEEDS_PROMTOOL
