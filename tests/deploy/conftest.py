@@ -1,3 +1,3 @@
 """The live server of the HTTP tests, for these too."""
 
-from tests.api.conftest import live, settings  # noqa: F401
+from tests.api.conftest import gate, live, settings  # noqa: F401
