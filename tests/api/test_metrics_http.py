@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from server.ground.config import Settings
+from server.ground.errors import StorageFull
 from tests.api.adapter_files import lora_files
 from tests.api.conftest import Gate, Live, eventually, serving
+from tests.api.test_put import tar
 
 
 @contextmanager
@@ -164,6 +166,36 @@ def test_uploads_are_counted_by_their_result_and_vanish_with_the_adapter(live: L
     assert live.metric("graft_adapter_loaded", adapter="passing", tier="host") == 1
     live.http.delete("/v1/adapters/passing").raise_for_status()
     assert '"passing"' not in live.http.get("/metrics").text
+
+
+@pytest.mark.parametrize("error", [StorageFull("The disk is full."), RuntimeError("a defect")])
+def test_an_upload_that_the_server_fails_is_counted_as_failed(
+    live: Live, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def failing(*arguments: Any, **named: Any) -> Any:
+        raise error
+
+    archive = tar(lora_files(9))
+    monkeypatch.setattr(live.server.registry, "register", failing)
+    with rising(live, "graft_uploads_total", 2, result="failed"), rising(live, "graft_uploads_total", 2):
+        assert live.upload("failing", lora_files(9)).status_code >= 500
+        assert live.http.put("/v1/adapters/failing", content=archive).status_code >= 500
+
+
+def test_an_upload_whose_client_leaves_is_counted_as_abandoned(live: Live) -> None:
+    before = live.metric("graft_uploads_total"), live.metric("graft_uploads_total", result="abandoned")
+    heads = (
+        "POST /v1/adapters HTTP/1.1\r\ncontent-type: multipart/form-data; boundary=b\r\n",
+        "PUT /v1/adapters/leaving HTTP/1.1\r\n",
+    )
+    incoming = live.store / ".incoming"
+    for head in heads:
+        with live.connect() as connection:
+            connection.sendall(f"{head}host: x\r\ncontent-length: 5000\r\n\r\n--b\r\n".encode())
+            eventually(lambda: any(incoming.iterdir()))
+        eventually(lambda: not any(incoming.iterdir()))
+    eventually(lambda: live.metric("graft_uploads_total", result="abandoned") == before[1] + 2)
+    assert live.metric("graft_uploads_total") == before[0] + 2
 
 
 def test_merges_are_counted_by_their_result(live: Live) -> None:
