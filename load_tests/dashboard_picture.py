@@ -1,45 +1,40 @@
 """`python -m load_tests.dashboard_picture`: the dashboard's panels of a live run, as one picture.
 
-A server on the demo is asked for a mix of all its adapters, a Prometheus scrapes it, and each panel's queries are drawn
-as Grafana would. Owns this run and the drawing. Needs Prometheus (Debian's package), and matplotlib.
+A server on the demo is asked for a mix of all its adapters while others are uploaded, merged, dropped and fail, a
+Prometheus scrapes it, and each panel is drawn. Owns this run. Needs Prometheus (Debian's package), and matplotlib.
 """
 
 import argparse
 import asyncio
-import io
 import json
-import random
-import re
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.parse
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from PIL import Image
-
-from load_tests.closed_loop import ClosedLoop
+from load_tests.dashboard_panels import ROOT, draw
+from load_tests.dashboard_work import work
 from load_tests.own_server import NoServer, own_server
 from load_tests.soak import BASE
 
-ROOT = Path(__file__).parents[1]
-DASHBOARD = ROOT / "deploy" / "grafana" / "dashboard.json"
-_WINDOW = "30s"
-_VARIABLES = {"$__rate_interval": _WINDOW, "$instance": ".*", "$adapter": ".*"}
 _INTERVAL_S = 2
-_PER_LINE = 5
-_MAX_LEGEND = 4
-_DOTS_PER_INCH = 72
-_NUM_COLOURS = 16  # of the file: a third of the bytes
+# So little memory that blocks run out and adapters leave, and a queue that does not hold every wave.
+_FLAGS = {
+    "device": "cpu",
+    "kv-memory": "1MiB",
+    "block-size": 16,
+    "adapter-memory": "1MiB",
+    "host-memory": "3MiB",
+    "max-sequences": 16,
+    "max-queued": 6,
+    "max-context": 256,
+    "log-level": "error",
+}
 
 
 @contextmanager
@@ -66,75 +61,15 @@ def scraped(address: str, folder: Path) -> Iterator[str]:
             process.terminate()
 
 
-async def work(url: str, adapters: Sequence[str], duration_s: float) -> None:
-    """Requests of all adapters, popular ones more often, in waves; now and then one that is refused."""
-    dice = random.Random(0)
-    weights = [1 / rank for rank in range(1, len(adapters) + 1)]
-    begun = time.perf_counter()
-    wave = 0
-    while time.perf_counter() - begun < duration_s:
-        wave += 1
-        loop = ClosedLoop(url, num_streams=4 + 8 * (wave % 3), num_prompt_tokens=24, max_tokens=16)
-        names = dice.choices(adapters, weights, k=16)
-        await loop.run([*names, "no-such-adapter"], f"wave {wave}")
-
-
-def series(prometheus: str, expr: str, begun_s: float, ended_s: float) -> list[tuple[Mapping[str, str], Any]]:
-    """Labels, and pairs of Unix time and value, of each series that an expression had in this time."""
-    for variable, value in _VARIABLES.items():
-        expr = expr.replace(variable, value)
-    asked = urllib.parse.urlencode({"query": expr, "start": begun_s, "end": ended_s, "step": _INTERVAL_S})
-    with urllib.request.urlopen(f"{prometheus}/api/v1/query_range?{asked}", timeout=60) as answer:
-        found = json.loads(answer.read())["data"]["result"]
-    return [(one["metric"], [(float(at), float(value)) for at, value in one["values"]]) for one in found]
-
-
-def draw(prometheus: str, begun_s: float, ended_s: float, path: Path) -> None:
-    """Every panel of the dashboard, in its order."""
-    panels = [panel for panel in json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"] if "targets" in panel]
-    num_lines = -(-len(panels) // _PER_LINE)
-    figure = Figure(figsize=(2.8 * _PER_LINE, 1.7 * num_lines), layout="constrained")
-    cells = list(figure.subplots(num_lines, _PER_LINE).flat)
-    for axes, panel in zip(cells, panels, strict=False):
-        _draw_panel(axes, panel, prometheus, begun_s, ended_s)
-    for axes in cells[len(panels) :]:
-        axes.set_axis_off()
-    with io.BytesIO() as drawn:
-        figure.savefig(drawn, dpi=_DOTS_PER_INCH)
-        Image.open(drawn).convert("RGB").quantize(_NUM_COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
-
-
-def _draw_panel(axes: Axes, panel: Mapping[str, Any], prometheus: str, begun_s: float, ended_s: float) -> None:
-    unit = panel["fieldConfig"]["defaults"]["unit"]
-    axes.set_title(f"{panel['title']}{'' if unit == 'short' else f', {unit}'}", fontsize=8)
-    axes.tick_params(labelsize=6)
-    num_drawn = 0
-    for target in panel["targets"]:
-        for labels, values in series(prometheus, target["expr"], begun_s, ended_s):
-            name = _legend(target["legendFormat"], labels)
-            shown = name if num_drawn < _MAX_LEGEND else None
-            axes.plot([at - begun_s for at, _ in values], [value for _, value in values], label=shown, linewidth=1)
-            num_drawn += 1
-    axes.set_ylim(bottom=0)
-    if num_drawn:
-        axes.legend(fontsize=6, handlelength=1, borderpad=0.2, labelspacing=0.2, loc="upper left", framealpha=0.6)
-
-
-def _legend(form: str, labels: Mapping[str, str]) -> str:
-    for label in re.findall(r"\{\{(\w+)\}\}", form):
-        form = form.replace(f"{{{{{label}}}}}", labels.get(label, ""))
-    return form
-
-
-def measure(folder: Path, duration_s: float, path: Path) -> None:
+def measure(folder: Path, duration_s: float, path: Path) -> list[str]:
+    """The titles of the panels that show nothing. Raises NoServer."""
     shutil.copytree(ROOT / "adapters_store", folder / "store")
-    flags = {"device": "cpu", "kv-memory": "64MiB", "adapter-memory": "2MiB", "max-sequences": 8, "log-level": "error"}
-    with own_server(BASE, folder, flags) as server, scraped(server.url.removeprefix("http://"), folder) as prometheus:
+    with own_server(BASE, folder, _FLAGS) as server, scraped(server.url.removeprefix("http://"), folder) as prometheus:
         adapters = [one["name"] for one in server.call("GET", "/v1/adapters")["data"]]
         begun_s = time.time()
-        asyncio.run(work(server.url, adapters, duration_s))
+        asyncio.run(work(server.url, adapters, ROOT / "adapters_store", duration_s))
         time.sleep(2 * _INTERVAL_S)
-        draw(prometheus, begun_s, time.time(), path)
+        return draw(prometheus, (begun_s, time.time()), _INTERVAL_S, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,10 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            measure(Path(folder), arguments.seconds, arguments.out)
+            empty = measure(Path(folder), arguments.seconds, arguments.out)
     except NoServer as error:
         print(f"dashboard picture: {error}", file=sys.stderr)
         return 2
+    print(f"{arguments.out}; without a value: {', '.join(empty) or 'none'}")
     return 0
 
 
