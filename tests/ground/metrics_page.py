@@ -43,8 +43,13 @@ def vllm_table() -> str:
 
 
 def _table(families: Iterable[Family]) -> str:
-    rows = [f"| `{one.name}` | {one.kind}{_labels(one)} | {one.text[0].lower()}{one.text[1:-1]} |" for one in families]
+    rows = [f"| `{one.name}` | {one.kind}{_labels(one)} | {_told(one.text)} |" for one in families]
     return "\n".join(["| metric | kind | what it tells |", "|---|---|---|", *rows]) + "\n"
+
+
+def _told(text: str) -> str:
+    """Without its full stop; its first word small, but for an abbreviation."""
+    return text[:-1] if text[:2].isupper() else text[0].lower() + text[1:-1]
 
 
 def _labels(family: Family) -> str:

@@ -1,5 +1,6 @@
 """Metric definitions: names, units and what one event adds."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.ground.families import FAMILIES
 from server.ground.metrics import Metrics
-from tests.ground.metrics_page import PAGE, written
+from tests.ground.metrics_page import PAGE, tables, written
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -115,6 +116,17 @@ def test_names_carry_the_prefix_and_totals_say_so() -> None:
 
 def test_no_histogram_carries_the_name_of_an_adapter() -> None:
     assert not [f.name for f in FAMILIES.values() if f.kind == "histogram" and "adapter" in f.labels]
+
+
+def test_the_reference_leaves_abbreviations_as_they_are() -> None:
+    assert "| HTTP requests answered |" in tables()
+    assert "| sequences that ended |" in tables()
+
+
+def test_the_reference_names_files_that_are_there() -> None:
+    named = re.findall(r"`((?:deploy|server|tests)/[\w/.]+)`", PAGE.read_text(encoding="utf-8"))
+    assert "deploy/prometheus/prometheus.yml" in named
+    assert [name for name in named if not (PAGE.parents[1] / name).is_file()] == []
 
 
 def test_the_reference_is_written_from_the_code() -> None:
