@@ -27,7 +27,7 @@ _PER_LINE = 3
 _MAX_LEGEND = 12
 _MAX_LEGEND_CHARS = 34
 _DOTS_PER_INCH = 75
-_NUM_COLOURS = 48  # of the file: half of the bytes
+_NUM_COLOURS = 24  # of the file: a third of the bytes
 
 Curve = tuple[str, list[tuple[float, float]]]  # its name, and pairs of Unix time and value
 
