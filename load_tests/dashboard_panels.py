@@ -102,7 +102,7 @@ def _names(curves: Sequence[Curve]) -> list[str]:
     is_some = [any(value for _, value in points) for _, points in curves]
     left = itertools.count()
     return [
-        name[:_MAX_LEGEND_CHARS] if (told or not any(is_some)) and next(left) < _MAX_LEGEND else "_"
+        (name or "(none)")[:_MAX_LEGEND_CHARS] if (told or not any(is_some)) and next(left) < _MAX_LEGEND else "_"
         for told, (name, _) in zip(is_some, curves, strict=True)
     ]
 
