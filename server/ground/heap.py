@@ -83,3 +83,16 @@ def set_apart_what_stays() -> None:
     gc.freeze()
     young, middle, _ = gc.get_threshold()
     gc.set_threshold(young, middle, _FULL_EVERY)
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Meanwhile Python looks for no unreachable objects: for work of milliseconds that makes thousands of objects and
+    drops all of them. Else it would go through them again and again, and bring the next full collection nearer."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from server.ground.adapter_series import AdapterSeries, AdapterState
 from server.ground.exposition import exposition
 from server.ground.families import FAMILIES, Family
+from server.ground.heap import without_collections
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that says when it was made: nobody asks
 MAX_ADAPTERS = 500  # with series of their own, where nobody says
@@ -170,8 +171,9 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format."""
-        families, adapters = list(self.registry.collect()), self.adapters.shown()
-        return (exposition(families) + adapters.text + self._also(families, adapters.own)).encode()
+        with without_collections():
+            families, adapters = list(self.registry.collect()), self.adapters.shown()
+            return (exposition(families) + adapters.text + self._also(families, adapters.own)).encode()
 
 
 def _events(kind: str) -> Iterator[Family]:

@@ -1,5 +1,6 @@
 """Metric definitions: names, units and what one event adds."""
 
+import gc
 import re
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.ground.adapter_series import AdapterState
 from server.ground.families import FAMILIES
 from server.ground.metrics import Metrics
 from tests.ground.metrics_page import PAGE, tables, written
@@ -104,6 +106,23 @@ def test_the_text_says_what_the_clients_own_writer_says(metrics: Metrics) -> Non
     )
     assert {s for s in ours ^ theirs if not s[0].startswith(("process_", "graft_adapter_"))} == set()
     assert ("graft_build_info", ("version", hostile), 1) in ours
+
+
+def test_a_scrape_of_thousands_of_adapters_makes_no_work_for_the_collector(metrics: Metrics) -> None:
+    def num_collections() -> int:
+        return sum(generation["collections"] for generation in gc.get_stats())
+
+    def read() -> list[AdapterState]:
+        during.append(num_collections())
+        states = [AdapterState(f"a{index}", host_bytes=1) for index in range(10_000)]
+        during.append(num_collections())
+        return states
+
+    during: list[int] = []
+    metrics.adapters.watch(read, lambda name: True)
+    metrics.exposition()
+    assert during[0] == during[1]
+    assert gc.isenabled()
 
 
 def test_names_carry_the_prefix_and_totals_say_so() -> None:
