@@ -258,7 +258,7 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["dora", "vera", "ia3"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "vera", "ia3"])
 @pytest.mark.parametrize("spell", SPELLINGS.values(), ids=SPELLINGS.keys())
 def test_keys_of_every_generation_mean_the_same(kind: str, spell: Callable[[str], str], adapter: Copies) -> None:
     model = base(llama)
@@ -269,6 +269,65 @@ def test_keys_of_every_generation_mean_the_same(kind: str, spell: Callable[[str]
     for path, edit in plain.edits.items():
         for name, tensor in edit.tensors().items():
             assert tensor.equal(other.edits[path].tensors()[name])
+
+
+# What these write beside r, lora_alpha and target_modules.
+EXPORTS: dict[str, dict[str, Any]] = {
+    "Unsloth": {
+        "alpha_pattern": {}, "arrow_config": None, "auto_mapping": {
+            "base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama.modeling_llama",
+            "unsloth_fixed": True,
+        },
+        "base_model_name_or_path": "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit", "bias": "none", "corda_config": None,
+        "ensure_weight_tying": False, "eva_config": None, "exclude_modules": None, "fan_in_fan_out": False,
+        "inference_mode": True, "init_lora_weights": True, "layer_replication": None, "layers_pattern": None,
+        "layers_to_transform": None, "loftq_config": {}, "lora_bias": False, "lora_dropout": 0, "megatron_config": None,
+        "megatron_core": "megatron.core", "modules_to_save": None, "peft_version": "0.18.0", "qalora_group_size": 16,
+        "rank_pattern": {}, "revision": None, "target_parameters": None, "task_type": "CAUSAL_LM",
+        "trainable_token_indices": None, "use_dora": False, "use_qalora": False, "use_rslora": False,
+    },
+    "Axolotl, with PEFT of 2023": {
+        "auto_mapping": None, "base_model_name_or_path": "NousResearch/Llama-2-7b-hf", "bias": "none",
+        "fan_in_fan_out": None, "inference_mode": True, "init_lora_weights": True, "layers_pattern": None,
+        "layers_to_transform": None, "lora_dropout": 0.05, "modules_to_save": None, "revision": None,
+        "task_type": "CAUSAL_LM",
+    },
+    "PEFT's first": {
+        "base_model_name_or_path": "decapoda-research/llama-7b-hf", "bias": "none", "enable_lora": None,
+        "fan_in_fan_out": False, "inference_mode": True, "lora_dropout": 0.05, "merge_weights": False,
+        "modules_to_save": None, "task_type": "CAUSAL_LM",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("export", EXPORTS.values(), ids=EXPORTS.keys())
+def test_a_config_as_other_tools_export_it_means_the_same(export: dict[str, Any], adapter: Copies) -> None:
+    model = base(llama)
+    folder = adapter("lora")
+    plain = lowered(folder, model)
+    path = folder / "adapter_config.json"
+    own = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({name: own[name] for name in ("peft_type", "r", "lora_alpha", "target_modules")} | export)
+    )
+    other = lowered(folder, model)
+    assert plain.edits.keys() == other.edits.keys()
+    for site, edit in plain.edits.items():
+        assert all(tensor.equal(other.edits[site].tensors()[name]) for name, tensor in edit.tensors().items())
+
+
+def test_modules_named_by_unsloths_pattern_are_found(adapter: Copies) -> None:
+    """As it writes it for models that might see: every linear of language, attention and MLP."""
+    model = base(llama)
+    folder = adapter("lora")
+    names = "|".join(json.loads((folder / "adapter_config.json").read_text())["target_modules"])
+    parts = "(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)"
+    pattern = (
+        rf"(?:.*?(?:language|text).*?{parts}.*?(?:{names}).*?)|"
+        rf"(?:\bmodel\.layers\.[\d]{{1,}}\.{parts}\.(?:(?:{names})))"
+    )
+    plain = lowered(folder, model)
+    assert lowered(altered(folder, config={"target_modules": pattern}), model).edits.keys() == plain.edits.keys()
 
 
 def test_tensors_that_only_training_used_change_nothing(adapter: Copies) -> None:
