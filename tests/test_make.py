@@ -1,4 +1,4 @@
-"""The README's first command in a tree that was just cloned: `make serve` installs, starts and answers; then it only starts."""
+"""The README's first command in a fresh clone: `make serve` installs, starts and answers; then it only starts."""
 
 import os
 import signal
