@@ -34,9 +34,9 @@ from server.engine.engine import StepReport
 from server.engine.flight import Flight
 from server.ground.config import load
 from server.model import sites as sites_module
-from server.model.fused import FusedLinear, FusedNative
+from server.model.fused import FusedLinear, FusedNative, SharedNative
 from server.model.sites import BaseSite
-from server.ops import StepKernels
+from server.ops import StepKernels, native
 
 SCHEMA = "graftserve-step-parts/1"
 _LOW_RANK = ("embed_low_rank", "expand", "expand_stack", "scale", "scale_shift", "shift", "shrink", "shrink_stack")
@@ -78,6 +78,8 @@ def parts_of(server: Server) -> Iterator[tuple[str, Any, str]]:
     yield "forward: base, its norms included", BaseSite, "_plain"
     yield "forward: base, its norms included", FusedLinear, "__call__"
     yield "forward: base, its norms included", FusedNative, "__call__"
+    yield "forward: base, its norms included", SharedNative, "__call__"
+    yield "forward: whole layers, adapters included", native.DecodeLayer, "__call__"
     for name in _LOW_RANK:
         yield "forward: adapters", sites_module, name
     yield "forward: adapters", StepKernels, "finish"
