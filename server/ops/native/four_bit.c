@@ -49,13 +49,6 @@ INLINE void products(const struct weight *weight, int64_t tile, int64_t last, in
     for (; tile < last; tile++) product(weight, tile, 1, num_tokens, num, x, y, y_stride, dtype);
 }
 
-/* For how many tokens a product is made that must be one of `num`: the next power of two. */
-INLINE int64_t rounded_up(int64_t num) {
-    int64_t tokens = 1;
-    while (tokens < num) tokens *= 2;
-    return tokens;
-}
-
 INLINE void products_of_any(const struct weight *weight, int64_t tile, int64_t last, int64_t num, const float *x,
                             void *y, int64_t y_stride, int dtype) {
     switch (rounded_up(num)) {

@@ -47,3 +47,10 @@ INLINE floats scales_of(const struct weight *weight, int64_t tile, int64_t k) {
 INLINE floats bias_of(const struct weight *weight, int64_t tile) {
     return weight->bias ? load(weight->bias, tile * LANES, LANES, FLOAT32) : all(0);
 }
+
+/* For how many tokens a product is made that must be one of `num`: the next power of two. */
+INLINE int64_t rounded_up(int64_t num) {
+    int64_t tokens = 1;
+    while (tokens < num) tokens *= 2;
+    return tokens;
+}

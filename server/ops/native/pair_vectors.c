@@ -97,13 +97,6 @@ INLINE void products(const struct source *source, int64_t tile, int64_t last, in
     for (; tile < last; tile++) product(source, table, tile, 1, num_tokens, num, x, y, y_stride, is_plain);
 }
 
-/* For how many tokens a product is made that must be one of `num`: the next power of two. */
-INLINE int64_t rounded_up(int64_t num) {
-    int64_t tokens = 1;
-    while (tokens < num) tokens *= 2;
-    return tokens;
-}
-
 INLINE void products_of_any(const struct source *source, int64_t tile, int64_t last, int64_t num, const uint32_t *x,
                             void *y, int64_t y_stride, int is_plain) {
     switch (rounded_up(num)) {
