@@ -7,6 +7,7 @@ of a few microseconds each, so their number is its time. Knows nothing about ada
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,12 +37,13 @@ def compact_norm(norm: nn.Module, stock: _Forward, *, is_native: bool = False) -
     it must be within the rounding of the norm's own dtype. Float32, which is asked for to be exact, stays as it is.
     """
     weight: Any = norm.weight
-    eps = eps_of(norm)
+    eps = _eps_of(norm)
     if eps is None or weight.is_meta or weight.dtype is torch.float32:
         return None
 
+    compact: _Forward
     if is_native:
-        compact = _native_norm(weight, eps)
+        compact = native_norm(norm)
     else:
         compact = _fused_norm(weight, eps) if weight.is_cuda else _norm_by_length(weight, eps)
 
@@ -62,14 +64,16 @@ def _fused_norm(weight: torch.Tensor, eps: float) -> _Forward:
     return lambda x: F.rms_norm(x, weight.shape, weight, eps)
 
 
-def eps_of(norm: nn.Module) -> float | None:
+def _eps_of(norm: nn.Module) -> float | None:
     """What an RMS norm adds to the mean of squares; None if it does not say."""
     return next((e for name in ("variance_epsilon", "eps") if isinstance(e := getattr(norm, name, None), float)), None)
 
 
-def _native_norm(weight: torch.Tensor, eps: float) -> _Forward:
-    exact = weight.float()
-    return lambda x: native.rms_norm(x, exact, eps)
+def native_norm(norm: nn.Module) -> native.Norm:
+    """Of an RMS norm that says its eps."""
+    eps = _eps_of(norm)
+    assert eps is not None
+    return native.Norm(norm.get_parameter("weight").detach().float(), eps)
 
 
 def _norm_by_length(weight: torch.Tensor, eps: float) -> _Forward:
@@ -222,6 +226,7 @@ def _rotary_function(attention: type[nn.Module], name: str) -> str | None:
     return code_of(inspect.unwrap(attention.forward).__globals__.get(name))
 
 
+@cache  # the layers of a model are of a few classes
 def code_of(function: Any) -> str | None:
     """The source of a function, None where there is none: two of one source do the same."""
     try:

@@ -105,7 +105,8 @@ class StepContext:
     stack_shrunk: dict[int, tuple[torch.Tensor, StackHidden]] = field(default_factory=dict)
     fused: dict[int, FusedOutput] = field(default_factory=dict)
     kv_rows: dict[int, torch.Tensor] = field(default_factory=dict)  # by kv heads: where the step's tokens are cached
-    decode_step: DecodeStep | None = None  # what all layers of a step share where each is one native call
+    # What layers share where each is one native call, by the id of the angles that the model gives them.
+    decode_steps: dict[int, DecodeStep] = field(default_factory=dict)
 
 
 class Scope:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 from server.model.attention import PagedAttention
-from server.model.compact import DecodeAttentions, GatedMLPs, Replaced, code_of, eps_of
+from server.model.compact import DecodeAttentions, GatedMLPs, Replaced, code_of, native_norm
 from server.model.context import Scope, StepContext
 from server.model.fused import FusedNative
 from server.model.site_table import SiteGroup
@@ -43,11 +43,12 @@ class DecodeLayers(Replaced):
         self._attentions = attentions
         self._attention = attention
         self._widest = 0
-        self._groups = {tuple(site.module for site in group.sites): group for group in groups}
+        self._groups = {tuple(site.module for site in group.sites): group for group in groups}  # by members
         self._native_parts = {*norms, *attentions.modules, *mlps.modules}
-        super().__init__([module for module in model.modules() if self._groups_of(module)])
+        self._groups_of = {module: groups for module in model.modules() if (groups := self._find_groups(module))}
+        super().__init__(self._groups_of)
 
-    def _groups_of(self, module: Any) -> list[SiteGroup]:
+    def _find_groups(self, module: Any) -> list[SiteGroup]:
         """The groups of the linears of a layer that is of this kind, in their order; none of any other module."""
         if _LAYER is None or code_of(type(module).forward) != _LAYER:
             return []
@@ -65,7 +66,7 @@ class DecodeLayers(Replaced):
         return groups if is_native and len(groups) == len(linears) else []
 
     def _forward_of(self, module: Any) -> Callable[..., Any]:
-        stock, groups, number = module.forward, self._groups_of(module), module.self_attn.layer_idx
+        stock, groups, number = module.forward, self._groups_of[module], module.self_attn.layer_idx
         layer = self._native_layer(module, groups)
         self._widest = max(self._widest, layer.widest)
         numbers = [group.index for group in groups]
@@ -77,7 +78,7 @@ class DecodeLayers(Replaced):
             joints = [None] * len(numbers) if context.kernels is None else context.kernels.joints(numbers)
             if joints is None:
                 return stock(hidden_states, *args, **kwargs)
-            step, cache = context.decode_step or self._enter(context, angles), self._attention.cache
+            step, cache = self._step_of(context, angles), self._attention.cache
             assert cache is not None
             return layer(hidden_states[0], step, joints, cache.keys[number], cache.values[number])[None]
 
@@ -87,10 +88,7 @@ class DecodeLayers(Replaced):
         attention = module.self_attn
         width = attention.head_dim
         linears = [fused.linear for group in groups if isinstance(fused := group.sites[0].fused, FusedNative)]
-        norms = [
-            native.Norm(norm.weight.float(), eps_of(norm) or 0.0)
-            for norm in (module.input_layernorm, module.post_attention_layernorm)
-        ]
+        norms = [native_norm(norm) for norm in (module.input_layernorm, module.post_attention_layernorm)]
         heads = attention.q_proj.out_features // width, attention.k_proj.out_features // width, width
         options = self._attention.options_of(attention.layer_idx)
         assert options is not None
@@ -100,13 +98,16 @@ class DecodeLayers(Replaced):
         is_listed = context.attention.lists is not None and self._attentions.can_serve(context)
         return is_listed and x.dtype is torch.bfloat16 and x.shape[1] <= layer.max_tokens and x.is_contiguous()
 
-    def _enter(self, context: StepContext, angles: tuple[torch.Tensor, torch.Tensor]) -> native.DecodeStep:
-        """The step's part of the call, which is the same for all layers, as the angles are."""
+    def _step_of(self, context: StepContext, angles: tuple[torch.Tensor, torch.Tensor]) -> native.DecodeStep:
+        """The step's part of the call, which is the same for all layers that are given the same angles."""
+        known = context.decode_steps.get(id(angles[0]))
+        if known is not None:
+            return known
         batch, cache = context.attention, self._attention.cache
         assert batch.lists is not None
         assert cache is not None
         places = batch.blocks, batch.offsets
         turns = self._attentions.turns(angles)
         step = native.DecodeStep(len(batch.offsets), turns, places, batch.lists, cache.keys[0], self._widest)
-        context.decode_step = step
+        context.decode_steps[id(angles[0])] = step
         return step

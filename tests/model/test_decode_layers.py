@@ -69,6 +69,33 @@ def test_a_decode_is_what_the_modules_give(
     assert len(calls) == 2 * base.num_layers
 
 
+def test_layers_with_angles_of_their_own_are_turned_by_them(
+    model_folder: Callable[[str], Path], calls: list[int]
+) -> None:
+    """As in models whose local and global layers rotate differently."""
+    base = load(model_folder("llama"), Quantization.NF4)
+    last = layers_of(base)[-1]
+    given: Any = last.forward
+
+    def other_angles(hidden_states: torch.Tensor, *args: Any, position_embeddings: Any, **kwargs: Any) -> Any:
+        turned = tuple(t.flip(-1).roll(1, -1) for t in position_embeddings)
+        return given(hidden_states, *args, position_embeddings=turned, **kwargs)
+
+    rows = [torch.tensor([5, 7])]
+    plain = base._decode_probe(rows, is_native=True)
+    last.forward = other_angles
+    calls.clear()
+    found = base._decode_probe(rows, is_native=True)
+    assert calls == [1] * 2 * base.num_layers
+    last.forward = given
+    with_stock_layers(base)
+    given = last.forward
+    last.forward = other_angles
+    expected = base._decode_probe(rows, is_native=True)
+    assert (found - expected).norm() < 3e-2 * expected.norm()
+    assert (found - plain).norm() > 2 * (found - expected).norm()
+
+
 def test_a_processor_that_does_not_multiply_bfloat16_has_the_call_for_four_bits(
     model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, calls: list[int]
 ) -> None:

@@ -9,11 +9,12 @@ Activations and rows are float32 or bfloat16 (`DTYPES`), each for itself; sums a
 import torch
 
 from server.ops.native.build import CannotCompile, library
-from server.ops.native.decode_layer import DecodeLayer, DecodeStep, Linear, Norm
+from server.ops.native.decode_layer import DecodeLayer, DecodeStep, Linear
 from server.ops.native.dtypes import DTYPES
 from server.ops.native.joint import Joint, joint
 from server.ops.native.layout import dense_rows
 from server.ops.native.long_runs import LONGEST, expand_long, shrink_long
+from server.ops.native.norm import Norm
 from server.ops.native.weights import (
     FourBitWeight,
     PairedWeight,
@@ -47,7 +48,6 @@ __all__ = [
     "joint",
     "library",
     "multiplies_bfloat16",
-    "rms_norm",
     "rotary_decode",
     "rows_product",
     "scale",
@@ -226,18 +226,6 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
         rows.data_ptr(), rows.stride(0), DTYPES[rows.dtype], *rows.shape, found.data_ptr(), torch.get_num_threads()
     )
     return found
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """weight * x / sqrt(mean(x^2) + eps), rounded once: x (..., width), weight (width,) float32 (Zhang and Sennrich
-    2019, arXiv:1910.07467)."""
-    rows = dense_rows(x.reshape(-1, x.shape[-1]))
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    library().graft_rms_norm(
-        rows.data_ptr(), rows.stride(0), y.data_ptr(), DTYPES[x.dtype], weight.data_ptr(), *rows.shape, eps,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return y
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -12,12 +12,11 @@ import torch
 from server.ops.native.build import library
 from server.ops.native.dtypes import DTYPES
 from server.ops.native.joint import Joint
+from server.ops.native.norm import Norm
 from server.ops.native.weights import ROOM_FOR_TOKENS, Weight
 from server.ops.runs import DecodeLists
 
 _PRODUCTS = ("projections", "out", "gate_up", "down")
-
-
 _Edits = ctypes.c_void_p * len(_PRODUCTS)
 
 
@@ -59,12 +58,6 @@ class Linear:
 
     weight: Weight
     bias: torch.Tensor | None  # (d_out,) float32
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    weight: torch.Tensor  # (hidden,) float32
-    eps: float
 
 
 class DecodeStep:

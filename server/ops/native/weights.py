@@ -92,7 +92,7 @@ def multiplies_bfloat16() -> bool:
     return _way() is not Way.BY_VECTORS
 
 
-def _way() -> "Way":
+def _way() -> Way:
     if has_matrix_unit():  # which asks Linux for it
         return Way.ON_UNIT
     return Way.BY_PAIRS if has_pair_vectors() else Way.BY_VECTORS
@@ -142,8 +142,7 @@ class FourBitWeight:
         Where the processor multiplies bfloat16, and elsewhere up to 48 tokens, a token's sums have one order whatever
         else is in x: they are the same to the bit.
         """
-        layout = self.layout
-        if x.dtype is torch.bfloat16 and layout.way is not Way.BY_VECTORS:
+        if x.dtype is torch.bfloat16 and (layout := self.layout).way is not Way.BY_VECTORS:
             return _bfloat16_product(x, layout, bias)
         rows = dense_rows(x.reshape(-1, self._d_in))
         num = rows.shape[0]

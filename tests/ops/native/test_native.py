@@ -37,11 +37,11 @@ def limits(dtype: torch.dtype) -> dict[str, float]:
 def test_an_rms_norm(dtype: torch.dtype, width: int) -> None:
     x, weight = (normal(3, 2, width, seed=1) * 9).to(dtype), normal(width, seed=2)
     expected = F.rms_norm(x.double(), (width,), weight.double(), 1e-5)
-    found = native.rms_norm(x, weight, 1e-5)
+    found = native.Norm(weight, 1e-5)(x)
     assert found.dtype is dtype
     torch.testing.assert_close(found.double(), expected, **limits(dtype))
     strided = x.transpose(0, 1)
-    torch.testing.assert_close(native.rms_norm(strided, weight, 1e-5), found.transpose(0, 1), rtol=0, atol=0)
+    torch.testing.assert_close(native.Norm(weight, 1e-5)(strided), found.transpose(0, 1), rtol=0, atol=0)
 
 
 @DTYPES
@@ -67,7 +67,7 @@ def test_what_is_no_number_stays_none() -> None:
     nan = torch.full((1, 20), torch.nan)
     for dtype in native.DTYPES:
         assert native.gated(nan.to(dtype), torch.ones(1, 20).to(dtype)).isnan().all()
-        assert native.rms_norm(nan.to(dtype), torch.ones(20), 1e-5).isnan().all()
+        assert native.Norm(torch.ones(20), 1e-5)(nan.to(dtype)).isnan().all()
 
 
 @examples
