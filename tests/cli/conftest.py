@@ -1,5 +1,6 @@
 """What the client commands talk to: the HTTP floor's own test server, and one that answers as a test tells it to."""
 
+import contextlib
 import json
 import queue
 import threading
@@ -64,10 +65,11 @@ class Scripted:
                     self.send_header(name, value)
                 if reply.hangs_up:  # before a byte that it has announced; without a length the end is the end
                     self.send_header("content-length", str(sum(map(len, reply.parts)) + 1))
-                self.end_headers()
-                for part in reply.parts:
-                    self.wfile.write(part)
-                    self.wfile.flush()
+                with contextlib.suppress(ConnectionError):  # a client may leave before the end
+                    self.end_headers()
+                    for part in reply.parts:
+                        self.wfile.write(part)
+                        self.wfile.flush()
                 self.close_connection = True
 
             def log_message(self, format: str, *args: Any) -> None: ...
