@@ -20,6 +20,7 @@ from server.model.attention import IMPLEMENTATION, KVCache, PagedAttention, atta
 from server.model.compact import DecodeAttentions, GatedMLPs, Replaced
 from server.model.context import AttentionBatch, Scope, StepContext
 from server.model.decode_layers import DecodeLayers
+from server.model.decoder_pass import DecoderPasses
 from server.model.fingerprint import fingerprint
 from server.model.fused import can_read_codes
 from server.model.lean_loading import lean_loading
@@ -210,22 +211,33 @@ class Base:
     def _compact(self, rows: list[torch.Tensor]) -> None:
         """Computes what can be with fewer operators where that gives the same; elsewhere all stays as it is."""
         is_native = self.kernels is native
-        expected = self._decode_probe(rows)
+        packed, expected = self._probe(rows), self._decode_probe(rows)
+
+        def decoded() -> torch.Tensor:
+            return self._decode_probe(rows, is_native=is_native)
+
         norms = self.sites.compact_norms(is_native=is_native)
         attentions = DecodeAttentions(self.model, self.attention, self.scope)
         mlps = GatedMLPs(self.model if is_native and not self._is_exact else nn.Module())
-        self._keep_if_same(expected, (attentions, mlps), rows)
+        self._keep_if_same((attentions, mlps), expected, decoded)
         layers = DecodeLayers(
             self.model, self.sites.groups, norms if is_native else (), attentions, mlps, self.attention, self.scope
         )
-        self._keep_if_same(expected, (layers,), rows)
+        self._keep_if_same((layers,), expected, decoded)
+        passes = DecoderPasses(self.model, self.scope)
+        self._keep_if_same((passes,), expected, decoded)
+        self._keep_if_same((passes,), packed, lambda: self._probe(rows))
         log.info(
-            "fewer operators in %d norms, %d attentions, %d MLPs and %d layers",
-            len(norms), len(attentions), len(mlps), len(layers),
+            "fewer operators in %d norms, %d attentions, %d MLPs, %d layers and %d passes",
+            len(norms), len(attentions), len(mlps), len(layers), len(passes),
         )  # fmt: skip
 
-    def _keep_if_same(self, expected: torch.Tensor, parts: Sequence[Replaced], rows: list[torch.Tensor]) -> None:
-        error = _difference(expected, self._decode_probe(rows, is_native=self.kernels is native))
+    def _keep_if_same(
+        self, parts: Sequence[Replaced], expected: torch.Tensor, found: Callable[[], torch.Tensor]
+    ) -> None:
+        if not any(map(len, parts)):
+            return
+        error = _difference(expected, found())
         if not error <= self._rounding_limit:
             for part in parts:
                 part.remove()

@@ -4,7 +4,9 @@ Owns what stands for what, and the proof at load that it gives the same. A step 
 of a few microseconds each, so their number is its time. Knows nothing about adapters, nor about sequences.
 """
 
+import ast
 import inspect
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -228,8 +230,12 @@ def _rotary_function(attention: type[nn.Module], name: str) -> str | None:
 
 @cache  # the layers of a model are of a few classes
 def code_of(function: Any) -> str | None:
-    """The source of a function, None where there is none: two of one source do the same."""
+    """The code of a function without what it says of itself, None where there is none: two of one code do the same."""
     try:
-        return inspect.getsource(inspect.unwrap(function))
+        source = inspect.getsource(inspect.unwrap(function))
     except (OSError, TypeError):  # made at run time, or no function: nobody knows what it does
         return None
+    (written,) = ast.parse(textwrap.dedent(source)).body
+    if isinstance(written, ast.FunctionDef) and ast.get_docstring(written) is not None:
+        del written.body[0]
+    return ast.dump(written)
