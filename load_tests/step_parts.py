@@ -156,9 +156,9 @@ def _columns(scratch: Path, arguments: argparse.Namespace) -> dict[str, dict[str
 
 
 def _round(server: Server, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    found = {}
-    for label in _LABELS:
-        names = [name and f"lora-{int(name.partition('-')[2]):04d}" for name in mixes(arguments.streams)[label]]
+    found, mixed = {}, mixes(arguments.streams)
+    for label in [label for label in _LABELS if label in mixed]:
+        names = [name and f"lora-{int(name.partition('-')[2]):04d}" for name in mixed[label]]
         found[label] = measure(server, Streams(names, arguments.prompt_tokens, arguments.tokens))
     return found
 

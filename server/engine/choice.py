@@ -26,8 +26,11 @@ def choose(logits: StepLogits, flights: Mapping[str, Flight], masks: StepMasks |
     if not names:
         return Chosen(torch.empty(0, dtype=torch.int64), names)
     rows = [_sampling_row(item, flights) for item in logits.samplers]
-    if logits.greedy is not None and masks is None and all(row.temperature == 0 and not row.rules for row in rows):
-        return Chosen(logits.greedy, names)
+    if masks is None and not any(row.rules for row in rows):  # the logits are as the step has left them
+        if logits.greedy is not None and all(row.temperature == 0 for row in rows):
+            return Chosen(logits.greedy, names)
+        if logits.draw is not None:
+            return Chosen(logits.draw(rows), names)
     allowed = logits.sampled if masks is None else masks.applied(logits)
     tokens = sample(edit_logits(allowed, rows), rows, logits.argmax)
     return Chosen(marked(logits.sampled, tokens), names)

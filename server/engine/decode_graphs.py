@@ -1,4 +1,5 @@
-"""Decode steps as recordings: one for each number of sequences that is rounded up to, with and without adapters.
+"""Decode steps as recordings: one for each number of sequences that is rounded up to, with and without adapters, and
+the draws of their tokens.
 
 Owns the tensors that the recordings read, and when one is of use no more. A replay costs the CPU one copy of numbers
 and one call; launching a step kernel by kernel takes longer than a GPU computes it. Knows nothing about how a recording
@@ -10,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Sequence as Listing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -19,6 +20,7 @@ from server.adapters.device.device import DeviceTier
 from server.engine.chosen import Chosen, marked
 from server.engine.packed_step import read_blocks
 from server.engine.recording import Recorder, Recording
+from server.engine.sampler import Asked, SamplingRow, is_cut, packed, sample, sample_all
 from server.engine.sequence import UNKNOWN_TOKEN, ScheduledSequence
 from server.model.attention import KVCache
 from server.model.base import Base
@@ -31,12 +33,21 @@ from server.ops.sheets import StepTables
 log = logging.getLogger(__name__)
 
 _STEPS = (1, 2, 4, 8, 16)  # numbers of sequences; from the last on all multiples of it
+_NOBODY = SamplingRow(temperature=0, top_p=1, top_k=0, uniform=0)  # at a place that no sequence has
 
 
 def graph_sizes(max_sequences: int) -> list[int]:
     """The numbers of sequences that recordings are made for, the largest last."""
     large = range(2 * _STEPS[-1], max_sequences + _STEPS[-1], _STEPS[-1])
     return [size for size in (*_STEPS, *large) if size < max_sequences] + [max_sequences]
+
+
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """The recorded draws of one recorded step, and the tensor that they read what is asked from."""
+
+    asked: torch.Tensor  # as `packed` has it
+    recording: Recording
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,20 @@ class _Graph:
     recording: Recording
     depends_on: Hashable  # of the tables: when that changes, the recording is of use no more
     tables: StepTables | None  # kept, as the recording has their tensors' addresses
+    draws: dict[bool, _Draws] = field(default_factory=dict)  # by whether any row is cut; they read this one's logits
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What a replay gives; the next one overwrites it.
+
+    logits (items, vocabulary); greedy (items,) the most likely tokens, NOT_FINITE for rows that are no numbers. `draw`
+    is `sample` of these logits, marked likewise: a tensor of its own.
+    """
+
+    logits: torch.Tensor
+    greedy: torch.Tensor
+    draw: Callable[[Listing[SamplingRow]], torch.Tensor]
 
 
 class DecodeGraphs:
@@ -72,6 +97,7 @@ class DecodeGraphs:
         self._max_blocks = -(-max_context // cache.block_size)  # of one sequence
         self._graphs: dict[tuple[int, bool], _Graph] = {}
         self._fault: str | None = None
+        self._draw_fault: str | None = None
         # What the step before has chosen; recordings read it, so it stays where it is.
         self._latest = torch.zeros(self._sizes[-1], dtype=torch.int64, device=base.device)
 
@@ -101,11 +127,8 @@ class DecodeGraphs:
             and not self._adapters.has_ops({slot for item in items for slot in item.slots})
         )
 
-    def run(self, items: Listing[ScheduledSequence], before: Chosen | None) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Logits (items, vocabulary) and the most likely tokens (items,), NOT_FINITE for rows that are no numbers.
-
-        Both are overwritten by the next run. None where this device cannot record; it is not tried again.
-        """
+    def run(self, items: Listing[ScheduledSequence], before: Chosen | None) -> Replay | None:
+        """One more token of each. None where this device cannot record; it is not tried again."""
         slots = [slot for item in items for slot in item.slots]
         size = next(size for size in self._sizes if size >= len(items))
         graph = self._find(size, has_adapters=any(slots))
@@ -116,8 +139,39 @@ class DecodeGraphs:
         host = self._packed(items, before, size, has_adapters=any(slots)).host()
         graph.numbers[: len(host)].copy_(send(host, self._base.device))
         graph.recording.replay()
-        logits, tokens = graph.recording.outputs
-        return logits[: len(items)], tokens[: len(items)]
+        logits, tokens = (output[: len(items)] for output in graph.recording.outputs)
+        return Replay(logits, tokens, lambda rows: self._drawn(graph, rows))
+
+    def _drawn(self, graph: _Graph, rows: Listing[SamplingRow]) -> torch.Tensor:
+        """The tokens of the first rows of the graph's logits."""
+        has_cuts = any(map(is_cut, rows))
+        draws = None if self._draw_fault else graph.draws.get(has_cuts) or self._record_draws(graph, has_cuts)
+        if draws is None:
+            logits = graph.recording.outputs[0][: len(rows)]
+            return marked(logits, sample(logits, rows))
+        draws.asked.copy_(send(packed([*rows, *[_NOBODY] * (draws.asked.shape[1] - len(rows))]), self._base.device))
+        draws.recording.replay()
+        (tokens,) = draws.recording.outputs
+        return tokens[: len(rows)].clone()
+
+    def _record_draws(self, graph: _Graph, has_cuts: bool) -> _Draws | None:
+        """Made when they are first wanted: a sort of vocabularies takes memory that greedy answers do not need."""
+        logits, _ = graph.recording.outputs
+        asked = packed([_NOBODY] * len(logits)).to(self._base.device)
+
+        def work() -> tuple[torch.Tensor, ...]:
+            return (marked(logits, sample_all(logits, Asked.of(asked), has_cuts=has_cuts)),)
+
+        try:
+            draws = _Draws(asked, self._recorder.record(work))
+        except torch.OutOfMemoryError:
+            raise  # as for steps
+        except RuntimeError as error:
+            self._draw_fault = str(error).partition("\n")[0]
+            log.warning("draws are launched one kernel at a time: they cannot be recorded (%s)", self._draw_fault)
+            return None
+        graph.draws[has_cuts] = draws
+        return draws
 
     def _find(self, size: int, *, has_adapters: bool) -> _Graph | None:
         depends_on = self._adapters.static_shape() if has_adapters else None

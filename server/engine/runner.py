@@ -3,6 +3,7 @@
 All device work of a step starts here. Owns the KV cache. Knows nothing about the queue, text or how tokens are chosen.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from server.engine.chosen import Chosen
 from server.engine.decode_graphs import DecodeGraphs, graph_sizes
 from server.engine.packed_step import PackedStep, StepOrder, kept_rows
 from server.engine.recording import Recorder
-from server.engine.sampler import ArgMax, most_likely
+from server.engine.sampler import ArgMax, SamplingRow, most_likely
 from server.engine.sequence import Batch, ScheduledSequence
 from server.model.attention import KVCache
 from server.model.base import Base
@@ -28,13 +29,15 @@ _RECOMPUTED_AT_ONCE = 512  # tokens: bounds what a long sequence takes for itsel
 class StepLogits:
     """What a step computed. `sampled` (k, vocabulary): one row per item of `samplers`, in order. `scored`: the logits
     of all rows of an item that wants its prompt scored (`scorers`), (tokens of the item, vocabulary), by sequence id.
-    `greedy` (k,): their most likely tokens, NOT_FINITE for rows that are no numbers, where the step has them found."""
+    `greedy` (k,): their most likely tokens, NOT_FINITE for rows that are no numbers, where the step has them found, and
+    `draw`: tokens (k,) that are drawn of these very logits, marked likewise, where the step can."""
 
     samplers: tuple[ScheduledSequence, ...]
     sampled: torch.Tensor
     scorers: tuple[ScheduledSequence, ...]
     scored: dict[str, torch.Tensor]
     greedy: torch.Tensor | None = None
+    draw: Callable[[Listing[SamplingRow]], torch.Tensor] | None = None
     argmax: ArgMax = most_likely  # of rows of logits, as the step's kernels find it
 
 
@@ -101,10 +104,10 @@ class Runner:
         found = self.graphs.run(items, before)
         if found is None:
             return None
-        logits, greedy = found
+        logits = found.logits
         if any(item.sequence.params.logprobs is not None for item in items):
             logits = logits.clone()  # read when the next step may have written there
-        return StepLogits(items, logits, (), {}, greedy.clone())
+        return StepLogits(items, logits, (), {}, found.greedy.clone(), found.draw)
 
     def _copy_start(self, item: ScheduledSequence) -> None:
         """Copies an adapter's virtual tokens that fill a block in part from one that begins with them."""

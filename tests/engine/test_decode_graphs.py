@@ -5,7 +5,7 @@ The recorder is the one without a GPU; `-m gpu` runs the same tests with CUDA gr
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from server.engine.chosen import NOT_FINITE, Chosen
 from server.engine.decode_graphs import graph_sizes
 from server.engine.recording import CudaRecorder, EagerRecorder, Recorder, Recording, Work
 from server.engine.runner import Runner
+from server.engine.sampler import SamplingRow, sample
 from server.engine.sequence import UNKNOWN_TOKEN, Batch, SamplingParams, ScheduledSequence
 from server.engine.sequence import Sequence as Running
 from server.model.base import Base
@@ -166,6 +167,46 @@ def test_an_adapter_that_edits_something_new_is_heard(tiny_llama: Path) -> None:
     assert bench.recorder.num_made == num_made + 1
 
 
+ROWS = [
+    SamplingRow(temperature=0, top_p=1, top_k=0, uniform=0.3),
+    SamplingRow(temperature=1.3, top_p=1, top_k=0, uniform=0.6),
+    SamplingRow(temperature=0.8, top_p=0.9, top_k=40, uniform=0.2, min_p=0.01),
+]
+
+
+@pytest.mark.parametrize("rows", [ROWS[:2], ROWS, ROWS[2:]], ids=["none-cut", "mixed", "cut"])
+def test_recorded_draws_are_those_of_the_sampler(bench: Bench, rows: list[SamplingRow]) -> None:
+    """Of the step's own logits, in places that a larger size leaves empty too; the next step draws anew."""
+    sequences = bench.sequences([1, 0, 2][: len(rows)], random.Random(13))
+    for seed in range(3):
+        rows = [replace(row, uniform=random.Random(seed).random()) for row in rows]
+        items = tuple(ScheduledSequence(s, s.num_computed_tokens, 1, True, False) for s in sequences)
+        step = bench.recorded.run(Batch(items))
+        assert step.draw is not None
+        drawn = step.draw(rows)
+        assert torch.equal(drawn, sample(step.sampled, rows))
+        num_made = bench.recorder.num_made
+        assert torch.equal(step.draw(rows), drawn)
+        assert bench.recorder.num_made == num_made
+        for sequence, token in zip(sequences, drawn.tolist(), strict=True):
+            sequence.num_computed_tokens += 1
+            sequence.output_ids.append(token)
+
+
+def test_draws_that_cannot_be_recorded_are_launched(tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(tiny_llama)
+    sequences = bench.sequences([0, 0, 0], random.Random(1))
+    items = tuple(ScheduledSequence(s, s.num_computed_tokens, 1, True, False) for s in sequences)
+    step = bench.recorded.run(Batch(items))
+    assert step.draw is not None
+    bench.recorder.error = RuntimeError("operation not permitted when stream is capturing\nmore")
+    for _ in range(2):
+        assert torch.equal(step.draw(ROWS), sample(step.sampled, ROWS))
+    assert caplog.text.count("draws are launched one kernel at a time") == 1
+    bench.recorder.error = None
+    bench.check_step(sequences)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, which computes with NumPy
 def test_logits_that_are_no_numbers_choose_nothing(tiny_llama: Path) -> None:
     bench = Bench(tiny_llama)
@@ -177,9 +218,11 @@ def test_logits_that_are_no_numbers_choose_nothing(tiny_llama: Path) -> None:
         ScheduledSequence(s, s.num_computed_tokens, 1, True, False)
         for s in bench.sequences([slot, 0], random.Random(1))
     ]
-    greedy = bench.recorded.run(Batch(tuple(items))).greedy
-    assert greedy is not None
-    assert (greedy == NOT_FINITE).tolist() == [True, False]
+    step = bench.recorded.run(Batch(tuple(items)))
+    assert step.greedy is not None
+    assert step.draw is not None
+    for tokens in (step.greedy, step.draw(ROWS[:2]), step.draw(ROWS[1:])):
+        assert (tokens == NOT_FINITE).tolist() == [True, False]
 
 
 def test_a_device_that_cannot_record_launches(tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
