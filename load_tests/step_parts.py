@@ -146,7 +146,9 @@ def _columns(scratch: Path, arguments: argparse.Namespace) -> dict[str, dict[str
     }  # fmt: skip
     server = assemble(load(flags))
     try:
-        rounds = [_round(server, arguments) for _ in range(arguments.rounds + 1)][1:]  # the first one warms up
+        for streams in _mixed(arguments).values():
+            streams.run(server)  # so that adapters are there, and all sequences decode together
+        rounds = [_round(server, arguments) for _ in range(arguments.rounds)]
     finally:
         server.close()
     return {
@@ -156,10 +158,15 @@ def _columns(scratch: Path, arguments: argparse.Namespace) -> dict[str, dict[str
 
 
 def _round(server: Server, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    return {label: measure(server, streams) for label, streams in _mixed(arguments).items()}
+
+
+def _mixed(arguments: argparse.Namespace) -> dict[str, Streams]:
+    """The streams of each mix of adapters that so many sequences can have."""
     found, mixed = {}, mixes(arguments.streams)
     for label in [label for label in _LABELS if label in mixed]:
         names = [name and f"lora-{int(name.partition('-')[2]):04d}" for name in mixed[label]]
-        found[label] = measure(server, Streams(names, arguments.prompt_tokens, arguments.tokens))
+        found[label] = Streams(names, arguments.prompt_tokens, arguments.tokens)
     return found
 
 

@@ -174,3 +174,30 @@ def test_full_collections_are_rare_once_what_stays_is_set_apart() -> None:
 
     assert num_full() > 3, "else there is nothing to show"
     assert num_full("apart") == 0
+
+
+_ASK_FOR_HUGE_PAGES = """
+import ctypes, mmap
+from server.ground.heap import ask_for_huge_pages
+
+memory = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+inside = address + 3 * mmap.PAGESIZE
+print(ask_for_huge_pages(inside - 1, mmap.PAGESIZE), ask_for_huge_pages(inside - 1, 6 << 20))
+flags = {}
+for line in open("/proc/self/smaps"):
+    first, _, rest = line.partition(" ")
+    if "-" in first and not first.endswith(":"):
+        piece = range(*(int(end, 16) for end in first.split("-")))
+    elif first == "VmFlags:" and address <= piece.start < address + (8 << 20):
+        flags[piece.start - address] = "hg" in rest.split()
+print([number for number, is_huge in flags.items() if is_huge] == [3 * mmap.PAGESIZE])
+"""
+
+
+def test_whole_pages_of_what_is_asked_for_become_huge_and_nothing_beside_them() -> None:
+    done = subprocess.run([sys.executable, "-c", _ASK_FOR_HUGE_PAGES], capture_output=True, text=True, check=True)
+    told = done.stdout.split()
+    if told[1] == "False":
+        pytest.skip("this system has no huge pages")
+    assert told == ["False", "True", "True"]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from server.ops.native.build import library
 from server.ops.native.dtypes import DTYPES
 from server.ops.native.layout import dense_rows
+from server.ops.native.shelves import SHELVES
 
 _TILE = 16  # LANES of vectors.h: outputs side by side
 _CODES = 8  # of four_bit.h: in a word of 32 bits
@@ -208,7 +209,7 @@ class PairedWeight:
     @classmethod
     def packed(cls, weight: torch.Tensor) -> Self:
         """From (d_out, d_in) bfloat16."""
-        return cls(weight.view(weight.shape[0] // _TILE, _TILE, -1, 2).transpose(1, 2).contiguous())
+        return cls(SHELVES.kept(weight.view(weight.shape[0] // _TILE, _TILE, -1, 2).transpose(1, 2)))
 
     @property
     def num_bytes(self) -> int:
