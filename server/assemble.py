@@ -1,19 +1,23 @@
 """Everything built from the settings, ground to roof. Read this first.
 
-Owns the wiring. Knows nothing of how any part works, nor how its sizes are found (`sizing.py`).
+Owns the wiring: of all that touches the base (`Works`), of what the routes work with, and of both in one process
+(`assemble`); in two they are `server.apart`. Knows nothing of how any part works, nor how its sizes are found
+(`sizing.py`).
 """
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastapi import FastAPI
 
 from server import __version__
+from server.adapters.adapter_info import RegistryStats
 from server.adapters.device.device import DeviceTier
 from server.adapters.format.checkpoint import Checkpoint
 from server.adapters.host import HostTier
@@ -34,15 +38,18 @@ from server.adapters.store.object_store import ObjectStore
 from server.adapters.store.open_store import open_store
 from server.adapters.store.presence import Presence
 from server.api.app import create_app
+from server.api.faces import EngineFace, EntryFace, FetchesFace, GrammarsFace, MergesFace, RegistryFace, StoreFace
 from server.api.keys.keyring import Keyring
 from server.api.services import BaseInfo, ChatOptions, HttpOptions, Services
 from server.engine.blocks import BlockPool
 from server.engine.engine import Engine
+from server.engine.entry import Entry
 from server.engine.recording import CudaRecorder, Recorder
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.ground.config import Settings
 from server.ground.errors import GraftError, StartupRefused
+from server.ground.families import Side
 from server.ground.memory_plan import MemoryPlan
 from server.ground.metrics import Metrics, Watched
 from server.ground.vllm_names import VllmNames
@@ -69,10 +76,20 @@ _KEYS_INTERVAL_S = 1.0  # within which a key that was taken out of its file is r
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
-    """An assembled server: the application to serve, and what it stands on."""
+class Figures:
+    """What the banner tells of a server that is ready."""
 
-    app: FastAPI
+    base: str
+    kv_bytes: int
+    num_blocks: int
+    registry: RegistryStats
+    names: tuple[str, ...]  # of its adapters
+
+
+@dataclass(frozen=True, slots=True)
+class Works:
+    """All of a server that touches the base or its adapters: what the engine's process runs, if it has one."""
+
     settings: Settings
     base: Base
     tokenizer: Tokenizer
@@ -88,10 +105,17 @@ class Server:
     engine: Engine
     runner: Runner
     metrics: Metrics
+    info: BaseInfo
 
-    def banner(self) -> str:
-        """What is loaded, the memory it takes, the address, and a line to try it."""
-        return _banner(self)
+    def figures(self) -> Figures:
+        base = self.base
+        return Figures(
+            f"{base.name}: {base.quantization}, {_plain(base.dtype)} on {base.device}, {_mib(base.weight_bytes)}",
+            self.runner.cache.total_bytes,
+            self.engine.stats().num_blocks,
+            self.registry.stats(),
+            tuple(info.name for info in self.registry.list()),
+        )
 
     async def drain(self, timeout_s: float) -> None:
         """Accepts nothing new and waits for what is in flight; what is left after `timeout_s` is aborted."""
@@ -122,13 +146,46 @@ class Server:
         self.presence.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Server(Works):
+    """An assembled server in one process: the application to serve, and what it stands on."""
+
+    app: FastAPI
+
+    def banner(self) -> str:
+        """What is loaded, the memory it takes, the address, and a line to try it."""
+        return banner(self.settings, self.figures())
+
+
 def assemble(settings: Settings) -> Server:
     """Loads the base and builds every part. Raises StartupRefused with a sentence that says what to change."""
-    allowed, keyring = _allowed_sources(settings), _keyring(settings)
+    keyring = keyring_of(settings)
+    works = assemble_works(settings, lambda base: metrics_of(settings, base.name))
+    services = services_of(
+        settings,
+        keyring,
+        engine=works.engine,
+        entry=Entry(works.engine, works.registry),
+        registry=works.registry,
+        store=works.store,
+        merges=works.merges,
+        fetches=works.fetches,
+        tokenizer=works.tokenizer,
+        grammars=works.grammars,
+        base=works.info,
+        metrics=works.metrics,
+    )
+    parts: dict[str, Any] = {part.name: getattr(works, part.name) for part in fields(works)}
+    parts["rescans"] += tuple(key_rescans(settings, keyring))
+    return Server(**parts, app=create_app(services))
+
+
+def assemble_works(settings: Settings, metrics_for: Callable[[Base], Metrics]) -> Works:
+    """All but HTTP. Raises StartupRefused with a sentence that says what to change."""
+    allowed = _allowed_sources(settings)
     base, memory, library = _base(settings)
-    tokenizer = Tokenizer.load(settings.model, base.eos_ids, _read_template(settings.chat_template))
-    _check_template(settings, tokenizer)
-    metrics = _metrics(settings, base)
+    tokenizer = load_tokenizer(settings, base.eos_ids)
+    metrics = metrics_for(base)
     store = open_store(settings, create=True)
     presence = Presence(store.root)  # before the registry reads the store, so that what it reads stays
     with _fitting("the adapters' buffer", "--adapter-memory"):
@@ -141,17 +198,52 @@ def assemble(settings: Settings) -> Server:
     grammars = Grammars(lambda: tokenizer.for_grammars(base.vocab_size))
     scheduler, runner, engine = _engine(settings, base, adapters, registry, tokenizer, metrics, library, memory)
     grammars.load()  # while nobody waits for the event loop or the engine
-    merges = Merges(registry, store, _merging_base(base), max_bytes=settings.max_upload_bytes)
-    fetches = Fetches(registry, allowed, lambda: store.incoming(max_bytes=settings.max_upload_bytes), metrics)
-    services = Services(
+    return Works(
+        settings=settings,
+        base=base,
+        tokenizer=tokenizer,
+        grammars=grammars,
+        adapters=adapters,
+        store=store,
+        presence=presence,
+        registry=registry,
+        memory=memory,
+        merges=Merges(registry, store, _merging_base(base), max_bytes=settings.max_upload_bytes),
+        fetches=Fetches(registry, allowed, lambda: store.incoming(max_bytes=settings.max_upload_bytes), metrics),
+        rescans=tuple(_rescans(settings, registry, store)),
         engine=engine,
+        runner=runner,
+        metrics=metrics,
+        info=BaseInfo(base.name, names, scheduler.max_total_tokens, base.vocab_size, base.fingerprint),
+    )
+
+
+def services_of(
+    settings: Settings,
+    keyring: Keyring | None,
+    *,
+    engine: EngineFace,
+    entry: EntryFace,
+    registry: RegistryFace,
+    store: StoreFace,
+    merges: MergesFace,
+    fetches: FetchesFace,
+    tokenizer: Tokenizer,
+    grammars: GrammarsFace,
+    base: BaseInfo,
+    metrics: Metrics,
+) -> Services:
+    """What the routes work with: these parts, and what the settings say of HTTP."""
+    return Services(
+        engine=engine,
+        entry=entry,
         fetches=fetches,
         registry=registry,
         store=store,
         merges=merges,
         tokenizer=tokenizer,
         grammars=grammars,
-        base=BaseInfo(base.name, names, scheduler.max_total_tokens, base.vocab_size, base.fingerprint),
+        base=base,
         metrics=metrics,
         version=__version__,
         started_at=time.time(),
@@ -162,24 +254,6 @@ def assemble(settings: Settings) -> Server:
         chat=_chat_options(settings),
         max_queued=settings.max_queued,
         http=_http_options(settings),
-    )
-    return Server(
-        app=create_app(services),
-        settings=settings,
-        base=base,
-        tokenizer=tokenizer,
-        grammars=grammars,
-        adapters=adapters,
-        store=store,
-        presence=presence,
-        registry=registry,
-        memory=memory,
-        merges=merges,
-        fetches=fetches,
-        rescans=tuple(_rescans(settings, registry, store, keyring)),
-        engine=engine,
-        runner=runner,
-        metrics=metrics,
     )
 
 
@@ -201,11 +275,12 @@ def _base(settings: Settings) -> tuple[Base, MemoryPlan, PrefillLibrary | None]:
     return base, memory, library
 
 
-def _metrics(settings: Settings, base: Base) -> Metrics:
+def metrics_of(settings: Settings, base: str, side: Side | None = None) -> Metrics:
+    """The metrics that GET /metrics tells, of a base called so. `side` as `Metrics` has it."""
     if settings.metrics_compat == "none":
-        return Metrics(settings.metrics_max_adapters)
-    name = (settings.served_model_name or (base.name,))[0]
-    return Metrics(settings.metrics_max_adapters, VllmNames(name))
+        return Metrics(settings.metrics_max_adapters, side=side)
+    name = (settings.served_model_name or (base,))[0]
+    return Metrics(settings.metrics_max_adapters, VllmNames(name), side)
 
 
 def _memory(base: Base, adapters: DeviceTier, runner: Runner) -> Mapping[str, Watched]:
@@ -285,6 +360,13 @@ def _recorder(settings: Settings, device: torch.device) -> Recorder | None:
     return CudaRecorder(device) if makes_graphs(settings, device) else None
 
 
+def load_tokenizer(settings: Settings, eos_ids: frozenset[int]) -> Tokenizer:
+    """The base's, with the settings' chat template; `eos_ids` as `Tokenizer.load` has them. Raises StartupRefused."""
+    tokenizer = Tokenizer.load(settings.model, eos_ids, _read_template(settings.chat_template))
+    _check_template(settings, tokenizer)
+    return tokenizer
+
+
 def _read_template(path: Path | None) -> str | None:
     """The text of --chat-template. Raises StartupRefused."""
     if path is None:
@@ -333,15 +415,20 @@ def _merging_base(base: Base) -> MergeBase:
     return MergeBase(base.name, base.fingerprint, base.sites.by_path, projected_weight)
 
 
-def _keyring(settings: Settings) -> Keyring | None:
+def keyring_of(settings: Settings) -> Keyring | None:
+    """The keys that requests must carry; None where none is asked for. Raises StartupRefused."""
     if not settings.asks_for_keys:
         return None
     return Keyring(settings.api_keys, settings.api_key.get_secret_value() if settings.api_key else None)
 
 
-def _rescans(settings: Settings, registry: Registry, store: AdapterStore, keyring: Keyring | None) -> Iterator[Rescan]:
+def key_rescans(settings: Settings, keyring: Keyring | None) -> Iterator[Rescan]:
+    """Of the file of keys, where there is one."""
     if keyring is not None and settings.api_keys is not None:
         yield Rescan(keyring.refresh, _KEYS_INTERVAL_S, what=str(settings.api_keys))
+
+
+def _rescans(settings: Settings, registry: Registry, store: AdapterStore) -> Iterator[Rescan]:
     if settings.adapters is not None:
         yield Rescan(registry.rescan)
     if isinstance(store, ObjectStore):
@@ -416,19 +503,17 @@ def _reuses_prefixes(settings: Settings, base: Base) -> bool:
     return True
 
 
-def _banner(server: Server) -> str:
-    base, settings, stats = server.base, server.settings, server.registry.stats()
-    names = [info.name for info in server.registry.list()]
+def banner(settings: Settings, figures: Figures) -> str:
+    """What is loaded, the memory it takes, the address, and a line to try it."""
+    names, stats = figures.names, figures.registry
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    kv_bytes = server.runner.cache.total_bytes
     adapter = f'"adapter": "{names[0]}", ' if names else ""
     key = ' -H "Authorization: Bearer $GRAFT_API_KEY"' if settings.api_key or settings.api_keys else ""
     lines = [
         "",
         f"  Graftserve {__version__} at {settings.url}",
-        f"  base      {base.name}: {base.quantization}, {_plain(base.dtype)} on {base.device}, "
-        f"{_mib(base.weight_bytes)}",
-        f"  memory    KV cache {_mib(kv_bytes)} ({server.engine.stats().num_blocks} blocks), adapters "
+        f"  base      {figures.base}",
+        f"  memory    KV cache {_mib(figures.kv_bytes)} ({figures.num_blocks} blocks), adapters "
         f"{_mib(stats.device_capacity_bytes)} on the device, {_mib(stats.host_max_bytes)} on the host",
         f"  adapters  {shown or 'none yet: POST /v1/adapters uploads one'}",
         "",

@@ -42,6 +42,11 @@ def begin_trail() -> Trail:
     return trail
 
 
+def current_trail() -> Trail | None:
+    """That of the request in whose name this runs; None where there is none."""
+    return _trail.get()
+
+
 def about(adapter: str | None, verb: str | None = None) -> None:
     """Says which adapter the request is about, as soon as that is known, and what it asks for."""
     trail = _trail.get()

@@ -441,9 +441,9 @@ class Registry:
         """The adapters that host or device has, each name once. Its cost is theirs, however many the store has."""
         return on_tiers(self._books, self._host, self._residency)
 
-    def has(self, name: str) -> bool:
-        """Whether there is an adapter of this name now. Never blocks."""
-        return name in self._books.catalog.entries
+    def known(self, names: Iterable[str]) -> frozenset[str]:
+        """Those of the names that an adapter has now. Never blocks."""
+        return frozenset(name for name in names if name in self._books.catalog.entries)
 
     def check_integrity(self) -> tuple[str, ...]:
         """What does not add up in the books, as sentences; empty unless there is a defect. For tests and idle times."""

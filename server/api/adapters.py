@@ -13,10 +13,11 @@ from server.adapters.format.manifest import recipe_of
 from server.adapters.naming import told
 from server.adapters.registry import AdapterInfo, Registered
 from server.adapters.served_base import FINGERPRINT
-from server.adapters.store.folder_store import Incoming, check_name
+from server.adapters.store.folder_store import check_name
 from server.api import fetches
 from server.api.adapter_templates import use_of_template
 from server.api.errors import echo
+from server.api.faces import IncomingFace
 from server.api.results import counted
 from server.api.services import Services
 from server.api.uploads import check_fingerprint, receive_archive, receive_upload
@@ -114,7 +115,7 @@ async def _upload(services: Services, request: Request, replace: bool) -> Regist
 
 
 @asynccontextmanager
-async def _incoming(services: Services) -> AsyncIterator[Incoming]:
+async def _incoming(services: Services) -> AsyncIterator[IncomingFace]:
     """A place for an upload, cleared in the end; the disk is waited for in worker threads."""
     incoming = await services.lanes.receiving.run(services.store.incoming, max_bytes=services.max_upload_bytes)
     try:
@@ -124,7 +125,7 @@ async def _incoming(services: Services) -> AsyncIterator[Incoming]:
 
 
 def _register(
-    services: Services, incoming: Incoming, name: str, replace: bool, base_fingerprint: str | None
+    services: Services, incoming: IncomingFace, name: str, replace: bool, base_fingerprint: str | None
 ) -> Registered:
     """Validate against the base and accept. Reads the whole upload: for a worker thread."""
     check_is_no_base(services, name)

@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from server.adapters.asker import current_asker
-from server.adapters.registry import Lease, Portion
-from server.api import notes
+from server.adapters.registry import Portion
 from server.api.errors import echo
-from server.api.generation import Generation, submit_all
+from server.api.generation import Generation
 from server.api.keys.budget import Share, current_share
 from server.api.schemas import ALL_THAT_FITS, GenerationBody
-from server.api.selection import chosen_parts, lease_all, look_elsewhere
+from server.api.selection import chosen_parts, entered, look_elsewhere
 from server.api.services import Services
 from server.api.structured import Asked, asked_of, compiled
+from server.engine.entry import GroupOrder, SequenceOrder
 from server.engine.sequence import Delta, SamplingParams
 from server.ground.errors import BadRequest
 
@@ -128,18 +128,34 @@ async def begin(
     grammar = None if asked is None else await compiled(services.grammars, asked)
     salt = own_salt(body.cache_salt, shares_prefixes=services.http.shares_prefixes)
     await look_elsewhere(services, (spec for spec, _ in parts))
-    leases = lease_all(services, parts, num_sequences, is_model=body.adapter is None)
-    notes.current().adapter = None if leases[0] is None else str(leases[0].version)
     request_id = f"{id_prefix}-{uuid.uuid4().hex}"
-    repeated = [prompt for prompt in prompts for _ in range(body.n)]
-    choices = [_nth_choice(one, j) for one in _for_this_model(services, body, params) for j in range(body.n)]
+    sequences = tuple(_sequences(services, body, prompts, params, request_id))
+    held, streams = await entered(
+        services, GroupOrder(sequences, tuple(parts), salt, grammar), is_model=body.adapter is None
+    )
     model = body.model or services.base.served_names[0]
-    envelope = Envelope(request_id, int(time.time()), model, _shown_adapter(leases[0], body))
-    generation = submit_all(services, request_id, repeated, choices, leases, salt, grammar)
+    envelope = Envelope(request_id, int(time.time()), model, _shown_adapter(held.portions, body))
+    generation = Generation(streams, held.adapters, services.metrics)
     num_prompt_tokens = sum(len(prompt) for prompt in prompts)
     if share is not None:
         share.budget.spend_tokens(num_prompt_tokens)
     return Begun(envelope, generation, Usage(num_prompt_tokens, body.n))
+
+
+def _sequences(
+    services: Services,
+    body: GenerationBody,
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    request_id: str,
+) -> Iterator[SequenceOrder]:
+    """`body.n` for each prompt, prompt by prompt."""
+    index = 0
+    for prompt, one in zip(prompts, _for_this_model(services, body, params), strict=True):
+        prompt_ids = tuple(prompt)
+        for choice in range(body.n):
+            yield SequenceOrder(f"{request_id}-{index}", prompt_ids, _nth_choice(one, choice))
+            index += 1
 
 
 def _take_places(services: Services, body: GenerationBody, num_sequences: int, share: Share | None) -> None:
@@ -259,13 +275,13 @@ def _nth_choice(params: SamplingParams, choice: int) -> SamplingParams:
     return replace(params, seed=(params.seed + choice + 2**63) % 2**64 - 2**63)
 
 
-def _shown_adapter(lease: Lease | None, body: GenerationBody) -> dict[str, Any] | list[dict[str, Any]] | None:
-    """What answered, in the form in which it was asked for: streams say it in every chunk."""
-    if lease is None:
+def _shown_adapter(portions: Sequence[Portion], body: GenerationBody) -> dict[str, Any] | list[dict[str, Any]] | None:
+    """What answered, in the form in which it was asked for: streams say it in every chunk. None: the bare base."""
+    if not portions:
         return None
     if isinstance(body.adapter, list):
-        return [_shown_portion(portion) | {"weight": portion.weight} for portion in lease.portions]
-    (portion,) = lease.portions
+        return [_shown_portion(portion) | {"weight": portion.weight} for portion in portions]
+    (portion,) = portions
     weight = {} if portion.weight == 1 else {"weight": portion.weight}
     return _shown_portion(portion) | weight
 

@@ -74,7 +74,7 @@ def create_app(services: Services) -> FastAPI:
         app.include_router(router)
     _add_middleware(app, services, routes)
     services.metrics.watch(lambda: state(services))
-    services.metrics.adapters.watch(lambda: adapter_states(services), services.registry.has)
+    services.metrics.adapters.watch(lambda: adapter_states(services), services.registry.known)
     return app
 
 

@@ -17,7 +17,7 @@ from typing import Self
 
 from server.adapters.format.content import CONFIG_FILE, CONTENT_FILES, MANIFEST_FILE
 from server.adapters.format.manifest import MAX_MANIFEST_BYTES
-from server.adapters.store.folder_store import Incoming, IncomingFile
+from server.api.faces import IncomingFace, IncomingFileFace
 from server.ground.errors import BadRequest, TooLarge
 
 _BLOCK = 512
@@ -81,7 +81,7 @@ class ArchiveReader:
     """Push parser: bytes of a tar, perhaps gzipped, in; files of `incoming` out. Closes an open file when left."""
 
     def __init__(
-        self, incoming: Incoming, max_bytes: int, check_room: Callable[[int], None] = lambda num_bytes: None
+        self, incoming: IncomingFace, max_bytes: int, check_room: Callable[[int], None] = lambda num_bytes: None
     ) -> None:
         """`max_bytes` bounds the archive, as it is sent and once it is decompressed.
 
@@ -265,7 +265,7 @@ class ArchiveReader:
         limit = _MAX_FILE_BYTES.get(filename)
         if limit is not None and num_bytes > limit:
             raise TooLarge(f"{filename} is larger than {limit} bytes.", param=filename)
-        file: IncomingFile = self._opened.enter_context(self._incoming.open_file(filename))
+        file: IncomingFileFace = self._opened.enter_context(self._incoming.open_file(filename))
         self._check_room(self._incoming.num_bytes + num_bytes)  # before it claims what all owners share
         self._incoming.expect(num_bytes)
         member.take, member.end = file.write, self._opened.close

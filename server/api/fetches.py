@@ -82,7 +82,8 @@ async def begin(
         _check_may_fetch(request, address)
         fetch = await run_in_threadpool(services.fetches.begin, order)
     if not body.wait:
-        return JSONResponse(_shown(fetch.info()), 202, headers={"location": f"/v1/adapters/{order.name}/fetch"})
+        info = await run_in_threadpool(fetch.info)
+        return JSONResponse(_shown(info), 202, headers={"location": f"/v1/adapters/{order.name}/fetch"})
     registered = await asyncio.wrap_future(fetch.result)
     return JSONResponse(shown(registered.info), 201 if registered.is_new else 200)
 

@@ -1,32 +1,29 @@
-"""The sequences of one HTTP request: submitted together, read as one flow of deltas, ended together.
+"""The sequences of one HTTP request: read as one flow of deltas, ended together.
 
-Owns the life of these sequences from submission to their terminal events. Knows nothing about the shape of answers.
+Owns the life of these sequences from their acceptance to their terminal events. Knows nothing about the shape of
+answers.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 
-from server.adapters.registry import Lease
 from server.api.keys.budget import current_share
 from server.api.progress import Progress
-from server.api.services import Services
-from server.engine.engine import Engine
-from server.engine.flight import DeltaStream, GenerationRequest
-from server.engine.sequence import Delta, FinishReason, SamplingParams
-from server.ground.errors import GenerationFailed, GraftError, Overloaded
+from server.engine.flight import DeltaStream
+from server.engine.sequence import Delta, FinishReason
+from server.ground.errors import GenerationFailed, Overloaded
 from server.ground.metrics import Metrics
-from server.model.grammar import Grammar
 
 
 class Generation:
     """Sequences in flight, numbered as their choices are. `abort` must be called at the end; it may come any time."""
 
-    def __init__(self, streams: Sequence[DeltaStream], adapters: Sequence[Sequence[str]], metrics: Metrics) -> None:
+    def __init__(self, streams: Sequence[DeltaStream], adapters: Sequence[str], metrics: Metrics) -> None:
         """`adapters`: the names of those that each sequence uses."""
         self._unfinished = dict(enumerate(streams))
         share = current_share()
         budget = None if share is None else share.budget
-        self._progress = [Progress(names, metrics, budget) for names in adapters]
+        self._progress = [Progress(adapters, metrics, budget) for _ in streams]
         self._arrived: asyncio.Queue[tuple[int, Delta | None]] = asyncio.Queue()
         self._pumps = [asyncio.create_task(self._pump(index, stream)) for index, stream in self._unfinished.items()]
 
@@ -83,39 +80,3 @@ def _raise_if_broken(delta: Delta) -> None:
         raise delta.error or GenerationFailed("The generation failed; the server's log says why.")
     if delta.finish_reason is FinishReason.ABORT:
         raise Overloaded("The server ended this generation because it is shutting down; send the request again.")
-
-
-def submit_all(
-    services: Services,
-    request_id: str,
-    prompts: Sequence[Sequence[int]],
-    params: Sequence[SamplingParams],
-    leases: Sequence[Lease | None],
-    cache_salt: str | None = None,
-    grammar: Grammar | None = None,
-) -> Generation:
-    """One sequence per prompt, params and lease, all or none, all along `grammar`. The leases are taken over.
-
-    Raises Overloaded or ContextTooLong, with nothing left running.
-    """
-    requests = [
-        GenerationRequest(f"{request_id}-{index}", tuple(prompt), sampling, lease, cache_salt, grammar)
-        for index, (prompt, sampling, lease) in enumerate(zip(prompts, params, leases, strict=True))
-    ]
-    adapters = [() if lease is None else tuple(part.version.name for part in lease.portions) for lease in leases]
-    return Generation(_streams(services.engine, requests), adapters, services.metrics)
-
-
-def _streams(engine: Engine, requests: Sequence[GenerationRequest]) -> list[DeltaStream]:
-    streams: list[DeltaStream] = []
-    try:
-        for request in requests:
-            streams.append(engine.submit(request))
-    except GraftError:
-        for stream in streams:
-            stream.abort()
-        for request in requests[len(streams) :]:
-            if request.lease is not None:
-                request.lease.release()
-        raise
-    return streams

@@ -42,7 +42,7 @@ def router(services: Services) -> APIRouter:
         return {"version": services.version}
 
     @routes.get("/load")
-    async def load() -> dict[str, int]:
+    def load() -> dict[str, int]:
         """How many sequences are in flight, those that wait to start counted, under vLLM's name for it."""
         return {"server_load": services.engine.stats().num_in_flight}
 

@@ -6,10 +6,11 @@ A gateway sends `endpoint-load-metrics-format: TEXT` or `JSON`. Knows nothing ab
 import json
 from collections.abc import Callable, Mapping
 
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.engine.engine import Engine
+from server.api.faces import EngineFace
 
 HEADER = "endpoint-load-metrics"
 
@@ -31,13 +32,14 @@ class LoadReport:
 
         async def send_with_report(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[HEADER] = f"{form} {_written(self._measured(), form)}"
+                measured = await run_in_threadpool(self._measured)
+                MutableHeaders(scope=message)[HEADER] = f"{form} {_written(measured, form)}"
             await send(message)
 
         return await self._app(scope, receive, send_with_report)
 
 
-def load_of(engine: Engine) -> dict[str, float]:
+def load_of(engine: EngineFace) -> dict[str, float]:
     """What gateways weigh servers by, under vLLM's names; the cache's use is from 0 to 1, whatever the name says."""
     stats = engine.stats()
     return {

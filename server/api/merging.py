@@ -13,12 +13,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
 from server.adapters.audit import about
-from server.adapters.merging.live import Made, Merge, MergeOrder
+from server.adapters.merging.live import Made, MergeOrder
 from server.adapters.merging.merge import MAX_RANK, Merged
 from server.adapters.merging.recipe import MAX_INPUTS, recipe_for
 from server.adapters.store.folder_store import check_name
 from server.api.adapters import check_is_no_base, described
 from server.api.disconnect import until_gone
+from server.api.faces import MergeFace
 from server.api.json_body import Body, Text
 from server.api.json_route import JsonRoute
 from server.api.results import counted
@@ -56,7 +57,7 @@ def router(services: Services) -> APIRouter:
             check_name(body.name)
             check_is_no_base(services, body.name)
             await look_elsewhere(services, (item.name for item in body.adapters))
-            begun = services.merges.begin(_order(body))
+            begun = await run_in_threadpool(services.merges.begin, _order(body))
             try:
                 made = await until_gone(request.receive, _end_of(begun))
             finally:
@@ -80,7 +81,7 @@ def _order(body: MergeBody) -> MergeOrder:
     return MergeOrder(body.name, tuple((item.name, item.weight) for item in body.adapters), recipe, body.replace)
 
 
-async def _end_of(merge: Merge) -> Made:
+async def _end_of(merge: MergeFace) -> Made:
     return await asyncio.wrap_future(merge.future)
 
 

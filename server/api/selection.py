@@ -1,24 +1,22 @@
-"""Which adapter, or mix of several, a request means: its fields `adapter` and `model`, checked against each other, as
-leases.
+"""Which adapter, or mix of several, a request means: its fields `adapter` and `model`, checked against each other, and
+what is held of them.
 
 Knows nothing about prompts and generation.
 """
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 
 from starlette.concurrency import run_in_threadpool
 
-from server.adapters.registry import Lease
+from server.api import notes
 from server.api.errors import echo
 from server.api.schemas import AdapterPart
 from server.api.services import Services
+from server.engine.entry import GroupOrder, Held, Part
+from server.engine.flight import DeltaStream
 from server.ground.errors import AdapterNotFound, BadRequest, NotFound
 
 _MAX_LISTED = 20
-
-
-Part = tuple[str, float]  # ("name" or "name@version-prefix", weight)
 
 
 def chosen_parts(services: Services, model: str | None, adapters: Sequence[AdapterPart] | None) -> list[Part]:
@@ -59,40 +57,28 @@ async def look_elsewhere(services: Services, specs: Iterable[str]) -> None:
             await run_in_threadpool(services.registry.look_for, spec)
 
 
-def lease_all(services: Services, parts: Sequence[Part], count: int, *, is_model: bool) -> list[Lease | None]:
-    """`count` leases on the same versions; None for each if that is the bare base. Released here if one fails.
+async def entered(services: Services, order: GroupOrder, *, is_model: bool) -> tuple[Held, Sequence[DeltaStream]]:
+    """What the sequences of a request are leased on, and their streams.
 
-    Raises NotFound (`is_model`: the client named it in the field `model`), and what a recent load of it raised.
+    Raises NotFound (`is_model`: the client named the adapter in the field `model`), what a recent load of it raised,
+    Overloaded and ContextTooLong, with nothing held and nothing running.
     """
-    with ExitStack() as undo:
-        first = _first_lease(services, parts, is_model)
-        if first is None:
-            return [None] * count
-        undo.callback(first.release)
-        leases: list[Lease | None] = [first]
-        exact = [(f"{p.version.name}@{p.version.digest}", p.weight) for p in first.portions]
-        while len(leases) < count:
-            lease = services.registry.lease_mix(exact)
-            assert lease is not None
-            undo.callback(lease.release)
-            leases.append(lease)
-        undo.pop_all()
-        return leases
-
-
-def _first_lease(services: Services, parts: Sequence[Part], is_model: bool) -> Lease | None:
     try:
-        return services.registry.lease_mix(parts)
+        found = await services.entry.enter(order)
     except AdapterNotFound as error:
         services.metrics.adapters.count_unknown()
-        if is_model and parts:
-            raise unknown_model(services, parts[0][0]) from error
+        if is_model and order.parts:
+            raise await run_in_threadpool(unknown_model, services, order.parts[0][0]) from error
         raise
+    notes.current().adapter = None if found.held.version is None else str(found.held.version)
+    if found.held.refusal is not None:
+        raise found.held.refusal
+    return found.held, found.streams
 
 
 def unknown_model(services: Services, name: str) -> NotFound:
     """What to raise for a `model` that is neither a name of the base nor an adapter: it lists what exists, of many
-    those that are nearest to it."""
+    those that are nearest to it. Blocks: for a worker thread."""
     known = ", ".join([*services.base.served_names, *services.registry.names_near(name, _MAX_LISTED)])
     return NotFound(
         f"There is no model or adapter '{echo(name)}'; GET /v1/models lists those that there are, such as {known}.",

@@ -1,20 +1,15 @@
 """What the routes work with: the engine, the registry, the tokenizer and the facts about the base, as one value.
 
-Built once by the roof and handed to `create_app`. Knows nothing about HTTP.
+Built once by the roof and handed to `create_app`. Knows nothing about HTTP, nor in which process its parts are.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from server.adapters.merging.live import Merges
-from server.adapters.registry import Registry
-from server.adapters.remote.fetches import Fetches
-from server.adapters.store.adapter_store import AdapterStore
+from server.api.faces import EngineFace, EntryFace, FetchesFace, GrammarsFace, MergesFace, RegistryFace, StoreFace
 from server.api.keys.keyring import Keyring
 from server.api.lanes import Lanes
-from server.engine.engine import Engine
 from server.ground.metrics import Metrics
-from server.model.grammar import Grammars
 from server.model.tokenizer import Tokenizer
 
 
@@ -58,13 +53,14 @@ class HttpOptions:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    engine: Engine
-    registry: Registry
-    store: AdapterStore
-    merges: Merges
-    fetches: Fetches
+    engine: EngineFace
+    entry: EntryFace
+    registry: RegistryFace
+    store: StoreFace
+    merges: MergesFace
+    fetches: FetchesFace
     tokenizer: Tokenizer
-    grammars: Grammars
+    grammars: GrammarsFace
     base: BaseInfo
     metrics: Metrics
     version: str  # of this server

@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, Protocol, Self
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from server.api.errors import echo
+from server.api.faces import GrammarsFace
 from server.api.json_body import Body, Text, levels
 from server.ground.errors import BadRequest, Overloaded
-from server.model.grammar import OPTIONS_KEY, WHITESPACE, Form, Grammar, Grammars, GrammarSource, choice, json_schema
+from server.model.grammar import OPTIONS_KEY, WHITESPACE, Form, Grammar, GrammarSource, choice, json_schema
 from server.model.grammar_trial import GrammarRefused, GrammarsUnavailable
 
 # What is compiled at once takes well under the 2 s of the processor that a grammar may take, if it is not exponential.
@@ -229,8 +230,11 @@ def _of_format(wanted: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) 
     return Asked("response_format", json_schema(_ANY_OBJECT)) if isinstance(wanted, JsonObjectFormat) else None
 
 
-async def compiled(grammars: Grammars, asked: Asked) -> Grammar:
-    """The grammar, compiled off the event loop. Raises BadRequest that names its field, and Overloaded."""
+async def compiled(grammars: GrammarsFace, asked: Asked) -> Grammar | GrammarSource:
+    """The grammar for an order of sequences, compiled off the event loop.
+
+    Raises BadRequest that names its field, and Overloaded.
+    """
     compiling = asyncio.wrap_future(grammars.compiled(asked.source))
     try:
         # Shielded, as others may wait for the same one.

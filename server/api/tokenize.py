@@ -16,8 +16,9 @@ from server.api.json_body import Body, Text
 from server.api.json_route import JsonRoute
 from server.api.prompting import Planner
 from server.api.schemas import ChatBody
-from server.api.selection import Part, chosen_parts, unknown_model
+from server.api.selection import chosen_parts, unknown_model
 from server.api.services import Services
+from server.engine.entry import Part
 from server.ground.errors import AdapterNotFound
 
 MAX_TOKENS = 1 << 20  # of one text
@@ -97,7 +98,7 @@ async def _check_are_there(services: Services, parts: Sequence[Part], *, is_mode
             await run_in_threadpool(services.registry.describe, spec)  # which may ask a store that servers share
         except AdapterNotFound as error:
             if is_model:
-                raise unknown_model(services, spec) from error
+                raise await run_in_threadpool(unknown_model, services, spec) from error
             raise
 
 

@@ -20,10 +20,11 @@ from server.adapters.audit import about
 from server.adapters.format.content import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from server.adapters.format.manifest import MAX_MANIFEST_BYTES
 from server.adapters.served_base import FINGERPRINT
-from server.adapters.store.folder_store import Incoming, IncomingFile, check_name
+from server.adapters.store.folder_store import check_name
 from server.api.archive import ArchiveReader, Ignored
 from server.api.body import body_chunks, declared_bytes, discard
 from server.api.errors import echo
+from server.api.faces import IncomingFace, IncomingFileFace
 from server.api.lanes import Lane
 from server.ground.errors import BadRequest, GraftError, TooLarge
 
@@ -55,7 +56,7 @@ class UploadForm:
 
 
 async def receive_upload(
-    request: Request, incoming: Incoming, max_bytes: int, check_room: CheckRoom, lane: Lane
+    request: Request, incoming: IncomingFace, max_bytes: int, check_room: CheckRoom, lane: Lane
 ) -> UploadForm:
     """Write the form's files to `incoming`, in threads of `lane`, and return its other fields.
 
@@ -82,7 +83,7 @@ async def receive_upload(
 
 
 async def receive_archive(
-    request: Request, incoming: Incoming, max_bytes: int, check_room: Callable[[int], None], lane: Lane
+    request: Request, incoming: IncomingFace, max_bytes: int, check_room: Callable[[int], None], lane: Lane
 ) -> Ignored:
     """Write the content files of a tar to `incoming`, in threads of `lane`; what else was in it.
 
@@ -127,7 +128,7 @@ class _Form:
     """Push parser: bytes in, fields and files out. Closes an open file when it is left."""
 
     def __init__(
-        self, boundary: bytes, incoming: Incoming, max_bytes: int, check_room_of: Callable[[str], None]
+        self, boundary: bytes, incoming: IncomingFace, max_bytes: int, check_room_of: Callable[[str], None]
     ) -> None:
         """`check_room_of` is told the adapter's name as soon as it is there."""
         self._incoming = incoming
@@ -138,7 +139,7 @@ class _Form:
         self._seen: set[str] = set()
         self._part = ""
         self._part_bytes = 0
-        self._file: IncomingFile | None = None
+        self._file: IncomingFileFace | None = None
         self._opened = ExitStack()  # holds the file, so that one left by an error does not count as sent
         self._header = (bytearray(), bytearray())  # of the current part: a header's name and value
         self._disposition = b""

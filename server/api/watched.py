@@ -88,7 +88,7 @@ def adapter_states(services: Services) -> tuple[AdapterState, ...]:
 
 
 def _adapter_states(services: Services) -> Iterator[AdapterState]:
-    in_flight = services.engine.in_flight()
+    in_flight = dict(services.engine.in_flight())
     for adapter in services.registry.on_tiers():
         uses = in_flight.pop(adapter.name, None)
         if uses is None:

@@ -1,11 +1,11 @@
 """The engine: one thread that schedules, runs and commits steps, and hands what they produce to asyncio.
 
 Owns the loop, the sequences in flight and the one ending that each of them gets. Its whole surface is `submit`,
-`abort`, `drain`, `stats` and `close`. Knows nothing about HTTP, names of adapters or where adapters are stored.
+`accept`, `abort`, `drain`, `stats` and `close`. Knows nothing about HTTP, names of adapters or where adapters are
+stored.
 """
 
 import asyncio
-import contextlib
 import logging
 import math
 import random
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -23,7 +24,7 @@ from server.engine.blocks import BlockPool
 from server.engine.choice import choose
 from server.engine.chosen import NOT_FINITE, Chosen
 from server.engine.constraint import Constraint
-from server.engine.flight import DeltaStream, Flight, GenerationRequest
+from server.engine.flight import DeltaStream, Flight, GenerationRequest, Outlet, Streams
 from server.engine.masks import Masks, StepMasks
 from server.engine.runner import Runner, StepLogits
 from server.engine.sampler import token_logprobs
@@ -148,7 +149,9 @@ class Engine:
         self._lock = threading.Lock()  # the scheduler and the flights; never held while the device works
         self._aborts: deque[str] = deque()
         self._wake = threading.Event()
-        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[DeltaStream, Delta]]] = {}
+        # Each lives as long as somebody's sequence is in flight: a loop that is over is not held.
+        self._streams: WeakValueDictionary[asyncio.AbstractEventLoop, Streams] = WeakValueDictionary()
+        self._outbox: dict[Outlet, list[Delta]] = {}
         self._is_draining = False
         self._is_closing = False
         self._fault: str | None = None
@@ -163,6 +166,20 @@ class Engine:
         Raises ContextTooLong, Overloaded (queue full, draining) or GenerationFailed (engine lost); the lease then
         stays the caller's.
         """
+        loop = asyncio.get_running_loop()
+        streams = self._streams.get(loop)
+        if streams is None:
+            streams = self._streams[loop] = Streams(loop)
+        stream = streams.open(request.sequence_id, self.abort)
+        try:
+            self.accept(request, streams)
+        except BaseException:
+            streams.forget(request.sequence_id)
+            raise
+        return stream
+
+    def accept(self, request: GenerationRequest, outlet: Outlet) -> None:
+        """As `submit`, from any thread, with the deltas handed over to `outlet`."""
         lease = request.lease
         sequence = Sequence(
             sequence_id=request.sequence_id,
@@ -174,21 +191,18 @@ class Engine:
             cache_salt=request.cache_salt,
             constraint=None if request.grammar is None else Constraint(request.grammar),
         )
-        stream = DeltaStream(request.sequence_id, self.abort)
         decoder = self._decoder(request)
-        loop = asyncio.get_running_loop()
         eos_ids = self._tokenizer.eos_ids
         rules, ends = token_rules(sequence, eos_ids), ending_ids(request.params, eos_ids)
-        flight = Flight(sequence, lease, stream, loop, decoder, _random(request.params.seed), rules, ends)
+        flight = Flight(sequence, lease, outlet, decoder, _random(request.params.seed), rules, ends)
         with self._lock:
             if self._fault is not None:
-                raise _dead(self._fault)
+                raise dead(self._fault)
             if self.is_draining:
                 raise Overloaded("the server is shutting down", retry_after_s=5, reason="shutting_down")
             self._scheduler.add(sequence)
             self._flights[sequence.sequence_id] = flight
         self._wake.set()
-        return stream
 
     def _decoder(self, request: GenerationRequest) -> IncrementalDecoder:
         params = request.params
@@ -229,7 +243,7 @@ class Engine:
         """Fails what is in flight on an engine that is not alive, if nobody else has: its step may never end."""
         with self._lock:
             self._fault = self._fault or f"a step took longer than --step-timeout, {self._max_step_s:g} s"
-            self._end_with_error(list(self._flights.values()), _dead(self._fault))
+            self._end_with_error(list(self._flights.values()), dead(self._fault))
         self._hand_over()
 
     @property
@@ -285,7 +299,7 @@ class Engine:
             log.exception("the engine's loop has ended")
             self._fault = f"{type(error).__name__}: {error}"
         with self._lock:
-            why = Overloaded("The server is shutting down.") if self._fault is None else _dead(self._fault)
+            why = Overloaded("The server is shutting down.") if self._fault is None else dead(self._fault)
             self._end_with_error(list(self._flights.values()), why)
         self._hand_over()
 
@@ -515,15 +529,14 @@ class Engine:
         del self._flights[flight.sequence.sequence_id]
 
     def _post(self, flight: Flight, delta: Delta) -> None:
-        self._outbox.setdefault(flight.loop, []).append((flight.stream, delta))
+        self._outbox.setdefault(flight.outlet, []).append(delta)
 
     def _hand_over(self) -> None:
         """All deltas since the last step, with one call into each event loop."""
         with self._lock:  # a step that was given up may end just as `abandon` hands over
             outbox, self._outbox = self._outbox, {}
-        for loop, deltas in outbox.items():
-            with contextlib.suppress(RuntimeError):  # the loop has been closed, and nobody reads any more
-                loop.call_soon_threadsafe(_deliver, deltas)
+        for outlet, deltas in outbox.items():
+            outlet.hand_over(deltas)
 
 
 def _tried(batch: Batch, part: Callable[[], _T]) -> _T | _Failure:
@@ -544,7 +557,8 @@ def _random(seed: int | None) -> random.Random:
     return random.Random(None if seed is None else seed % 2**64)
 
 
-def _dead(fault: str) -> GenerationFailed:
+def dead(fault: str) -> GenerationFailed:
+    """What to raise, and to tell those who wait, once the engine has ended: why it did."""
     return GenerationFailed(f"The engine has stopped: {fault}", code="engine_dead")
 
 
@@ -571,8 +585,3 @@ def _unfollowable(sequence: Sequence, fault: str) -> BadRequest:
         "shorter regular expressions, fewer alternatives that begin alike.",
         code="invalid_grammar",
     )
-
-
-def _deliver(deltas: list[tuple[DeltaStream, Delta]]) -> None:
-    for stream, delta in deltas:
-        stream.put(delta)

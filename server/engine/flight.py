@@ -1,13 +1,15 @@
 """One accepted request on its way: its tokens become text and log-probabilities, and these the deltas of its stream.
 
-Owns the stream that a reader waits on and what a reader sees of a sequence. Knows nothing about scheduling or tensors.
+Owns the streams that readers wait on and what a reader sees of a sequence. Knows nothing about scheduling or tensors.
 """
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from server.adapters.registry import Lease
 from server.engine.sequence import Delta, FinishReason, SamplingParams, Sequence, TokenLogprobs
@@ -57,14 +59,57 @@ class DeltaStream:
         self._queue.put_nowait(delta)
 
 
+class Outlet(Protocol):
+    """Where the deltas of sequences go."""
+
+    def hand_over(self, deltas: Listing[Delta]) -> None:
+        """Takes what the last step gave for all of its sequences. On the engine's thread: it waits for nobody."""
+
+
+class Streams:
+    """The streams that are read on one event loop. For that loop alone, but for `hand_over`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._open: dict[str, DeltaStream] = {}
+
+    def open(self, sequence_id: str, abort: Callable[[str], None]) -> DeltaStream:
+        """The stream of a sequence that is about to be submitted; forget it if that fails."""
+        stream = self._open[sequence_id] = DeltaStream(sequence_id, abort)
+        return stream
+
+    def forget(self, sequence_id: str) -> None:
+        """Does nothing for one that has ended."""
+        self._open.pop(sequence_id, None)
+
+    def hand_over(self, deltas: Listing[Delta]) -> None:
+        """From any thread, with one call into the loop."""
+        with contextlib.suppress(RuntimeError):  # the loop has been closed, and nobody reads any more
+            self._loop.call_soon_threadsafe(self.deliver, deltas)
+
+    def deliver(self, deltas: Listing[Delta]) -> None:
+        """To the streams that are open; each is forgotten with its terminal delta, which so comes once."""
+        for delta in deltas:
+            stream = self._open.get(delta.sequence_id)
+            if stream is None:
+                continue
+            if delta.is_terminal:
+                del self._open[delta.sequence_id]
+            stream.put(delta)
+
+    @property
+    def open_ids(self) -> tuple[str, ...]:
+        """The sequences whose end has not come yet."""
+        return tuple(self._open)
+
+
 @dataclass(slots=True, eq=False)
 class Flight:
     """A sequence from acceptance to its end, with what its reader gets to see of it."""
 
     sequence: Sequence
     lease: Lease | None
-    stream: DeltaStream
-    loop: asyncio.AbstractEventLoop
+    outlet: Outlet
     decoder: IncrementalDecoder
     random: random.Random
     rules: TokenRules | None = None  # on the choice of its tokens

@@ -70,13 +70,15 @@ class AdapterSeries:
         self._seated: set[str] = set()
         self._totals = {OTHER: _Totals(), UNKNOWN: _Totals()}
         self._read: Callable[[], Sequence[AdapterState]] = tuple
-        self._is_known: Callable[[str], bool] = lambda name: False
+        self._known: Callable[[Collection[str]], Collection[str]] = lambda names: ()
         self._gauge_lines = Kept(_gauge_lines)
         self._counter_lines = Kept(_counter_lines)
 
-    def watch(self, read: Callable[[], Sequence[AdapterState]], is_known: Callable[[str], bool]) -> None:
-        """`read` gives one state for each adapter that is loaded or in use, `is_known` whether a name still exists."""
-        self._read, self._is_known = read, is_known
+    def watch(
+        self, read: Callable[[], Sequence[AdapterState]], known: Callable[[Collection[str]], Collection[str]]
+    ) -> None:
+        """`read` gives one state for each adapter that is loaded or in use, `known` which names still exist."""
+        self._read, self._known = read, known
 
     # Events; a mix of several adapters counts for each of them
 
@@ -120,6 +122,10 @@ class AdapterSeries:
         states = self._read()
         with self._lock:
             self._reseat(states)
+            standing = [name for name in self._totals if self._is_standing(name)]
+        known = frozenset(self._known(standing)) if standing else frozenset()  # not under the lock: it may take a while
+        with self._lock:
+            self._forget(name for name in standing if name not in known)
             own = [state for state in states if state.name in self._seated]
             rest = [state for state in states if state.name not in self._seated]
             totals = [_Told(state.name, *self._totals.get(state.name, _Totals()).told()) for state in own]
@@ -140,15 +146,18 @@ class AdapterSeries:
             for state in standing:
                 if not self._seat(state.name) and not self._has_free_seat():
                     break
-        gone = [name for name in self._totals if name not in self._seated and not self._stays(name)]
-        for name in gone:
-            del self._totals[name]
 
     def _has_free_seat(self) -> bool:
         return len(self._seated) < self.max_adapters
 
-    def _stays(self, name: str) -> bool:
-        return name in (OTHER, UNKNOWN) or self._is_known(name)
+    def _is_standing(self, name: str) -> bool:
+        return name not in self._seated and name not in (OTHER, UNKNOWN)
+
+    def _forget(self, gone: Iterable[str]) -> None:
+        """Under the lock."""
+        for name in gone:
+            if self._is_standing(name):  # else it has come back meanwhile
+                self._totals.pop(name, None)
 
 
 def _standing(state: AdapterState) -> tuple[bool, bool, bool, str]:

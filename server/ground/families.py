@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["counter", "gauge", "histogram"]
+Side = Literal["http", "engine"]
 
 _SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10)
 _FIRST_TOKEN_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -44,14 +45,22 @@ class Family:
     buckets: tuple[float, ...] = ()  # of a histogram
     is_watched: bool = False
     values: tuple[str, ...] = ()  # of its only label: each is there from the start, so that its first event is a rise
+    side: Side = "http"  # of an event: where it happens, if the engine has a process of its own
 
 
-def _counter(name: str, text: str, *labels: str, values: tuple[str, ...] = ()) -> Family:
-    return Family(name, "counter", text, labels, values=values)
+def _counter(name: str, text: str, *labels: str, values: tuple[str, ...] = (), side: Side = "http") -> Family:
+    return Family(name, "counter", text, labels, values=values, side=side)
 
 
-def _histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str, values: tuple[str, ...] = ()) -> Family:
-    return Family(name, "histogram", text, labels, buckets, values=values)
+def _histogram(
+    name: str,
+    text: str,
+    buckets: tuple[float, ...],
+    *labels: str,
+    values: tuple[str, ...] = (),
+    side: Side = "http",
+) -> Family:
+    return Family(name, "histogram", text, labels, buckets, values=values, side=side)
 
 
 def _gauge(name: str, text: str, *labels: str) -> Family:
@@ -113,11 +122,21 @@ SEQUENCES = (
 STEPS = (
     _total("graft_steps_total", "Steps that the engine has run."),
     _total("graft_steps_shed_total", "Steps that ran out of memory and were taken back, to be tried again smaller."),
-    _histogram("graft_step_seconds", "Duration of one step.", _SHORT_S),
-    _histogram("graft_step_sequences", "Sequences in one step.", _STEP_COUNTS),
-    _histogram("graft_step_tokens", "Tokens in one step.", _STEP_TOKENS),
-    _histogram("graft_step_adapters", "Distinct adapters in one step, the base not counted.", (0, *_STEP_COUNTS)),
-    _histogram("graft_step_methods", "Distinct methods of the adapters in one step.", (0, *range(1, 9), 16, 32)),
+    _histogram("graft_step_seconds", "Duration of one step.", _SHORT_S, side="engine"),
+    _histogram("graft_step_sequences", "Sequences in one step.", _STEP_COUNTS, side="engine"),
+    _histogram("graft_step_tokens", "Tokens in one step.", _STEP_TOKENS, side="engine"),
+    _histogram(
+        "graft_step_adapters",
+        "Distinct adapters in one step, the base not counted.",
+        (0, *_STEP_COUNTS),
+        side="engine",
+    ),
+    _histogram(
+        "graft_step_methods",
+        "Distinct methods of the adapters in one step.",
+        (0, *range(1, 9), 16, 32),
+        side="engine",
+    ),
     _total(
         "graft_preemptions_total",
         "Sequences set back to waiting because blocks ran out or another adapter had its turn.",
@@ -169,6 +188,7 @@ ADAPTERS = (
         _SHORT_S,
         "transition",
         values=("store_to_host", "host_to_device"),
+        side="engine",
     ),
     _total(
         "graft_adapter_overflows_total", "Steps in which the output with an adapter overflowed, each adapter counted."
@@ -216,8 +236,18 @@ ARRIVALS = (
     _counter("graft_uploads_total", "Uploads that ended, by how.", "result", values=RESULTS),
     _counter("graft_merges_total", "Merges that ended, by how.", "result", values=RESULTS),
     _histogram("graft_merge_seconds", "Merges that were stored, their wait included.", _LONG_S),
-    _counter("graft_adapter_fetches_total", "Fetches from a source that ended, by how.", "outcome", values=_OUTCOMES),
-    _counter("graft_adapter_fetched_bytes_total", "Bytes fetched from sources, those of failed fetches counted."),
+    _counter(
+        "graft_adapter_fetches_total",
+        "Fetches from a source that ended, by how.",
+        "outcome",
+        values=_OUTCOMES,
+        side="engine",
+    ),
+    _counter(
+        "graft_adapter_fetched_bytes_total",
+        "Bytes fetched from sources, those of failed fetches counted.",
+        side="engine",
+    ),
     _gauge("graft_adapter_fetches_running", "Adapters being fetched from a source."),
     _gauge("graft_adapter_fetches_waiting", "Adapters that wait to be fetched."),
 )
@@ -248,6 +278,9 @@ SERVER = (
     _gauge("graft_build_info", "1; the server's version as a label.", "version"),
     _gauge("graft_base_info", "1; the base as labels.", "model", "quantization", "dtype", "device"),
 )
+
+# Before `process_...`, the Python client's figures of a process: of the engine's, where it has one of its own.
+OTHER_PROCESS = "graft_engine"
 
 SECTIONS: Mapping[str, tuple[Family, ...]] = {
     "Requests": REQUESTS,

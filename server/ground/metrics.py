@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 
 from server.ground.adapter_series import AdapterSeries, AdapterState
 from server.ground.exposition import exposition
-from server.ground.families import FAMILIES, Family
+from server.ground.families import FAMILIES, OTHER_PROCESS, Family, Side
 from server.ground.heap import without_collections
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that says when it was made: nobody asks
@@ -52,15 +52,17 @@ class Metrics:
         self,
         max_adapters: int = MAX_ADAPTERS,
         also: Callable[[Iterable[Metric], Sequence[AdapterState]], str] = lambda families, adapters: "",
+        side: Side | None = None,
     ) -> None:
         """At most `max_adapters` adapters have series of their own. `also` writes further metrics, made of all others
-        and of those adapters."""
+        and of those adapters. `side`: whose events are observed here, where there is a process for each."""
         self.registry = CollectorRegistry()
         self._also = also
-        self._counters = {family.name: self._counter(family) for family in _events("counter")}
-        self._histograms = {family.name: self._histogram(family) for family in _events("histogram")}
+        self._counters = {family.name: self._counter(family) for family in _events("counter", side)}
+        self._histograms = {family.name: self._histogram(family) for family in _events("histogram", side)}
         self.adapters = AdapterSeries(max_adapters)
-        ProcessCollector(registry=self.registry)
+        if side != "engine":
+            ProcessCollector(registry=self.registry)
 
     def _counter(self, family: Family) -> Counter:
         counter = Counter(family.name, family.text, family.labels, registry=self.registry)
@@ -169,6 +171,16 @@ class Metrics:
         """Publish state: `read` gives values by name, of families that are watched, and is called at each scrape."""
         self.registry.register(_StateCollector(read))
 
+    def include(self, read: Callable[[], Iterable[Metric]], pid: Callable[[], int]) -> None:
+        """Publish what another process has collected, `read` at each scrape, and the figures of that process."""
+        self.registry.register(_OtherCollector(read))
+        ProcessCollector(namespace=OTHER_PROCESS, pid=pid, registry=self.registry)
+
+    def collected(self) -> list[Metric]:
+        """What `include` publishes elsewhere: all but the series of adapters."""
+        with without_collections():
+            return list(self.registry.collect())
+
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format."""
         with without_collections():
@@ -176,8 +188,21 @@ class Metrics:
             return (exposition(families) + adapters.text + self._also(families, adapters.own)).encode()
 
 
-def _events(kind: str) -> Iterator[Family]:
-    return (family for family in FAMILIES.values() if family.kind == kind and not family.is_watched)
+def _events(kind: str, side: Side | None) -> Iterator[Family]:
+    events = (family for family in FAMILIES.values() if family.kind == kind and not family.is_watched)
+    return (family for family in events if side in (None, family.side))
+
+
+class _OtherCollector(Collector):
+    def __init__(self, read: Callable[[], Iterable[Metric]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        return self._read()
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing, as below."""
+        return iter(())
 
 
 class _StateCollector(Collector):

@@ -34,7 +34,7 @@ def test_the_series_stay_under_the_cap(tmp_path: Path, num_adapters: int) -> Non
     registry = Registry(filled(tmp_path, num_adapters), (), host, device, load_folder)
     metrics = Metrics(CAP, VllmNames("base"))
 
-    metrics.adapters.watch(registry.on_tiers, registry.has)
+    metrics.adapters.watch(registry.on_tiers, registry.known)
     most = 0
     for number, name in enumerate(registry.names()):
         with registry.lease(name) as lease:

@@ -14,7 +14,7 @@ class Watched:
         self.series = AdapterSeries(max_adapters)
         self.loaded: dict[str, AdapterState] = {}
         self.existing: set[str] = set()
-        self.series.watch(lambda: tuple(self.loaded.values()), self.existing.__contains__)
+        self.series.watch(lambda: tuple(self.loaded.values()), self.existing.intersection)
 
     def load(self, name: str, **facts: object) -> None:
         self.existing.add(name)

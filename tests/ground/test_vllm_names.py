@@ -81,7 +81,7 @@ def test_a_loaded_adapter_is_one_series_at_its_best_level(metrics: Metrics) -> N
         AdapterState("hot", "lora", 8, True, host_bytes=1, device_bytes=1),
         AdapterState("warm", "ia3", 0, host_bytes=1),
     ]
-    metrics.adapters.watch(lambda: states, lambda name: True)
+    metrics.adapters.watch(lambda: states, lambda names: names)
     assert samples(metrics, LOADED) == [
         (OWN | {"adapter_name": "hot", "level": "gpu", "pinned": "true", "rank": "8"}, 1),
         (OWN | {"adapter_name": "warm", "level": "cpu", "pinned": "false", "rank": "0"}, 1),
@@ -92,7 +92,7 @@ def test_a_loaded_adapter_is_one_series_at_its_best_level(metrics: Metrics) -> N
 
 def test_requests_info_is_one_series_whatever_happens_and_tells_where_adapters_are(metrics: Metrics) -> None:
     states: list[AdapterState] = []
-    metrics.adapters.watch(lambda: states, lambda name: True)
+    metrics.adapters.watch(lambda: states, lambda names: names)
     for index in range(50):
         states[:] = [
             AdapterState("idle", host_bytes=1, device_bytes=1),
