@@ -38,6 +38,13 @@ def device_named(name: str) -> torch.device:
     return torch.device(name)
 
 
+def has_engine_process(settings: Settings) -> bool:
+    """Whether `graft serve` runs the engine in a process of its own. Raises StartupRefused for a device not there."""
+    if settings.engine_process == "auto":
+        return device_named(settings.device).type == "cuda"
+    return settings.engine_process == "on"
+
+
 def _dtype(name: str) -> torch.dtype | None:
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     return dtypes.get(name)  # None for "auto": the base decides

@@ -29,7 +29,7 @@ from server.model.pretrained import BaseOptions, default_dtype, read_config, sto
 from server.model.quantize import Quantization, holds_dequantized
 from server.ops import load_kernels, native, takes_native
 from server.ops.prefill import prefill_refusal
-from server.sizing import base_options, expected_needs, expected_plan, free_bytes
+from server.sizing import base_options, expected_needs, expected_plan, free_bytes, has_engine_process
 
 _VERSIONED = ("torch", "transformers", "bitsandbytes", "safetensors", "accelerate", "peft", "triton")
 # extra, the packages that it brings, and what it gives
@@ -116,8 +116,15 @@ def base(settings: Settings) -> Iterator[Finding]:
     yield Finding("base", "device", f"{options.device}, {str(dtype).removeprefix('torch.')}")
     yield Finding("base", "quantization", f"{held}{', as stored' if stored else ''}: {_products(held, dtype, options)}")
     yield _ops(settings, options, dtype)
+    yield Finding("base", "engine", _engine(settings))
     yield _attention(settings, options)
     yield from _memory(settings, options)
+
+
+def _engine(settings: Settings) -> str:
+    if has_engine_process(settings):
+        return "a process of its own, which streams do not slow"
+    return "a thread of the process that answers requests"
 
 
 def _products(held: Quantization, dtype: torch.dtype, options: BaseOptions) -> str:

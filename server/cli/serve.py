@@ -66,15 +66,12 @@ def _serve(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     settings = config.load(flags)
     for sentence in config.unknown_variables():
         say(sentence)
-    _configure_output(settings)
+    configure_output(settings)
     with bind(settings) as listener:
         # Bound before the base loads, so that a taken port is refused at once, and port 0 has its number.
         settings = settings.model_copy(update={"port": listener.getsockname()[1]})
         say(f"loading {settings.model} ...")
-        # Imported here: it brings torch and transformers, which `--help`, `version` and refusals must not wait for.
-        from server.assemble import assemble
-
-        server = assemble(settings)
+        server = _assembled(settings)
         set_apart_what_stays()
         try:
             return listen(server, settings, listener)
@@ -82,7 +79,21 @@ def _serve(arguments: argparse.Namespace, _: Sequence[str]) -> int:
             server.close()
 
 
-def _configure_output(settings: Settings) -> None:
+def _assembled(settings: Settings) -> "Served":
+    # Imported here: it brings torch and transformers, which `--help`, `version` and refusals must not wait for.
+    from server.sizing import has_engine_process
+
+    if has_engine_process(settings):
+        from server.apart.front import assemble_apart
+
+        return assemble_apart(settings, configure_output)
+    from server.assemble import assemble
+
+    return assemble(settings)
+
+
+def configure_output(settings: Settings) -> None:
+    """Has the process log as the settings say. Raises StartupRefused for an audit log that cannot be written."""
     configure_logging(settings.log_level, settings.log_format)
     quieten_libraries()
     if settings.audit_log is not None:

@@ -360,6 +360,15 @@ class Settings(BaseSettings):
             "what computes the attention of prompts; auto: PyTorch's varlen_attn where it can, else chunk by chunk",
         ),
     ] = "auto"
+    engine_process: Annotated[
+        Literal["auto", "on", "off"],
+        BeforeValidator(_on_or_off),
+        Flag(
+            "process",
+            "{auto,on,off}",
+            "whether the engine has a process of its own, which streams do not slow; auto: with a GPU",
+        ),
+    ] = "auto"
     drain_timeout: Annotated[
         Seconds,
         Flag("process", "SECONDS", "what runs when SIGTERM comes may take so long; then it is aborted"),

@@ -1,0 +1,112 @@
+"""Where sequences enter the child and their deltas leave it: the child's end of the channel `deltas`.
+
+Owns that a request whose reader has left is ended however far it has come. The engine's thread hands over what a step
+gave in one call and goes on; another thread packs and sends it. Knows nothing about HTTP.
+"""
+
+import asyncio
+import dataclasses
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+
+from server.adapters.asker import ask_as
+from server.apart.channel import Channel, ChannelClosed, Sender
+from server.apart.messages import Abort, Drain, Drained, Enter, LetIn, Withdraw, packed
+from server.apart.portable import portable
+from server.assemble import Works
+from server.engine.entry import Entry, GroupOrder, Held
+from server.engine.flight import GenerationRequest
+from server.engine.sequence import Delta
+from server.ground.errors import GraftError
+from server.model.grammar import GrammarSource
+
+
+class Door:
+    """Orders are taken on the event loop that makes it; any thread may hand over deltas."""
+
+    def __init__(self, works: Works, channel: Channel) -> None:
+        self._works = works
+        self._entry = Entry(works.engine, works.registry)
+        self._channel = channel
+        self._sender = Sender(channel, "deltas", _sent)
+        self._loop = asyncio.get_running_loop()
+        self._entering: dict[int, asyncio.Task[None]] = {}
+        self._withdrawn: set[int] = set()  # of those that are entering
+        self._drains: set[asyncio.Task[None]] = set()  # kept, because the loop alone does not keep tasks alive
+        threading.Thread(target=self._hear, name="orders", daemon=True).start()
+
+    def hand_over(self, deltas: Sequence[Delta]) -> None:
+        """The engine's `Outlet`."""
+        self._sender.send(deltas)
+
+    def close(self) -> None:
+        """Sends what was handed over, once the engine is closed."""
+        self._sender.close()
+
+    def _hear(self) -> None:
+        # The loop is closed, or the front is gone, which the other channel tells of.
+        with suppress(ChannelClosed, RuntimeError):
+            while True:
+                self._loop.call_soon_threadsafe(self._take, self._channel.receive())
+
+    def _take(self, message: object) -> None:
+        match message:
+            case Enter(number=number):
+                self._entering[number] = self._loop.create_task(self._enter(message))
+            case Abort(sequence_ids=sequence_ids):
+                self._abort(sequence_ids)
+            case Withdraw(number=number) if number in self._entering:
+                self._withdrawn.add(number)
+            case Withdraw(sequence_ids=sequence_ids):
+                self._abort(sequence_ids)
+            case Drain():
+                task = self._loop.create_task(self._drain(message))
+                self._drains.add(task)
+                task.add_done_callback(self._drains.discard)
+
+    def _abort(self, sequence_ids: Sequence[str]) -> None:
+        for sequence_id in sequence_ids:
+            self._works.engine.abort(sequence_id)
+
+    async def _enter(self, message: Enter) -> None:
+        ask_as(message.asker)  # of this task alone
+        try:
+            order = await self._with_grammar(message.order)
+            held, _ = self._entry.take(order, self._accept)
+            # An error keeps what it was raised in; this one is pickled in another thread.
+            refusal = None if held.refusal is None else _as_refusal(held.refusal)
+            answer: Held | Exception = dataclasses.replace(held, refusal=refusal)
+        except Exception as error:  # it is the caller's, whatever it is
+            answer = portable(error)
+        finally:
+            del self._entering[message.number]
+        self._sender.send(LetIn(message.number, answer))
+        if message.number in self._withdrawn:
+            self._withdrawn.discard(message.number)
+            self._abort([one.sequence_id for one in message.order.sequences])
+
+    async def _with_grammar(self, order: GroupOrder) -> GroupOrder:
+        """Its grammar was compiled a moment ago; one that has been forgotten since is compiled again."""
+        if not isinstance(order.grammar, GrammarSource):
+            return order
+        grammar = await asyncio.wrap_future(self._works.grammars.compiled(order.grammar))
+        return dataclasses.replace(order, grammar=grammar)
+
+    def _accept(self, request: GenerationRequest) -> None:
+        self._works.engine.accept(request, self)
+
+    async def _drain(self, message: Drain) -> None:
+        await self._works.drain(message.timeout_s)
+        self._sender.send(Drained(message.number))
+
+
+def _as_refusal(error: GraftError) -> GraftError:
+    crossed = portable(error)
+    assert isinstance(crossed, GraftError)
+    return crossed
+
+
+def _sent(value: object) -> object:
+    """A step's deltas are packed where they are sent, off the engine's thread."""
+    return packed(value) if isinstance(value, list) else value

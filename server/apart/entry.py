@@ -1,0 +1,144 @@
+"""Sequences that run in the other process: the front's end of the channel `deltas`, on the event loop of the routes.
+
+Owns the streams whose ends have not come, and that each of them gets one when the other process is lost. Knows nothing
+about HTTP.
+"""
+
+import asyncio
+import itertools
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from copy import copy
+
+from server.adapters.asker import current_asker
+from server.apart.channel import Frames, framed
+from server.apart.messages import Abort, Drain, Drained, Enter, LetIn, Withdraw, unpacked
+from server.engine.engine import dead
+from server.engine.entry import Entered, GroupOrder
+from server.engine.flight import Streams
+from server.engine.sequence import Delta, FinishReason
+from server.ground.errors import GraftError
+
+
+class _Line(asyncio.Protocol):
+    """What the event loop hears of the channel."""
+
+    def __init__(self, entry: "ApartEntry") -> None:
+        self._entry = entry
+        self._frames = Frames()
+
+    def data_received(self, data: bytes) -> None:
+        for message in self._frames.values(data):
+            self._entry.take(message)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._entry.lose()
+
+
+class ApartEntry:
+    """`EntryFace` for the one event loop that uses it first."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self._numbers = itertools.count()
+        self._attaching = asyncio.Lock()
+        self._transport: asyncio.WriteTransport | None = None
+        self._streams: Streams | None = None
+        self._answers: dict[int, asyncio.Future[LetIn | Drained]] = {}
+        self._fault: str | None = None
+        self.is_draining = False
+
+    async def enter(self, order: GroupOrder) -> Entered:
+        """As `Entry.enter`; raises GenerationFailed, too, once the other process is lost."""
+        streams = await self._attached()
+        number, ids = next(self._numbers), tuple(one.sequence_id for one in order.sequences)
+        opened = tuple(streams.open(sequence_id, self._abort) for sequence_id in ids)  # their deltas may come first
+        try:
+            answer = await self._answered(Enter(number, order, current_asker()), number)
+        except asyncio.CancelledError:
+            self._send(Withdraw(number, ids))
+            self._forget(ids)
+            raise
+        except GraftError:
+            self._forget(ids)
+            raise
+        assert isinstance(answer, LetIn)
+        if isinstance(answer.held, Exception) or answer.held.refusal is not None:
+            self._forget(ids)
+        if isinstance(answer.held, Exception):
+            raise answer.held
+        return Entered(answer.held, opened if answer.held.refusal is None else ())
+
+    async def drain(self, timeout_s: float) -> None:
+        """Accepts nothing new, and waits as `Works.drain` does, there."""
+        self.is_draining = True
+        await self._attached()
+        number = next(self._numbers)
+        await self._answered(Drain(number, timeout_s), number)
+
+    def abandon(self, fault: str) -> None:
+        """Fails what is in flight, if nobody else has. On the event loop."""
+        self._fault = self._fault or fault
+        error = dead(self._fault)
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(copy(error))
+        if self._streams is not None:
+            ids = self._streams.open_ids
+            ends = [Delta(one, finish_reason=FinishReason.ERROR, error=copy(error)) for one in ids]
+            self._streams.deliver(ends)
+
+    def close(self) -> None:
+        """Once the event loop is over."""
+        if self._transport is not None and not self._transport.is_closing():
+            with suppress(RuntimeError):  # the loop is closed
+                self._transport.abort()
+        self._end.close()
+
+    def take(self, message: object) -> None:
+        """What the other process says."""
+        if isinstance(message, list):
+            assert self._streams is not None
+            self._streams.deliver(unpacked(message))
+        elif isinstance(message, LetIn | Drained):
+            answer = self._answers.pop(message.number, None)
+            if answer is not None and not answer.done():
+                answer.set_result(message)
+
+    def lose(self) -> None:
+        """The other process has gone, or closed its end."""
+        self.abandon("its process has ended; its log says why")
+
+    async def _attached(self) -> Streams:
+        """The streams of this event loop, which hears the channel from the first call on."""
+        async with self._attaching:
+            if self._streams is None:
+                loop = asyncio.get_running_loop()
+                self._end.setblocking(False)
+                self._transport, _ = await loop.create_unix_connection(lambda: _Line(self), sock=self._end)
+                self._streams = Streams(loop)
+        return self._streams
+
+    async def _answered(self, message: Enter | Drain, number: int) -> LetIn | Drained:
+        if self._fault is not None:
+            raise dead(self._fault)
+        answer: asyncio.Future[LetIn | Drained] = asyncio.get_running_loop().create_future()
+        self._answers[number] = answer
+        try:
+            self._send(message)
+            return await answer
+        finally:
+            self._answers.pop(number, None)
+
+    def _abort(self, sequence_id: str) -> None:
+        self._send(Abort((sequence_id,)))
+
+    def _send(self, message: object) -> None:
+        if self._transport is not None and self._fault is None:
+            self._transport.write(framed(message))
+
+    def _forget(self, sequence_ids: Sequence[str]) -> None:
+        assert self._streams is not None
+        for sequence_id in sequence_ids:
+            self._streams.forget(sequence_id)

@@ -1,0 +1,290 @@
+"""What the routes work with in the place of parts that run in the other process: each method is a call there.
+
+Owns nothing but what crosses back as a number: an upload, a folder being read, a merge or fetch under way. See
+`server.api.faces` for what each of them is, and what blocks. Knows nothing about how calls cross.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from prometheus_client.core import Metric
+
+from server.adapters.adapter_info import AdapterInfo, Loaded, Registered, RegistryStats
+from server.adapters.catalog import AdapterVersion
+from server.adapters.custody import Unloaded
+from server.adapters.merging.live import Made, MergeOrder
+from server.adapters.registry import MAX_WAIT_S
+from server.adapters.remote.fetches import FetchInfo, Order
+from server.apart.calls import Calls
+from server.apart.entry import ApartEntry
+from server.apart.messages import Ready
+from server.engine.engine import EngineStats, InFlight
+from server.ground.adapter_series import AdapterState
+from server.ground.errors import GenerationFailed
+from server.model.grammar import GrammarSource
+
+
+class EngineTwin:
+    def __init__(self, calls: Calls, entry: ApartEntry, ready: Ready) -> None:
+        self._calls = calls
+        self._entry = entry
+        self._last = ready.stats
+
+    @property
+    def is_alive(self) -> bool:
+        return self._calls.fault is None
+
+    @property
+    def is_draining(self) -> bool:
+        return self._entry.is_draining
+
+    def stats(self) -> EngineStats:
+        """Of an engine that is lost, what it told last: who asks for metrics is to be told that it is."""
+        if self.is_alive:
+            self._last = self._calls.call("engine", "stats")
+        return self._last
+
+    def in_flight(self) -> Mapping[str, InFlight]:
+        found: Mapping[str, InFlight] = self._calls.call("engine", "in_flight") if self.is_alive else {}
+        return found
+
+
+class RegistryTwin:
+    def __init__(self, calls: Calls, ready: Ready) -> None:
+        self._calls = calls
+        self._is_shared = ready.is_shared
+        self._last = ready.figures.registry
+        self.max_versions = ready.max_versions
+
+    def _call(self, method: str, *arguments: Any, **named: Any) -> Any:
+        return self._calls.call("registry", method, *arguments, **named)
+
+    def may_be_elsewhere(self, spec: str) -> bool:
+        """Whether it is there already is known in the other process alone, which `look_for` asks."""
+        return self._is_shared
+
+    def look_for(self, spec: str) -> None:
+        self._call("look_for", spec)
+
+    def names_near(self, name: str, most: int) -> Sequence[str]:
+        found: Sequence[str] = self._call("names_near", name, most)
+        return found
+
+    def list(self, after: str = "", limit: int | None = None) -> tuple[AdapterInfo, ...]:
+        found: tuple[AdapterInfo, ...] = self._call("list", after, limit)
+        return found
+
+    def describe(self, spec: str) -> AdapterInfo:
+        found: AdapterInfo = self._call("describe", spec)
+        return found
+
+    def versions(self, name: str) -> tuple[AdapterInfo, ...]:
+        found: tuple[AdapterInfo, ...] = self._call("versions", name)
+        return found
+
+    def known(self, names: Collection[str]) -> Collection[str]:
+        found: Collection[str] = self._call("known", names) if self._calls.fault is None else names
+        return found
+
+    def on_tiers(self) -> tuple[AdapterState, ...]:
+        found: tuple[AdapterState, ...] = self._call("on_tiers") if self._calls.fault is None else ()
+        return found
+
+    def stats(self) -> RegistryStats:
+        """As `EngineTwin.stats`."""
+        if self._calls.fault is None:
+            self._last = self._call("stats")
+        return self._last
+
+    def check_may_claim(self, name: str) -> None:
+        self._call("check_may_claim", name)
+
+    def check_room(self, num_bytes: int, name: str | None = None) -> None:
+        self._call("check_room", num_bytes, name)
+
+    def register(self, incoming: Any, name: str, *, replace: bool, base_fingerprint: str | None = None) -> Registered:
+        assert isinstance(incoming, IncomingTwin)
+        return incoming.register(name, replace=replace, base_fingerprint=base_fingerprint)
+
+    def roll_back(self, name: str, prefix: str | None = None) -> tuple[AdapterInfo, AdapterVersion]:
+        found: tuple[AdapterInfo, AdapterVersion] = self._call("roll_back", name, prefix)
+        return found
+
+    def delete(self, name: str) -> None:
+        self._call("delete", name)
+
+    def load(self, spec: str) -> Loaded:
+        found: Loaded = self._call("load", spec)
+        return found
+
+    def unload(self, spec: str, max_wait_s: float = MAX_WAIT_S) -> Unloaded:
+        found: Unloaded = self._call("unload", spec, max_wait_s)
+        return found
+
+    def pin(self, spec: str, max_wait_s: float = MAX_WAIT_S) -> AdapterInfo:
+        found: AdapterInfo = self._call("pin", spec, max_wait_s)
+        return found
+
+    def unpin(self, spec: str) -> AdapterInfo:
+        found: AdapterInfo = self._call("unpin", spec)
+        return found
+
+    def lift_quarantine(self, spec: str) -> AdapterInfo:
+        found: AdapterInfo = self._call("lift_quarantine", spec)
+        return found
+
+
+class IncomingFileTwin:
+    """A file of an upload; one left by an exception does not count as sent."""
+
+    def __init__(self, calls: Calls, incoming: "IncomingTwin") -> None:
+        self._calls = calls
+        self._incoming = incoming
+
+    def write(self, chunk: bytes) -> None:
+        self._calls.call("uploads", "write", self._incoming.number, chunk)
+        self._incoming.num_bytes += len(chunk)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is None:  # else the upload is discarded, and this with it
+            self._calls.call("uploads", "end_file", self._incoming.number)
+
+
+class IncomingTwin:
+    def __init__(self, calls: Calls, max_bytes: int | None) -> None:
+        self._calls = calls
+        self.number: int = calls.call("uploads", "begin", max_bytes)
+        self.num_bytes = 0
+
+    def open_file(self, filename: str) -> IncomingFileTwin:
+        self._calls.call("uploads", "open_file", self.number, filename)
+        return IncomingFileTwin(self._calls, self)
+
+    def expect(self, num_bytes: int) -> None:
+        self._calls.call("uploads", "expect", self.number, num_bytes)
+
+    def copy(self, folder: Path) -> None:
+        self.num_bytes = self._calls.call("uploads", "copy", self.number, folder)
+
+    def register(self, name: str, *, replace: bool, base_fingerprint: str | None) -> Registered:
+        asked = {"replace": replace, "base_fingerprint": base_fingerprint}
+        found: Registered = self._calls.call("uploads", "register", self.number, name, **asked)
+        return found
+
+    def discard(self) -> None:
+        if self._calls.fault is None:  # else what it has written goes with the next start
+            self._calls.call("uploads", "discard", self.number)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.discard()
+
+
+class StoreTwin:
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def incoming(self, *, max_bytes: int | None = None) -> IncomingTwin:
+        return IncomingTwin(self._calls, max_bytes)
+
+    @contextmanager
+    def reading(self, folder: Path) -> Iterator[None]:
+        number = self._calls.call("readings", "begin", folder)
+        try:
+            yield
+        finally:
+            self._calls.call("readings", "end", number)
+
+
+class MergeTwin:
+    def __init__(self, calls: Calls, number: int) -> None:
+        self._calls = calls
+        self._number = number
+        self.future: Future[Made] = calls.begin("merges", "made", number)
+
+    def give_up(self) -> None:
+        if not self.future.done():
+            self._calls.begin("merges", "give_up", self._number)
+
+
+class MergesTwin:
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def begin(self, order: MergeOrder) -> MergeTwin:
+        return MergeTwin(self._calls, self._calls.call("merges", "begin", order))
+
+
+class FetchTwin:
+    def __init__(self, info: FetchInfo, result: "Future[Registered]") -> None:
+        self.result = result
+        self._info = info
+
+    def info(self) -> FetchInfo:
+        """As it was when it was begun, or joined."""
+        return self._info
+
+
+class FetchesTwin:
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self._counts = (0, 0)
+
+    @property
+    def num_running(self) -> int:
+        """Asked for together with the next."""
+        if self._calls.fault is None:
+            self._counts = self._calls.call("fetches", "counts")
+        return self._counts[0]
+
+    @property
+    def num_waiting(self) -> int:
+        return self._counts[1]
+
+    def begin(self, order: Order) -> FetchTwin:
+        number, info = self._calls.call("fetches", "begin", order)
+        return FetchTwin(info, self._calls.begin("fetches", "ended", number))
+
+    def cancel(self, name: str) -> bool:
+        is_done: bool = self._calls.call("fetches", "cancel", name)
+        return is_done
+
+    def info(self, name: str) -> FetchInfo | None:
+        found: FetchInfo | None = self._calls.call("fetches", "info", name)
+        return found
+
+    def list(self) -> tuple[FetchInfo, ...]:
+        found: tuple[FetchInfo, ...] = self._calls.call("fetches", "list")
+        return found
+
+
+class GrammarsTwin:
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def compiled(self, source: GrammarSource) -> "Future[GrammarSource]":
+        return self._calls.begin("grammars", "compiled", source)
+
+
+class MetricsTwin:
+    """What the other process counts and measures."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def collected(self) -> Iterable[Metric]:
+        """None of a process that is lost."""
+        try:
+            found: Iterable[Metric] = self._calls.call("metrics", "collected")
+        except GenerationFailed:
+            return ()
+        return found
