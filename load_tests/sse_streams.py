@@ -1,7 +1,8 @@
 """`python -m load_tests.sse_streams`: what the engine's steps feel of 128 answers that are streamed over HTTP.
 
-The same sequences are read in this process, from the engine itself, and by a client in a process of its own, as
-server-sent events of this process's HTTP server; both in each round. On a CPU a base of real size hides what Python
+The same sequences are read in this process, from the engine itself; by a client in a process of its own, as server-sent
+events of this process's HTTP server; and by such a client from a server whose engine has a process of its own
+(`--engine-process on`); all in each round. On a CPU a base of real size hides what Python
 takes (`--shape llama-25m`); a tiny one (`--shape tiny`) leaves hardly anything else, as on a GPU that computes beside
 Python. Beside the time of a step stand the CPU time of the engine's thread and that of the event loop's: one who waits
 for Python's lock uses none, and neither does one whose machine is busy. Owns this workload, its client and its report.
@@ -16,7 +17,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,18 +26,24 @@ from typing import Any
 import aiohttp
 import torch
 import uvicorn
+from fastapi import FastAPI
 
+from load_tests import seen_apart
 from load_tests.engine_steps import SeenStep, Streams, decodes, watched
 from load_tests.random_base import RandomBase
+from load_tests.seen_apart import watched_apart
+from server.apart.front import ApartServer, assemble_apart
 from server.api.connections import Patience
 from server.api.connections import watched as watched_connections
 from server.assemble import Server, assemble
 from server.bench import machine, save_model
-from server.ground.config import load
+from server.ground.config import Settings, load
 
 SCHEMA = "graftserve-sse-streams/1"
 _WORDS = range(8, 500)
 _MAX_CONNECTIONS = 4096
+_WAYS = ("in_process", "sse", "apart")
+_RATIOS = {"sse": "ratio", "apart": "apart_ratio"}  # under which name each way's is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     torch.set_num_threads(1)  # so that what the engine's thread computes is its own time
     with tempfile.TemporaryDirectory() as scratch:
-        server = _server(Path(scratch), arguments)
-        try:
-            rounds = asyncio.run(_rounds(server, arguments))
-        finally:
-            server.close()
+        settings = _settings(Path(scratch), arguments)
+        with closing(assemble(settings)) as server, closing(_apart(settings)) as apart:
+            rounds = asyncio.run(_rounds(server, apart, arguments))
     summary = summed(rounds)
     print(table(summary))
     if arguments.out is not None:
@@ -81,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _server(scratch: Path, arguments: argparse.Namespace) -> Server:
+def _settings(scratch: Path, arguments: argparse.Namespace) -> Settings:
     if arguments.shape == "tiny":
         RandomBase("tiny", torch.device("cpu")).save(scratch / "model")
     else:
@@ -91,44 +97,62 @@ def _server(scratch: Path, arguments: argparse.Namespace) -> Server:
         "device": "cpu", "max_sequences": str(arguments.streams), "prefix_reuse": "off", "kv_memory": "1GiB",
         "served_model_name": "base", "max_context": "1024",
     }  # fmt: skip
-    return assemble(load(flags))
+    return load(flags)
 
 
-async def _rounds(server: Server, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _apart(settings: Settings) -> ApartServer:
+    """With a store of its own."""
+    store = f"{settings.store}-apart"
+    return assemble_apart(settings.model_copy(update={"store": Path(store)}), seen_apart.prepare)
+
+
+async def _rounds(server: Server, apart: ApartServer, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     streams = Streams([None] * arguments.streams, arguments.prompt_tokens, arguments.tokens)
     rounds: list[dict[str, Any]] = []
+    async with _client_of(server.app, arguments) as client, _client_of(apart.app, arguments) as other:
+        for number in range(arguments.rounds + 1):
+            passes = {
+                "in_process": await _passed(watched(server.engine), arguments, streams.read(server, number)),
+                "sse": await _passed(watched(server.engine), arguments, _told(client, number)),
+                "apart": await _passed(watched_apart(apart), arguments, _told(other, number)),
+            }
+            if number:  # the first one warms up
+                rounds.append({way: one.row() for way, one in passes.items()})
+            print(f"round {number} of {arguments.rounds}{'' if number else ' (warm-up)'}", file=sys.stderr)
+    return rounds
+
+
+@asynccontextmanager
+async def _client_of(app: FastAPI, arguments: argparse.Namespace) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A client in a process of its own, of an application that listens here."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        serving = uvicorn.Server(_configuration(server))
+        serving = uvicorn.Server(_configuration(app))
         listening = asyncio.create_task(serving.serve(sockets=[listener]))
         client = await _start_client(listener.getsockname()[1], arguments)
         try:
-            for number in range(arguments.rounds + 1):
-                here = await _passed(server, arguments.streams, streams.read(server, number))
-                over_http = await _passed(server, arguments.streams, _told(client, number))
-                if number:  # the first one warms up
-                    rounds.append({"in_process": here.row(), "sse": over_http.row()})
-                print(f"round {number} of {arguments.rounds}{'' if number else ' (warm-up)'}", file=sys.stderr)
+            yield client
         finally:
             if client.returncode is None:
                 client.terminate()
             await client.wait()
             serving.should_exit = True
             await listening
-    return rounds
 
 
-def _configuration(server: Server) -> uvicorn.Config:
+def _configuration(app: FastAPI) -> uvicorn.Config:
     """As `graft serve` listens."""
     patience = watched_connections(Patience(max_connections=_MAX_CONNECTIONS))
-    return uvicorn.Config(server.app, log_config=None, log_level="warning", access_log=False, http=patience, ws="none")
+    return uvicorn.Config(app, log_config=None, log_level="warning", access_log=False, http=patience, ws="none")
 
 
-async def _passed(server: Server, num_streams: int, reading: Any) -> Pass:
-    with watched(server.engine) as steps:
+async def _passed(
+    seeing: AbstractContextManager[Sequence[SeenStep]], arguments: argparse.Namespace, reading: Any
+) -> Pass:
+    with seeing as steps:
         begun_s = time.thread_time()
         await reading
         loop_cpu_s = time.thread_time() - begun_s
-    return Pass(decodes(steps, num_streams), loop_cpu_s, len(steps))
+    return Pass(decodes(steps, arguments.streams), loop_cpu_s, len(steps))
 
 
 async def _start_client(port: int, arguments: argparse.Namespace) -> asyncio.subprocess.Process:
@@ -173,21 +197,22 @@ async def _read(session: aiohttp.ClientSession, arguments: argparse.Namespace, p
 
 
 def summed(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of the rounds; each ratio is the median of the rounds' own."""
+    """Medians of the rounds; each ratio, to what is read in the process, is the median of the rounds' own."""
     keys = ("step_ms", "engine_cpu_ms", "loop_cpu_ms")
     found: dict[str, Any] = {
-        way: {key: statistics.median(one[way][key] for one in rounds) for key in keys} for way in ("in_process", "sse")
+        way: {key: statistics.median(one[way][key] for one in rounds) for key in keys} for way in _WAYS
     }
-    found["ratio"] = {
-        key: statistics.median(one["sse"][key] / one["in_process"][key] for one in rounds) for key in keys
-    }
+    for way, ratio in _RATIOS.items():
+        found[ratio] = {
+            key: statistics.median(one[way][key] / one["in_process"][key] for one in rounds) for key in keys
+        }
     return found
 
 
 def table(summary: dict[str, Any]) -> str:
     """Markdown; milliseconds of a step."""
     lines = ["| read | step | engine's thread | event loop's thread |", "|---|---:|---:|---:|"]
-    for way in ("in_process", "sse", "ratio"):
+    for way in (*_WAYS, *_RATIOS.values()):
         cells = " | ".join(f"{value:.2f}" for value in summary[way].values())
         lines.append(f"| {way.replace('_', ' ')} | {cells} |")
     return "\n".join(lines)
