@@ -4,6 +4,7 @@ Owns the calls under way and the thread that hears their answers. Knows nothing 
 """
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from server.adapters.audit import Trail, current_trail
 from server.apart.channel import Channel, ChannelClosed
 from server.apart.messages import Answer, Beat, Call
 from server.engine.engine import dead
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,9 @@ class Calls:
                     self._lose("its process says so; its log says why")
         except ChannelClosed:
             self._lose(self._why_lost())
+        except Exception:  # nobody may be left waiting, whatever it is
+            _log.exception("the engine's process cannot be understood")
+            self._lose("what its process says cannot be read")
 
     def _take(self, message: Answer) -> None:
         with self._lock:

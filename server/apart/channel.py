@@ -5,6 +5,7 @@ server, and nobody else can reach the pair; so what comes is trusted as the serv
 what the values mean.
 """
 
+import asyncio
 import pickle
 import queue
 import socket
@@ -37,17 +38,13 @@ class Frames:
     def values(self, piece: bytes) -> Iterator[Any]:
         """Those that this piece completes."""
         self._held += piece
-        begin = 0
-        while len(self._held) - begin >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._held, begin)
-            end = begin + _LENGTH.size + length
+        while len(self._held) >= _LENGTH.size:
+            end = _LENGTH.size + _LENGTH.unpack_from(self._held)[0]
             if len(self._held) < end:
-                break
-            with memoryview(self._held) as held:
-                value = pickle.loads(held[begin + _LENGTH.size : end])
-            begin = end
-            yield value
-        del self._held[:begin]
+                return
+            content = bytes(self._held[_LENGTH.size : end])
+            del self._held[:end]
+            yield pickle.loads(content)
 
 
 class Channel:
@@ -59,7 +56,10 @@ class Channel:
 
     def send(self, value: object) -> None:
         """Returns when the system has taken all of it. Raises ChannelClosed, and what pickling it raises."""
-        frame = framed(value)
+        self.send_frame(framed(value))
+
+    def send_frame(self, frame: bytes) -> None:
+        """As `send`, of a value that is `framed` already."""
         try:
             with self._sending:
                 self._end.sendall(frame)
@@ -91,13 +91,70 @@ class Channel:
         self._end.close()
 
 
+class LoopChannel:
+    """One end on an event loop, of which nothing waits. For that loop alone; whoever closes the loop closes this."""
+
+    def __init__(self, end: socket.socket, take: Callable[[Any], None], lose: Callable[[], None]) -> None:
+        """Made on the running loop. `take` is called with each value that comes, `lose` once when none will."""
+        self._loop = asyncio.get_running_loop()
+        self._end = end
+        self._take = take
+        self._lose = lose
+        self._frames = Frames()
+        self._unsent = bytearray()
+        self._is_waiting = False  # to send the rest
+        self._is_open = True
+        end.setblocking(False)
+        self._loop.add_reader(end, self._read)
+
+    def send(self, value: object) -> None:
+        """What the system does not take at once is sent later; what nobody is left to receive is dropped."""
+        if self._is_open:
+            self._unsent += framed(value)
+            self._write()
+
+    def close(self) -> None:
+        """Hears and sends nothing any more. The socket stays its owner's."""
+        self._is_open = False
+        if not self._loop.is_closed():
+            self._loop.remove_reader(self._end)
+            self._loop.remove_writer(self._end)
+
+    def _read(self) -> None:
+        try:
+            piece = self._end.recv(_PIECE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            piece = b""
+        for value in self._frames.values(piece):
+            self._take(value)
+        if not piece and self._is_open:
+            self.close()
+            self._lose()
+
+    def _write(self) -> None:
+        try:
+            del self._unsent[: self._end.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:  # the reader hears that the other end has gone
+            self._unsent.clear()
+        if bool(self._unsent) != self._is_waiting:
+            self._is_waiting = not self._is_waiting
+            if self._is_waiting:
+                self._loop.add_writer(self._end, self._write)
+            else:
+                self._loop.remove_writer(self._end)
+
+
 class Sender:
     """Sends in a thread of its own, in order, so that who has something to tell never waits for a full pipe."""
 
-    def __init__(self, channel: Channel, name: str, made: Callable[[Any], object] = lambda value: value) -> None:
-        """`made` turns a value into what is sent, in that thread."""
+    def __init__(self, channel: Channel, name: str, frame: Callable[[Any], bytes] = framed) -> None:
+        """`frame` makes the frame of a value, in that thread; it raises nothing."""
         self._channel = channel
-        self._made = made
+        self._frame = frame
         self._waiting: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -116,7 +173,7 @@ class Sender:
         while (value := self._waiting.get()) is not _LAST:
             if is_open:
                 try:
-                    self._channel.send(self._made(value))
+                    self._channel.send_frame(self._frame(value))
                 except ChannelClosed:
                     is_open = False
 

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from server.apart.channel import Channel, ChannelClosed, Sender
 from server.apart.door import Door
-from server.apart.hosted import Hosted
+from server.apart.hosted import Hosted, answer_frame
 from server.apart.messages import Beat, Call, Close, Ready, Refused, Start
 from server.assemble import Works, assemble_works
 from server.ground.errors import GraftError
@@ -73,7 +73,7 @@ class _Child:
             self._channel.send(Refused(error.message))
             return 2
         set_apart_what_stays()
-        answers = Sender(self._channel, "answers")
+        answers = Sender(self._channel, "answers", answer_frame)
         self._hosted = Hosted(works, answers)
         answers.send(_ready(works))
         threading.Thread(target=_beat, args=(works, answers), name="beat", daemon=True).start()
@@ -104,10 +104,13 @@ class _Child:
                 assert self._hosted is not None  # nobody calls before it is ready
                 self._hosted.take(message)
         except ChannelClosed:
-            if self._hosted is None:
-                os._exit(1)  # while it loads, nothing is there that could be left behind
             _log.warning("the server is gone; its engine's process ends")
             threading.Thread(target=_end_by_force, daemon=True).start()
+        except Exception:  # who is not understood is as good as gone
+            _log.exception("the server cannot be understood; its engine's process ends")
+            threading.Thread(target=_end_by_force, daemon=True).start()
+        if self._hosted is None:
+            os._exit(1)  # while it loads, nothing is there that could be left behind
         with self._lock:
             self._is_over = True
             if self._loop is not None:

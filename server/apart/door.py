@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from server.adapters.asker import ask_as
-from server.apart.channel import Channel, ChannelClosed, Sender
+from server.apart.channel import Channel, ChannelClosed, Sender, framed
 from server.apart.messages import Abort, Drain, Drained, Enter, LetIn, Withdraw, packed
 from server.apart.portable import portable
 from server.assemble import Works
@@ -29,7 +29,7 @@ class Door:
         self._works = works
         self._entry = Entry(works.engine, works.registry)
         self._channel = channel
-        self._sender = Sender(channel, "deltas", _sent)
+        self._sender = Sender(channel, "deltas", _frame)
         self._loop = asyncio.get_running_loop()
         self._entering: dict[int, asyncio.Task[None]] = {}
         self._withdrawn: set[int] = set()  # of those that are entering
@@ -74,9 +74,7 @@ class Door:
         try:
             order = await self._with_grammar(message.order)
             held, _ = self._entry.take(order, self._accept)
-            # An error keeps what it was raised in; this one is pickled in another thread.
-            refusal = None if held.refusal is None else _as_refusal(held.refusal)
-            answer: Held | Exception = dataclasses.replace(held, refusal=refusal)
+            answer: Held | Exception = held
         except Exception as error:  # it is the caller's, whatever it is
             answer = portable(error)
         finally:
@@ -101,12 +99,15 @@ class Door:
         self._sender.send(Drained(message.number))
 
 
-def _as_refusal(error: GraftError) -> GraftError:
-    crossed = portable(error)
-    assert isinstance(crossed, GraftError)
-    return crossed
+def _frame(value: object) -> bytes:
+    """A step's deltas are packed here, off the engine's thread."""
+    if not isinstance(value, list):
+        return framed(value)
+    deltas: list[Delta] = value
+    return framed(packed([delta if delta.error is None else _with_portable_error(delta) for delta in deltas]))
 
 
-def _sent(value: object) -> object:
-    """A step's deltas are packed where they are sent, off the engine's thread."""
-    return packed(value) if isinstance(value, list) else value
+def _with_portable_error(delta: Delta) -> Delta:
+    error = delta.error and portable(delta.error)
+    assert error is None or isinstance(error, GraftError)
+    return dataclasses.replace(delta, error=error)

@@ -8,11 +8,10 @@ import asyncio
 import itertools
 import socket
 from collections.abc import Sequence
-from contextlib import suppress
 from copy import copy
 
 from server.adapters.asker import current_asker
-from server.apart.channel import Frames, framed
+from server.apart.channel import LoopChannel
 from server.apart.messages import Abort, Drain, Drained, Enter, LetIn, Withdraw, unpacked
 from server.engine.engine import dead
 from server.engine.entry import Entered, GroupOrder
@@ -21,29 +20,13 @@ from server.engine.sequence import Delta, FinishReason
 from server.ground.errors import GraftError
 
 
-class _Line(asyncio.Protocol):
-    """What the event loop hears of the channel."""
-
-    def __init__(self, entry: "ApartEntry") -> None:
-        self._entry = entry
-        self._frames = Frames()
-
-    def data_received(self, data: bytes) -> None:
-        for message in self._frames.values(data):
-            self._entry.take(message)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._entry.lose()
-
-
 class ApartEntry:
     """`EntryFace` for the one event loop that uses it first."""
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
         self._numbers = itertools.count()
-        self._attaching = asyncio.Lock()
-        self._transport: asyncio.WriteTransport | None = None
+        self._channel: LoopChannel | None = None
         self._streams: Streams | None = None
         self._answers: dict[int, asyncio.Future[LetIn | Drained]] = {}
         self._fault: str | None = None
@@ -51,7 +34,7 @@ class ApartEntry:
 
     async def enter(self, order: GroupOrder) -> Entered:
         """As `Entry.enter`; raises GenerationFailed, too, once the other process is lost."""
-        streams = await self._attached()
+        streams = self._attached()
         number, ids = next(self._numbers), tuple(one.sequence_id for one in order.sequences)
         opened = tuple(streams.open(sequence_id, self._abort) for sequence_id in ids)  # their deltas may come first
         try:
@@ -73,7 +56,7 @@ class ApartEntry:
     async def drain(self, timeout_s: float) -> None:
         """Accepts nothing new, and waits as `Works.drain` does, there."""
         self.is_draining = True
-        await self._attached()
+        self._attached()
         number = next(self._numbers)
         await self._answered(Drain(number, timeout_s), number)
 
@@ -91,13 +74,11 @@ class ApartEntry:
 
     def close(self) -> None:
         """Once the event loop is over."""
-        if self._transport is not None and not self._transport.is_closing():
-            with suppress(RuntimeError):  # the loop is closed
-                self._transport.abort()
+        if self._channel is not None:
+            self._channel.close()
         self._end.close()
 
-    def take(self, message: object) -> None:
-        """What the other process says."""
+    def _take(self, message: object) -> None:
         if isinstance(message, list):
             assert self._streams is not None
             self._streams.deliver(unpacked(message))
@@ -106,18 +87,14 @@ class ApartEntry:
             if answer is not None and not answer.done():
                 answer.set_result(message)
 
-    def lose(self) -> None:
-        """The other process has gone, or closed its end."""
+    def _lose(self) -> None:
         self.abandon("its process has ended; its log says why")
 
-    async def _attached(self) -> Streams:
+    def _attached(self) -> Streams:
         """The streams of this event loop, which hears the channel from the first call on."""
-        async with self._attaching:
-            if self._streams is None:
-                loop = asyncio.get_running_loop()
-                self._end.setblocking(False)
-                self._transport, _ = await loop.create_unix_connection(lambda: _Line(self), sock=self._end)
-                self._streams = Streams(loop)
+        if self._streams is None:
+            self._streams = Streams(asyncio.get_running_loop())
+            self._channel = LoopChannel(self._end, self._take, self._lose)
         return self._streams
 
     async def _answered(self, message: Enter | Drain, number: int) -> LetIn | Drained:
@@ -135,8 +112,8 @@ class ApartEntry:
         self._send(Abort((sequence_id,)))
 
     def _send(self, message: object) -> None:
-        if self._transport is not None and self._fault is None:
-            self._transport.write(framed(message))
+        if self._channel is not None:
+            self._channel.send(message)
 
     def _forget(self, sequence_ids: Sequence[str]) -> None:
         assert self._streams is not None

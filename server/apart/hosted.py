@@ -23,7 +23,7 @@ from server.adapters.registry import Registry
 from server.adapters.remote.fetches import Fetch, Fetches, FetchInfo, Order
 from server.adapters.store.adapter_store import AdapterStore
 from server.adapters.store.folder_store import Incoming, IncomingFile
-from server.apart.channel import Sender
+from server.apart.channel import Sender, framed
 from server.apart.messages import Answer, Call
 from server.apart.portable import portable
 from server.assemble import Works
@@ -277,3 +277,13 @@ class Hosted:
 
     def _answer(self, answer: Answer) -> None:
         self._answers.send(answer)
+
+
+def answer_frame(value: object) -> bytes:
+    """The frame of an answer; one that cannot cross is a failed one, so that nobody waits for it for ever."""
+    try:
+        return framed(value)
+    except Exception as error:  # whatever a class does when it is pickled
+        if not isinstance(value, Answer):
+            raise
+        return framed(Answer(value.number, portable(error), has_failed=True))

@@ -237,18 +237,19 @@ class FetchTwin:
 class FetchesTwin:
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
-        self._counts = (0, 0)
 
     @property
     def num_running(self) -> int:
-        """Asked for together with the next."""
-        if self._calls.fault is None:
-            self._counts = self._calls.call("fetches", "counts")
-        return self._counts[0]
+        """With a process that is lost none runs, and none waits."""
+        return self._counts()[0]
 
     @property
     def num_waiting(self) -> int:
-        return self._counts[1]
+        return self._counts()[1]
+
+    def _counts(self) -> tuple[int, int]:
+        found: tuple[int, int] = self._calls.call("fetches", "counts") if self._calls.fault is None else (0, 0)
+        return found
 
     def begin(self, order: Order) -> FetchTwin:
         number, info = self._calls.call("fetches", "begin", order)

@@ -123,8 +123,11 @@ def _configuration(server: Server, patience: Patience) -> uvicorn.Config:
 
 
 @contextmanager
-def serving(settings: Settings, patience: Patience = UNHURRIED) -> Iterator[Live]:
-    server = assemble(settings)
+def serving(
+    settings: Settings, patience: Patience = UNHURRIED, assembled: Callable[[Settings], Any] = assemble
+) -> Iterator[Live]:
+    """`assembled` makes the server: in one process, where nobody says otherwise."""
+    server = assembled(settings)
     listener = uvicorn.Server(_configuration(server, patience))
     thread = threading.Thread(target=listener.run)
     thread.start()
