@@ -38,6 +38,7 @@ def test_where_all_is_well_it_says_what_would_be_used(
     }  # fmt: skip
     assert found["base", "quantization"]["text"] == "nf4: native products of 4-bit weights, by vectors"
     assert found["base", "device"]["text"] == "cpu, float32"
+    assert found["base", "engine"]["text"] == "a thread of the process that answers requests"
     assert found["base", "ops"]["text"] == "native: C compiled for this CPU"
     assert found["base", "attention"]["text"] == (
         "prompts by PyTorch, chunk by chunk (varlen: it needs a GPU, and the base is on the CPU)"
