@@ -11,6 +11,7 @@ for Python's lock uses none, and neither does one whose machine is busy. Owns th
 import argparse
 import asyncio
 import json
+import os
 import random
 import socket
 import statistics
@@ -156,7 +157,10 @@ async def _passed(
 
 
 async def _start_client(port: int, arguments: argparse.Namespace) -> asyncio.subprocess.Process:
-    asked = ["--streams", arguments.streams, "--prompt-tokens", arguments.prompt_tokens, "--tokens", arguments.tokens]
+    asked = [
+        "--streams", arguments.streams, "--prompt-tokens", arguments.prompt_tokens, "--tokens", arguments.tokens,
+        "--niceness", arguments.niceness,
+    ]  # fmt: skip
     return await asyncio.create_subprocess_exec(
         sys.executable, "-m", "load_tests.sse_streams", "--client", f"http://127.0.0.1:{port}", *map(str, asked),
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[1],
@@ -175,6 +179,7 @@ async def _told(client: asyncio.subprocess.Process, seed: int) -> None:
 
 async def _read_again_and_again(arguments: argparse.Namespace) -> None:
     """The client: for each line with a seed, all streams at once, then a line on how that went."""
+    os.nice(arguments.niceness)
     # A connection each: a kept one may be closed by the server while the other way is measured.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector) as session:
@@ -224,6 +229,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=128, help="at once")
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128, help="of each answer")
+    parser.add_argument(
+        "--niceness", type=int, default=19, help="of the client, whose share of the cores is not the server's to lose"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds measured, after one that warms up")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the report as JSON")
     parser.add_argument("--client", metavar="URL", help=argparse.SUPPRESS)  # what this program starts beside itself
