@@ -44,7 +44,8 @@ _FIRST_WAIT_S = 0.5  # doubled after each attempt
 _MAX_WAIT_S = 30.0
 _MAX_ASKED_WAIT_S = 600.0  # of Retry-After: beyond, the error is the answer
 _TRANSIENT = frozenset({429, 502, 503, 504})  # statuses; the header x-should-retry has the last word
-_OF_A_LISTENER = ("host", "port", "log_level")  # settings that say nothing where nothing listens
+# Settings that say nothing where nothing listens.
+_OF_A_LISTENER = ("host", "port", "log_level", "engine_process")
 _SETTINGS = tuple(name for name in Settings.model_fields if name not in _OF_A_LISTENER)
 
 
