@@ -115,13 +115,20 @@ async def churn(url: str, names: Sequence[str], num_streams: int, interval_s: fl
 async def at_rest(server: OwnServer) -> dict[str, Any]:
     """One scrape after the other while nobody asks anything else: their times, and all the CPU time of the server."""
     async with aiohttp.ClientSession() as session:
-        before_s = server.metric("process_cpu_seconds_total")
+        before_s = _cpu_seconds(server)
         scrapes = [await scrape(session, server.url) for _ in range(_NUM_AT_REST)]
-        taken_s = server.metric("process_cpu_seconds_total") - before_s
+        taken_s = _cpu_seconds(server) - before_s
     return times("rest", [one.duration_ms for one in scrapes]) | {"rest_cpu_ms": 1000 * taken_s / (_NUM_AT_REST + 1)}
 
 
-def measure(folder: Path, num_adapters: int, cap: int, num_streams: int, interval_s: float) -> dict[str, Any]:
+def _cpu_seconds(server: OwnServer) -> float:
+    """Of its process, and of its engine's where that has one."""
+    return server.metric("process_cpu_seconds_total") + server.metric("graft_engine_process_cpu_seconds_total", 0.0)
+
+
+def measure(
+    folder: Path, num_adapters: int, cap: int, num_streams: int, interval_s: float, engine_process: str = "off"
+) -> dict[str, Any]:
     """Fills folder/store if it is not there, serves it, and runs the churn. Raises NoServer."""
     store = folder / "store"
     if not store.exists():
@@ -132,6 +139,7 @@ def measure(folder: Path, num_adapters: int, cap: int, num_streams: int, interva
         "metrics-compat": "vllm",
         "metrics-max-adapters": cap,
         "log-level": "error",
+        "engine-process": engine_process,
     }
     names = [f"many-{index:05d}" for index in range(num_adapters)]
     with own_server(BASE, folder, flags) as server:
@@ -201,19 +209,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cap", type=int, default=500, metavar="N", help="--metrics-max-adapters of the server")
     parser.add_argument("--streams", type=int, default=4, metavar="N", help="requests at once")
     parser.add_argument("--interval", type=float, default=0.5, metavar="SECONDS", help="between two scrapes")
+    parser.add_argument("--engine-process", choices=["on", "off"], default="off", help="of the server")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="where the store is made (default: a new one)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="the report")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
         try:
-            row = measure(Path(folder), arguments.adapters, arguments.cap, arguments.streams, arguments.interval)
+            row = measure(
+                Path(folder), arguments.adapters, arguments.cap, arguments.streams, arguments.interval,
+                arguments.engine_process,
+            )  # fmt: skip
         except NoServer as error:
             print(f"metrics churn: {error}", file=sys.stderr)
             return 2
     row |= {"goal_ms": GOAL_MS, "meets_goal": row["scrape_p99_ms"] < GOAL_MS}
     for name, value in row.items():
         print(f"{name:24} {value}")
-    workload = {"num_adapters": arguments.adapters, "cap": arguments.cap, "num_streams": arguments.streams}
+    workload = {
+        "num_adapters": arguments.adapters,
+        "cap": arguments.cap,
+        "num_streams": arguments.streams,
+        "engine_process": arguments.engine_process,
+    }
     failed = conclude(SCHEMA, workload, [row], arguments.out)
     found = faults(row, arguments.adapters, arguments.cap)
     print("\n".join(found), file=sys.stderr)

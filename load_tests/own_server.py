@@ -95,11 +95,14 @@ class OwnServer:
         except urllib.error.HTTPError as error:
             raise NoServer(f"{method} {path}: {error.code} {error.read()[:300].decode(errors='replace')}") from error
 
-    def metric(self, name: str) -> float:
-        """A metric without labels."""
+    def metric(self, name: str, default: float | None = None) -> float:
+        """A metric without labels; `default` where the server has none of that name. Raises KeyError without one."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=_CALL_TIMEOUT_S) as answer:
             lines = answer.read().decode().splitlines()
-        return float(next(line.split()[1] for line in lines if line.startswith(f"{name} ")))
+        value = next((float(line.split()[1]) for line in lines if line.startswith(f"{name} ")), default)
+        if value is None:
+            raise KeyError(name)
+        return value
 
 
 def in_scratch(program: str, measure: Callable[[Path], _T]) -> _T | None:
