@@ -38,6 +38,7 @@ from server.model.tokenizer import Tokenizer
 _ROOT = Path(__file__).parents[2]
 _SILENCE_S = 30.0  # beyond --step-timeout: a child that says nothing for so long is lost
 _FAREWELL_S = 10.0  # for a child that is lost
+_LOOK_S = 1.0  # between two looks at whether a child that is to end still lives
 _LAST_BREATH_S = 5.0  # from the end of its channel to that of a child which has closed it by ending
 
 
@@ -81,7 +82,12 @@ class ApartServer:
         """Ends the child, and every thread here; what is in flight fails. Blocks until they are gone."""
         for rescan in self.rescans:
             rescan.close()
-        _end(self.child, self.channel, within_s=None if self.is_alive else _FAREWELL_S)
+        with suppress(ChannelClosed):
+            self.channel.send(Close())
+        while self.is_alive and self.child.poll() is None:  # one that says nothing any more is lost, now too
+            with suppress(subprocess.TimeoutExpired):
+                self.child.wait(_LOOK_S)
+        _end(self.child, self.channel, _FAREWELL_S)
         self.calls.close()
         self.entry.close()
         self.tokenizer.close()
@@ -178,7 +184,7 @@ def _fate(child: "subprocess.Popen[bytes]") -> str:
     return f"its process has ended with exit code {code}; its log says why"
 
 
-def _end(child: "subprocess.Popen[bytes]", channel: Channel, within_s: float | None) -> None:
+def _end(child: "subprocess.Popen[bytes]", channel: Channel, within_s: float) -> None:
     """Ends a child in good order or, after `within_s`, by force; does nothing to one that is gone."""
     with suppress(ChannelClosed):
         channel.send(Close())

@@ -175,6 +175,16 @@ def test_a_step_that_hangs_is_told_to_the_front(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_child_that_stands_still_does_not_keep_a_front_that_is_to_end(tmp_path: Path) -> None:
+    with serving(tmp_path, "--step-timeout", "1", "--drain-timeout", "2") as pair:
+        child = pair.child
+        os.kill(child, signal.SIGSTOP)
+        pair.front.terminate()
+        pair.front.wait(120)
+        assert not is_there(child)
+
+
+@pytest.mark.slow
 def test_the_child_logs_as_it_was_told(tmp_path: Path) -> None:
     audit = tmp_path / "audit"
     with serving(tmp_path, "--log-format", "json", "--audit-log", str(audit)) as pair:
