@@ -132,6 +132,9 @@ class Works:
         """Tells those who wait for a server that is not alive."""
         self.engine.abandon()
 
+    def kill(self) -> None:
+        """Nothing of it outlives the process."""
+
     def close(self) -> None:
         """Ends every thread of the server; what is in flight fails. Blocks until they are done."""
         for rescan in self.rescans:

@@ -57,6 +57,9 @@ class Slow:
         elif generating:
             await aborted.wait()
 
+    def kill(self):
+        print("killed", flush=True)
+
     def banner(self):
         return f"listening on {settings.url}"
 

@@ -10,15 +10,18 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from server.adapters.asker import current_asker
 from server.adapters.audit import Trail, current_trail
-from server.apart.channel import Channel, ChannelClosed
-from server.apart.messages import Answer, Beat, Call
+from server.apart.channel import Channel, ChannelClosed, Sender, framed
+from server.apart.messages import Answer, Beat, Call, Close
 from server.engine.engine import dead
+from server.ground.errors import GenerationFailed
 
 _log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,8 @@ class Calls:
     def __init__(self, channel: Channel, why_lost: Callable[[], str], max_silence_s: float) -> None:
         """`why_lost` says what became of the child, when its end is closed. One that is silent for longer is lost."""
         self._channel = channel
+        # A child that takes nothing must not hold up who calls: that may be the event loop.
+        self._sender = Sender(channel, "calls", lambda frame: frame)
         self._why_lost = why_lost
         self._max_silence_s = max_silence_s
         self._lock = threading.Lock()  # the next two
@@ -40,6 +45,7 @@ class Calls:
         self._fault: str | None = None
         self._numbers = itertools.count()
         self._heard_s = time.monotonic()
+        self._is_ending = False
         self._thread = threading.Thread(target=self._hear, name="engine-process", daemon=True)
         self._thread.start()
 
@@ -47,22 +53,25 @@ class Calls:
         """Calls without waiting; what the method gives, or raises, is the future's. It cannot be cancelled."""
         number, answer = next(self._numbers), Future[Any]()
         answer.set_running_or_notify_cancel()
+        frame = framed(Call(number, part, method, arguments, named, current_asker()))
         with self._lock:
             if self._fault is not None:
                 raise dead(self._fault)
             self._waiting[number] = _Waiting(answer, current_trail())
-        try:
-            self._channel.send(Call(number, part, method, arguments, named, current_asker()))
-        except ChannelClosed:
-            pass  # the thread hears of it, too, and ends all that wait
-        except BaseException:
-            self._waiting.pop(number, None)
-            raise
+        self._sender.send(frame)
         return answer
 
     def call(self, part: str, method: str, *arguments: Any, **named: Any) -> Any:
         """Calls and waits: for worker threads."""
         return self.begin(part, method, *arguments, **named).result()
+
+    def told(self, otherwise: _T, part: str, method: str, *arguments: Any) -> _T:
+        """As `call`; `otherwise` of a child that is lost, for who asks how things stand."""
+        try:
+            found: _T = self.call(part, method, *arguments)
+        except GenerationFailed:
+            return otherwise
+        return found
 
     @property
     def fault(self) -> str | None:
@@ -71,9 +80,15 @@ class Calls:
             self._lose(f"its process has said nothing for {self._max_silence_s:g} s")
         return self._fault
 
+    def end(self) -> None:
+        """Tells the child to end in good order, from where on its engine does not live and only silence is a loss."""
+        self._is_ending = True
+        self._sender.send(framed(Close()))
+
     def close(self) -> None:
-        """Ends the thread. Nothing is called any more."""
+        """Ends the threads. Nothing is called any more."""
         self._channel.close()
+        self._sender.close()
         self._thread.join()
 
     def _hear(self) -> None:
@@ -83,7 +98,7 @@ class Calls:
                 self._heard_s = time.monotonic()
                 if isinstance(message, Answer):
                     self._take(message)
-                elif isinstance(message, Beat) and not message.is_engine_alive:
+                elif isinstance(message, Beat) and not message.is_engine_alive and not self._is_ending:
                     self._lose("its process says so; its log says why")
         except ChannelClosed:
             self._lose(self._why_lost())

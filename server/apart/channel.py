@@ -6,6 +6,7 @@ what the values mean.
 """
 
 import asyncio
+import logging
 import pickle
 import queue
 import socket
@@ -14,6 +15,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct(">Q")
 _PIECE_BYTES = 1 << 18  # read at once
@@ -127,8 +130,12 @@ class LoopChannel:
             return
         except OSError:
             piece = b""
-        for value in self._frames.values(piece):
-            self._take(value)
+        try:
+            for value in self._frames.values(piece):
+                self._take(value)
+        except Exception:  # what follows in the stream cannot be told from it any more
+            _log.exception("what the engine's process says cannot be read")
+            piece = b""
         if not piece and self._is_open:
             self.close()
             self._lose()

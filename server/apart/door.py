@@ -6,9 +6,10 @@ gave in one call and goes on; another thread packs and sends it. Knows nothing a
 
 import asyncio
 import dataclasses
+import logging
+import os
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 
 from server.adapters.asker import ask_as
 from server.apart.channel import Channel, ChannelClosed, Sender, framed
@@ -18,8 +19,11 @@ from server.assemble import Works
 from server.engine.entry import Entry, GroupOrder, Held
 from server.engine.flight import GenerationRequest
 from server.engine.sequence import Delta
-from server.ground.errors import GraftError
+from server.ground.errors import BadRequest, GenerationFailed, GraftError
 from server.model.grammar import GrammarSource
+from server.model.grammar_trial import GrammarRefused, GrammarsUnavailable
+
+_log = logging.getLogger(__name__)
 
 
 class Door:
@@ -45,10 +49,15 @@ class Door:
         self._sender.close()
 
     def _hear(self) -> None:
-        # The loop is closed, or the front is gone, which the other channel tells of.
-        with suppress(ChannelClosed, RuntimeError):
+        try:
             while True:
                 self._loop.call_soon_threadsafe(self._take, self._channel.receive())
+        except ChannelClosed:
+            pass  # the other channel tells of it
+        except Exception:
+            if not self._loop.is_closed():  # nobody may be left waiting at a door that hears nothing
+                _log.exception("the engine's process cannot read what it is asked")
+                os._exit(1)
 
     def _take(self, message: object) -> None:
         match message:
@@ -75,7 +84,9 @@ class Door:
             order = await self._with_grammar(message.order)
             held, _ = self._entry.take(order, self._accept)
             answer: Held | Exception = held
-        except Exception as error:  # it is the caller's, whatever it is
+        except asyncio.CancelledError:  # at the end of all
+            raise
+        except BaseException as error:  # it is the caller's, whatever it is
             answer = portable(error)
         finally:
             del self._entering[message.number]
@@ -88,7 +99,10 @@ class Door:
         """Its grammar was compiled a moment ago; one that has been forgotten since is compiled again."""
         if not isinstance(order.grammar, GrammarSource):
             return order
-        grammar = await asyncio.wrap_future(self._works.grammars.compiled(order.grammar))
+        try:
+            grammar = await asyncio.wrap_future(self._works.grammars.compiled(order.grammar))
+        except (GrammarRefused, GrammarsUnavailable) as error:
+            raise BadRequest(f"The grammar cannot be used any more: {error}", code="invalid_grammar") from None
         return dataclasses.replace(order, grammar=grammar)
 
     def _accept(self, request: GenerationRequest) -> None:
@@ -109,5 +123,6 @@ def _frame(value: object) -> bytes:
 
 def _with_portable_error(delta: Delta) -> Delta:
     error = delta.error and portable(delta.error)
-    assert error is None or isinstance(error, GraftError)
+    if error is not None and not isinstance(error, GraftError):  # it cannot cross
+        error = GenerationFailed(str(error))
     return dataclasses.replace(delta, error=error)

@@ -17,7 +17,6 @@ from server.engine.engine import dead
 from server.engine.entry import Entered, GroupOrder
 from server.engine.flight import Streams
 from server.engine.sequence import Delta, FinishReason
-from server.ground.errors import GraftError
 
 
 class ApartEntry:
@@ -43,7 +42,7 @@ class ApartEntry:
             self._send(Withdraw(number, ids))
             self._forget(ids)
             raise
-        except GraftError:
+        except BaseException:
             self._forget(ids)
             raise
         assert isinstance(answer, LetIn)

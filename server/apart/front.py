@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from fastapi import FastAPI
 
@@ -19,7 +18,7 @@ from server.adapters.rescan import Rescan
 from server.apart.calls import Calls
 from server.apart.channel import Channel, ChannelClosed
 from server.apart.entry import ApartEntry
-from server.apart.messages import Close, Ready, Refused, Start
+from server.apart.messages import Ready, Refused, Start
 from server.apart.twins import (
     EngineTwin,
     FetchesTwin,
@@ -35,9 +34,11 @@ from server.ground.config import Settings
 from server.ground.errors import GraftError, StartupRefused
 from server.model.tokenizer import Tokenizer
 
-_ROOT = Path(__file__).parents[2]
+# What the child runs: with the folders in which this process finds its packages, whatever has told it of them.
+_PROGRAM = "import runpy, sys; sys.path[:] = {path!r}; runpy.run_module('server.apart', run_name='__main__')"
+_OWN_VARIABLES = ("GRAFT_API_KEY",)  # which the child has no use for
 _SILENCE_S = 30.0  # beyond --step-timeout: a child that says nothing for so long is lost
-_FAREWELL_S = 10.0  # for a child that is lost
+_FAREWELL_S = 5.0  # for a child that is lost
 _LOOK_S = 1.0  # between two looks at whether a child that is to end still lives
 _LAST_BREATH_S = 5.0  # from the end of its channel to that of a child which has closed it by ending
 
@@ -78,16 +79,19 @@ class ApartServer:
         """Tells those who wait for a server that is not alive."""
         self.entry.abandon(self.calls.fault or "it was given up")
 
+    def kill(self) -> None:
+        """Ends the child by force, whatever else hangs: this process is about to end likewise."""
+        self.child.kill()
+
     def close(self) -> None:
         """Ends the child, and every thread here; what is in flight fails. Blocks until they are gone."""
         for rescan in self.rescans:
             rescan.close()
-        with suppress(ChannelClosed):
-            self.channel.send(Close())
+        self.calls.end()
         while self.is_alive and self.child.poll() is None:  # one that says nothing any more is lost, now too
             with suppress(subprocess.TimeoutExpired):
                 self.child.wait(_LOOK_S)
-        _end(self.child, self.channel, _FAREWELL_S)
+        _end(self.child, self.channel)
         self.calls.close()
         self.entry.close()
         self.tokenizer.close()
@@ -134,13 +138,11 @@ def _spawned(on_failure: ExitStack) -> tuple[subprocess.Popen[bytes], Channel, s
     for end in (calls, deltas):
         on_failure.callback(end.close)
     try:
-        # As this process found the package the child must: by its folder, and in no other that it is started in.
-        paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "server.apart", *(str(end.fileno()) for end in theirs)],
+            [sys.executable, "-P", "-c", _PROGRAM.format(path=sys.path), *(str(end.fileno()) for end in theirs)],
             pass_fds=[end.fileno() for end in theirs],
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env={name: value for name, value in os.environ.items() if name not in _OWN_VARIABLES},
         )
     except OSError as error:
         raise StartupRefused(
@@ -151,7 +153,7 @@ def _spawned(on_failure: ExitStack) -> tuple[subprocess.Popen[bytes], Channel, s
         for end in theirs:
             end.close()
     channel = Channel(calls)
-    on_failure.callback(_end, child, channel, _FAREWELL_S)
+    on_failure.callback(_end, child, channel)
     return child, channel, deltas
 
 
@@ -184,12 +186,11 @@ def _fate(child: "subprocess.Popen[bytes]") -> str:
     return f"its process has ended with exit code {code}; its log says why"
 
 
-def _end(child: "subprocess.Popen[bytes]", channel: Channel, within_s: float) -> None:
-    """Ends a child in good order or, after `within_s`, by force; does nothing to one that is gone."""
-    with suppress(ChannelClosed):
-        channel.send(Close())
+def _end(child: "subprocess.Popen[bytes]", channel: Channel) -> None:
+    """Ends a child that is lost, or not wanted any more: without its front it ends by itself, and else by force."""
+    channel.close()  # which also frees who waits for it to take something
     try:
-        child.wait(within_s)
+        child.wait(_FAREWELL_S)
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()

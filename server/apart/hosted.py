@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -70,7 +70,6 @@ class Kept(Generic[_T]):
 class _Upload:
     incoming: Incoming
     file: IncomingFile | None = None
-    opened: ExitStack = field(default_factory=ExitStack)  # what an upload that fails leaves open
 
 
 class Uploads:
@@ -259,7 +258,7 @@ class Hosted:
         trail = begin_trail()
         try:
             found = getattr(self._parts[call.part], call.method)(*call.arguments, **call.named)
-        except Exception as error:  # it is the caller's, whatever it is
+        except BaseException as error:  # it is the caller's, whatever it is: a panic of a library in Rust, too
             self._answer(Answer(call.number, portable(error), has_failed=True, is_told=trail.is_told))
             return
         if isinstance(found, Later):

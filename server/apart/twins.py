@@ -24,7 +24,6 @@ from server.apart.entry import ApartEntry
 from server.apart.messages import Ready
 from server.engine.engine import EngineStats, InFlight
 from server.ground.adapter_series import AdapterState
-from server.ground.errors import GenerationFailed
 from server.model.grammar import GrammarSource
 
 
@@ -44,13 +43,12 @@ class EngineTwin:
 
     def stats(self) -> EngineStats:
         """Of an engine that is lost, what it told last: who asks for metrics is to be told that it is."""
-        if self.is_alive:
-            self._last = self._calls.call("engine", "stats")
+        self._last = self._calls.told(self._last, "engine", "stats")
         return self._last
 
     def in_flight(self) -> Mapping[str, InFlight]:
-        found: Mapping[str, InFlight] = self._calls.call("engine", "in_flight") if self.is_alive else {}
-        return found
+        nothing: Mapping[str, InFlight] = {}
+        return self._calls.told(nothing, "engine", "in_flight")
 
 
 class RegistryTwin:
@@ -87,17 +85,15 @@ class RegistryTwin:
         return found
 
     def known(self, names: Collection[str]) -> Collection[str]:
-        found: Collection[str] = self._call("known", names) if self._calls.fault is None else names
-        return found
+        return self._calls.told(names, "registry", "known", names)
 
     def on_tiers(self) -> tuple[AdapterState, ...]:
-        found: tuple[AdapterState, ...] = self._call("on_tiers") if self._calls.fault is None else ()
-        return found
+        nothing: tuple[AdapterState, ...] = ()
+        return self._calls.told(nothing, "registry", "on_tiers")
 
     def stats(self) -> RegistryStats:
         """As `EngineTwin.stats`."""
-        if self._calls.fault is None:
-            self._last = self._call("stats")
+        self._last = self._calls.told(self._last, "registry", "stats")
         return self._last
 
     def check_may_claim(self, name: str) -> None:
@@ -179,8 +175,7 @@ class IncomingTwin:
         return found
 
     def discard(self) -> None:
-        if self._calls.fault is None:  # else what it has written goes with the next start
-            self._calls.call("uploads", "discard", self.number)
+        self._calls.told(None, "uploads", "discard", self.number)  # of one that is lost it goes with the next start
 
     def __enter__(self) -> Self:
         return self
@@ -248,8 +243,7 @@ class FetchesTwin:
         return self._counts()[1]
 
     def _counts(self) -> tuple[int, int]:
-        found: tuple[int, int] = self._calls.call("fetches", "counts") if self._calls.fault is None else (0, 0)
-        return found
+        return self._calls.told((0, 0), "fetches", "counts")
 
     def begin(self, order: Order) -> FetchTwin:
         number, info = self._calls.call("fetches", "begin", order)
@@ -284,8 +278,5 @@ class MetricsTwin:
 
     def collected(self) -> Iterable[Metric]:
         """None of a process that is lost."""
-        try:
-            found: Iterable[Metric] = self._calls.call("metrics", "collected")
-        except GenerationFailed:
-            return ()
-        return found
+        nothing: Iterable[Metric] = ()
+        return self._calls.told(nothing, "metrics", "collected")

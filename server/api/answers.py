@@ -130,12 +130,13 @@ async def begin(
     await look_elsewhere(services, (spec for spec, _ in parts))
     request_id = f"{id_prefix}-{uuid.uuid4().hex}"
     sequences = tuple(_sequences(services, body, prompts, params, request_id))
+    submitted_s = time.perf_counter()
     held, streams = await entered(
         services, GroupOrder(sequences, tuple(parts), salt, grammar), is_model=body.adapter is None
     )
     model = body.model or services.base.served_names[0]
     envelope = Envelope(request_id, int(time.time()), model, _shown_adapter(held.portions, body))
-    generation = Generation(streams, held.adapters, services.metrics)
+    generation = Generation(streams, held.adapters, services.metrics, submitted_s)
     num_prompt_tokens = sum(len(prompt) for prompt in prompts)
     if share is not None:
         share.budget.spend_tokens(num_prompt_tokens)

@@ -18,12 +18,14 @@ from server.ground.metrics import Metrics
 class Generation:
     """Sequences in flight, numbered as their choices are. `abort` must be called at the end; it may come any time."""
 
-    def __init__(self, streams: Sequence[DeltaStream], adapters: Sequence[str], metrics: Metrics) -> None:
-        """`adapters`: the names of those that each sequence uses."""
+    def __init__(
+        self, streams: Sequence[DeltaStream], adapters: Sequence[str], metrics: Metrics, submitted_s: float
+    ) -> None:
+        """`adapters`: the names of those that each sequence uses. `submitted_s`: when they were, of `perf_counter`."""
         self._unfinished = dict(enumerate(streams))
         share = current_share()
         budget = None if share is None else share.budget
-        self._progress = [Progress(adapters, metrics, budget) for _ in streams]
+        self._progress = [Progress(adapters, metrics, submitted_s, budget) for _ in streams]
         self._arrived: asyncio.Queue[tuple[int, Delta | None]] = asyncio.Queue()
         self._pumps = [asyncio.create_task(self._pump(index, stream)) for index, stream in self._unfinished.items()]
 

@@ -15,14 +15,16 @@ _FINISHED = (FinishReason.STOP, FinishReason.LENGTH)
 
 
 class Progress:
-    """One sequence, submitted when this is made."""
+    """One sequence, from `submitted_s` on (of `time.perf_counter`)."""
 
-    def __init__(self, adapters: Sequence[str], metrics: Metrics, budget: Budget | None = None) -> None:
+    def __init__(
+        self, adapters: Sequence[str], metrics: Metrics, submitted_s: float, budget: Budget | None = None
+    ) -> None:
         """`adapters`: the names of those that it uses; none for the bare base. `budget`: its key's, if that has one."""
         self._adapters = adapters
         self._budget = budget
         self._metrics = metrics
-        self._submitted_s = self._heard_s = time.perf_counter()
+        self._submitted_s = self._heard_s = submitted_s
         self._first_token_s: float | None = None
         self._num_counted = 0  # output tokens so far
         self._is_prefilled = False

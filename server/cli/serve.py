@@ -47,7 +47,7 @@ class Served(Protocol):
 
     `drain` takes nothing new, waits for what is in flight and aborts what is left after `timeout_s`, so that its
     clients are told; `close` may block until the engine has stopped. Once it is not alive it never will be again;
-    `abandon` then ends what is in flight.
+    `abandon` then ends what is in flight, and `kill`, which never blocks, what would outlive this process.
     """
 
     @property
@@ -55,6 +55,7 @@ class Served(Protocol):
     @property
     def is_alive(self) -> bool: ...
     def abandon(self) -> None: ...
+    def kill(self) -> None: ...
     def banner(self) -> str: ...
     async def drain(self, timeout_s: float) -> None: ...
     def close(self) -> None: ...
@@ -215,7 +216,7 @@ class _Uvicorn(uvicorn.Server):
             await asyncio.sleep(_HEARTBEAT_S)
         self.is_lost = True
         say("the engine has stopped; the process ends, to be started again")
-        threading.Thread(target=_end_the_process, daemon=True).start()
+        threading.Thread(target=_end_the_process, args=(self._server,), daemon=True).start()
         self._server.abandon()
         await asyncio.sleep(self._last_words_s)
         self.config.timeout_graceful_shutdown = 1
@@ -223,9 +224,10 @@ class _Uvicorn(uvicorn.Server):
         await self._break_off_within(self._last_words_s / 2)
 
 
-def _end_the_process() -> None:
+def _end_the_process(server: Served) -> None:
     """Whatever hangs with the engine, a driver or a lock that its thread holds, must not keep the process."""
     time.sleep(_LOST_S)
+    server.kill()
     os._exit(EXIT_LOST)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from server.adapters.positions import Reach, Span, parts_of
 from server.engine.constraint import Constraint
@@ -52,8 +53,7 @@ class SequenceStatus(StrEnum):
     FINISHED = "finished"
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
+class TokenLogprobs(NamedTuple):  # thousands may cross to another process at once, which dataclasses do slowly
     """A token's log-probability (None for the first of a prompt: nothing precedes it) and its best alternatives."""
 
     token_id: int

@@ -1,7 +1,11 @@
 """What the engine's process of a test does before it loads: functions that it finds by their module and name."""
 
+import time
+from typing import Any
+
 import torch
 
+from server.adapters.registry import Registry
 from server.engine.engine import Engine
 from server.engine.sequence import Batch
 from server.ground.config import Settings
@@ -31,3 +35,36 @@ def fragile(settings: Settings) -> None:
 
 def defect(settings: Settings) -> None:
     raise RuntimeError("a defect that nobody foresaw")
+
+
+class Panic(BaseException):
+    """As libraries in Rust raise it."""
+
+
+PANICKING = "panics"  # an adapter
+
+
+def panicking(settings: Settings) -> None:
+    """A registry that meets a panic when it is asked for PANICKING."""
+    one_thread(settings)
+    describe = Registry.describe
+
+    def panics(self: Registry, spec: str) -> Any:
+        if spec == PANICKING:
+            raise Panic("index out of bounds")
+        return describe(self, spec)
+
+    Registry.describe = panics  # type: ignore[method-assign]
+
+
+def unhurried(settings: Settings) -> None:
+    """A registry whose end takes longer than a child that is lost is given; it leaves a file in the store's folder."""
+    one_thread(settings)
+    close = Registry.close
+
+    def closes(self: Registry) -> None:
+        time.sleep(7)
+        close(self)
+        settings.store.joinpath("closed").touch()
+
+    Registry.close = closes  # type: ignore[method-assign]

@@ -19,8 +19,9 @@ from server.adapters.store.folder_store import INCOMING_FOLDER
 from server.apart.front import assemble_apart
 from server.ground.config import Settings
 from server.ground.errors import StartupRefused
-from tests.apart.prepared import defect
+from tests.apart.prepared import PANICKING, defect, panicking, unhurried
 from tests.api.conftest import event_data, eventually
+from tests.api.conftest import serving as serving_here
 from tests.demo_files import BASE, ROOT, store_of_five
 
 SERVE = [sys.executable, "-c", "import sys; from server.cli import main; sys.exit(main())", "serve"]
@@ -182,6 +183,70 @@ def test_a_child_that_stands_still_does_not_keep_a_front_that_is_to_end(tmp_path
         pair.front.terminate()
         pair.front.wait(120)
         assert not is_there(child)
+
+
+@pytest.mark.slow
+def test_a_child_that_takes_nothing_holds_up_nobody(tmp_path: Path) -> None:
+    """More orders than fit into the way to it: who asks for health is answered, until it counts as lost."""
+    with serving(tmp_path, "--step-timeout", "1", "--drain-timeout", "2") as pair:
+        child = pair.child
+        os.kill(child, signal.SIGSTOP)
+        large = {"enum": [f"{number:08d}" for number in range(3000)]}
+        asking = [
+            subprocess.Popen(
+                ["curl", "-s", "-o", os.devnull, f"{pair.url}/v1/completions", "-H", "content-type: application/json",
+                 "-d", json.dumps({"prompt": "Hi", "structured_outputs": {"json": large | {"title": str(number)}}})]
+            )
+            for number in range(20)
+        ]  # fmt: skip
+        with httpx.Client(base_url=pair.url, timeout=10) as http:
+            for _ in range(10):
+                assert http.get("/health").status_code == 200
+                time.sleep(0.2)
+        assert pair.front.wait(120) == 1
+        assert not is_there(child)
+        for one in asking:
+            one.wait(60)
+
+
+@pytest.mark.slow
+def test_an_upload_to_a_child_that_stands_still_leaves_no_child_behind(tmp_path: Path) -> None:
+    with serving(tmp_path, "--step-timeout", "1", "--drain-timeout", "2") as pair:
+        child = pair.child
+        weights = tmp_path / "weights"
+        weights.write_bytes(bytes(60 << 20))
+        form = ["-F", "name=large", "-F", 'config={"peft_type": "LORA"};type=application/json']
+        upload = subprocess.Popen(
+            ["curl", "-s", "-o", os.devnull, "--limit-rate", "8M", f"{pair.url}/v1/adapters", *form,
+             "-F", f"weights=@{weights}"]
+        )  # fmt: skip
+        eventually(lambda: any((pair.store / INCOMING_FOLDER).iterdir()))
+        os.kill(child, signal.SIGSTOP)
+        assert pair.front.wait(120) == 1
+        assert not is_there(child)
+        upload.wait(60)
+
+
+@pytest.mark.slow
+def test_an_end_in_good_order_takes_its_time(demo_settings: Callable[..., Settings]) -> None:
+    settings = demo_settings()
+    assemble_apart(settings, unhurried).close()
+    assert (settings.store / "closed").exists()
+
+
+def test_a_panic_in_the_child_is_an_error_of_one_request(demo_settings: Callable[..., Settings]) -> None:
+    with serving_here(demo_settings(), assembled=lambda settings: assemble_apart(settings, panicking)) as live:
+        answer = httpx.get(f"{live.url}/v1/adapters/{PANICKING}", timeout=60)
+        assert answer.status_code == 500
+        assert httpx.get(f"{live.url}/v1/adapters/poet-dora", timeout=60).status_code == 200
+
+
+def test_the_child_knows_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFT_API_KEY", "a-secret-of-the-front")
+    with serving(tmp_path) as pair:
+        assert httpx.get(f"{pair.url}/v1/models").status_code == 401
+        for pid in (pair.child, *children(pair.child)):
+            assert b"a-secret-of-the-front" not in Path(f"/proc/{pid}/environ").read_bytes()
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 from server.apart.portable import portable
 from server.ground import errors
 from server.ground.errors import AdapterOnItsWay, GraftError, Overloaded, RateLimited, StoreUnreachable
+from server.model.grammar_trial import GrammarRefused
 
 TOLD = ("message", "param", "code", "status", "type", "reason", "retry_after_s", "args")
 
@@ -74,3 +75,21 @@ def test_a_defect_says_where_it_was_raised() -> None:
     except KeyError as error:
         crossed = portable(error)
     assert "test_a_defect_says_where_it_was_raised" in "".join(crossed.__notes__)
+
+
+@pytest.mark.parametrize("error", [GrammarRefused("no such thing"), KeyError("one of the registry's")], ids=repr)
+def test_an_error_that_is_told_to_many_is_told_alike(error: Exception) -> None:
+    """A refusal is kept, and every request with the same grammar meets it."""
+    sizes = {len(pickle.dumps(portable(error))) for _ in range(20)}
+    assert len(sizes) == 1
+    assert not hasattr(error, "__notes__")
+
+
+class Panic(BaseException):
+    """As libraries in Rust raise it."""
+
+
+def test_what_is_no_exception_crosses_as_one() -> None:
+    crossed = portable(Panic("index out of bounds"))
+    assert type(crossed) is RuntimeError
+    assert "Panic: index out of bounds" in str(crossed)
