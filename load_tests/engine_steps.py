@@ -35,17 +35,27 @@ class SeenStep:
         return self.report.num_tokens == self.report.num_sequences
 
 
-@contextmanager
-def watched(engine: Engine, also: Callable[[StepReport], None] = lambda report: None) -> Iterator[list[SeenStep]]:
-    """The steps of the engine while the block runs; `also` is called after each, on the engine's thread."""
-    steps: list[SeenStep] = []
-    told, before_s = engine._observe, 0.0
+def noting(steps: list[SeenStep]) -> Callable[[StepReport], None]:
+    """What adds each step that it is told of to `steps`, for an engine's thread alone."""
+    before_s = 0.0
 
-    def observe(report: StepReport) -> None:
+    def note(report: StepReport) -> None:
         nonlocal before_s
         now_s = time.thread_time()
         steps.append(SeenStep(report, time.perf_counter(), now_s - before_s))
         before_s = now_s
+
+    return note
+
+
+@contextmanager
+def watched(engine: Engine, also: Callable[[StepReport], None] = lambda report: None) -> Iterator[list[SeenStep]]:
+    """The steps of the engine while the block runs; `also` is called after each, on the engine's thread."""
+    steps: list[SeenStep] = []
+    told, note = engine._observe, noting(steps)
+
+    def observe(report: StepReport) -> None:
+        note(report)
         also(report)
 
     engine._observe = observe

@@ -4,14 +4,13 @@ Owns what is set up in that process before it loads, and how what was seen comes
 nothing of this is in a server. Knows nothing about what is compared.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from load_tests.engine_steps import SeenStep
+from load_tests.engine_steps import SeenStep, noting
 from server.apart.front import ApartServer
 from server.engine.engine import StepReport
 from server.ground.config import Settings
@@ -21,12 +20,11 @@ from server.ground.metrics import Metrics
 def prepare(settings: Settings) -> None:
     """For `assemble_apart`: one thread for products, and every step is seen on the engine's thread."""
     torch.set_num_threads(1)
-    told, seen, cpu_s = Metrics.step, list[SeenStep](), [0.0]
+    told, seen = Metrics.step, list[SeenStep]()
+    note = noting(seen)
 
     def step(self: Metrics, report: StepReport) -> None:
-        now_s = time.thread_time()
-        seen.append(SeenStep(report, time.perf_counter(), now_s - cpu_s[0]))
-        cpu_s[0] = now_s
+        note(report)
         told(self, report)
 
     def take_steps(self: Metrics) -> list[SeenStep]:

@@ -205,8 +205,7 @@ class HostedFetches:
         return self._fetches.list()
 
     def counts(self) -> tuple[int, int]:
-        """Running, waiting."""
-        return self._fetches.num_running, self._fetches.num_waiting
+        return self._fetches.counts()
 
 
 class HostedGrammars:

@@ -15,12 +15,13 @@ from server.ground.metrics import Watched
 def state(services: Services) -> Mapping[str, Watched]:
     """By the name of the metric."""
     engine, registry = services.engine.stats(), services.registry.stats()
+    num_fetching, num_to_fetch = services.fetches.counts()
     return {
         **_of_engine(engine),
         **_of_registry(registry),
         "graft_adapter_places": _num_places(registry),
-        "graft_adapter_fetches_running": services.fetches.num_running,
-        "graft_adapter_fetches_waiting": services.fetches.num_waiting,
+        "graft_adapter_fetches_running": num_fetching,
+        "graft_adapter_fetches_waiting": num_to_fetch,
         "graft_store_quota_bytes": services.store_quota_bytes or 0,
         "graft_engine_up": services.engine.is_alive,
         "graft_draining": services.engine.is_draining,

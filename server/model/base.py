@@ -205,13 +205,17 @@ class Base:
         with self._refusing("cannot run with the weights of its linears fused"):
             self.sites.fuse(is_native=self.kernels is native)
             choose_four_bit_products(self.model, self.dtype, self.device)  # for those that are left
-            self._check_fused(packed, self._probe(rows))
-            self._compact(rows)
+            fused = self._probe(rows)
+            self._check_fused(packed, fused)
+            self._compact(rows, fused)
 
-    def _compact(self, rows: list[torch.Tensor]) -> None:
-        """Computes what can be with fewer operators where that gives the same; elsewhere all stays as it is."""
+    def _compact(self, rows: list[torch.Tensor], packed: torch.Tensor) -> None:
+        """Computes what can be with fewer operators where that gives the same; elsewhere all stays as it is.
+
+        `packed`: what `_probe` gives for these rows before.
+        """
         is_native = self.kernels is native
-        packed, expected = self._probe(rows), self._decode_probe(rows)
+        expected = self._decode_probe(rows)
 
         def decoded() -> torch.Tensor:
             return self._decode_probe(rows, is_native=is_native)

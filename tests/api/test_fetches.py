@@ -59,7 +59,7 @@ class World:
 
     def is_idle(self) -> bool:
         all_fetches = self.live.server.fetches
-        return all_fetches.num_running == all_fetches.num_waiting == 0 and not self.leftovers()
+        return all_fetches.counts() == (0, 0) and not self.leftovers()
 
 
 @pytest.fixture(scope="module")

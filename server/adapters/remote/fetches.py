@@ -231,13 +231,9 @@ class Fetches:
             asker, fetches = current_asker(), (*self._under_way.values(), *(f for _, f in self._failures.values()))
             return tuple(fetch.info() for fetch in fetches if asker.sees(fetch.order.name, fetch.owner))
 
-    @property
-    def num_running(self) -> int:
-        return self._num_running
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
+    def counts(self) -> tuple[int, int]:
+        """How many run, and how many wait."""
+        return self._num_running, len(self._waiting)
 
     def find_arriving(self, name: str) -> GraftError | None:
         """What to tell a request for an adapter that is not there, but was or is being fetched."""
