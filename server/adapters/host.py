@@ -6,7 +6,6 @@ and what it is worth is told by whoever puts it here.
 """
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from server.adapters.eviction import EvictionOrder
 from server.adapters.host_adapter import HostAdapter, HostEdit, HostTensor
 from server.adapters.merging.mixing import Mixed, MixedEdit
 from server.adapters.method import Edit, Lowered
@@ -31,10 +31,10 @@ class _Shared:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """An adapter, and what its place is worth now."""
+    """An adapter, whether it is asked for now, and what its place is worth then."""
 
     adapter: HostAdapter
-    worth: Callable[[], Any]
+    worth: Callable[[], tuple[bool, Any]]
 
 
 class HostTier:
@@ -46,16 +46,20 @@ class HostTier:
         self.dtype = dtype
         self._pin = pin
         self._lock = Lock()
-        self._adapters: OrderedDict[str, _Kept] = OrderedDict()  # least recently used first
+        self._adapters: dict[str, _Kept] = {}
+        self._order: EvictionOrder[str] = EvictionOrder()  # of all these
         self._shared: dict[bytes, _Shared] = {}
         self._kept: set[str] = set()
         self._used_bytes = 0
         self._num_evictions = 0
 
-    def put(self, digest: str, lowered: Lowered | Mixed, worth: Callable[[], Any] = lambda: 0) -> HostAdapter:
+    def put(
+        self, digest: str, lowered: Lowered | Mixed, worth: Callable[[], tuple[bool, Any]] = lambda: (False, 0)
+    ) -> HostAdapter:
         """Casts, hashes and keeps an adapter, evicting others until it fits; one that is there already is returned.
 
-        The one whose `worth` is then the least goes first, among equals the least recently used.
+        Those that are not asked for go first, of them the one whose `worth` is then the least, among equals the least
+        recently used. What is worth something never falls while it is here.
         Raises AdapterRejected if a tensor overflows the serving dtype, or if the adapter cannot fit.
         """
         adapter = self._cast(lowered)  # outside the lock: this is the long part
@@ -128,6 +132,8 @@ class HostTier:
                     self._used_bytes == used_bytes
                 ),
                 "adapters are kept on the host that are not on it": self._kept <= self._adapters.keys(),
+                "the adapters that may be evicted are not those on the host": self._order.members
+                == set(self._adapters),
             }
             return tuple(fault for fault, is_sound in checks.items() if not is_sound)
 
@@ -137,25 +143,24 @@ class HostTier:
         kept = self._adapters.get(digest)
         if kept is None:
             return None
-        self._adapters.move_to_end(digest)
+        self._order.touch(digest)
         return kept.adapter
 
-    def _insert(self, digest: str, adapter: HostAdapter, worth: Callable[[], Any]) -> HostAdapter:
+    def _insert(self, digest: str, adapter: HostAdapter, worth: Callable[[], tuple[bool, Any]]) -> HostAdapter:
         adapter = self._share(adapter)
-        victims = self._by_worth() if self._used_bytes > self.max_bytes else []
-        self._adapters[digest] = _Kept(adapter, worth)
+        self._adapters[digest] = _Kept(adapter, worth)  # not in the order yet: it is never its own victim
         while self._used_bytes > self.max_bytes:
-            if not victims:
+            victim = self._order.least(self._worth)
+            if victim is None:
                 self._remove(digest)
                 raise self._no_room(adapter)
-            self._remove(victims.pop())
+            self._remove(victim)
             self._num_evictions += 1
+        self._order.add(digest)
         return adapter
 
-    def _by_worth(self) -> list[str]:
-        """Those that may be evicted, in the reverse of the order in which they are."""
-        found = [(kept.worth(), digest) for digest, kept in self._adapters.items() if digest not in self._kept]
-        return [digest for _, digest in sorted(found, key=lambda pair: pair[0])][::-1]
+    def _worth(self, digest: str) -> tuple[bool, Any] | None:
+        return None if digest in self._kept else self._adapters[digest].worth()
 
     def _share(self, adapter: HostAdapter) -> HostAdapter:
         """The adapter with each tensor that is here already in place of its own copy; counts its uses."""
@@ -179,6 +184,7 @@ class HostTier:
 
     def _remove(self, digest: str) -> None:
         self._kept.discard(digest)
+        self._order.discard(digest)
         kept = self._adapters.pop(digest, None)
         for content_hash in _distinct(kept.adapter) if kept is not None else ():
             shared = self._shared[content_hash]

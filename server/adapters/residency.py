@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from server.adapters.books import Books
 from server.adapters.catalog import AdapterVersion, Content
 from server.adapters.device.rows import NoRoom
-from server.adapters.eviction import Worth
+from server.adapters.eviction import EvictionOrder, Worth
 from server.adapters.host import HostTier
 from server.adapters.host_adapter import HostAdapter
 from server.adapters.loader import Loader, ObserveLoad, reload_s
@@ -59,6 +59,7 @@ class Residency:
         self._observe = observe
         self._placing = threading.RLock()
         self._resident: dict[str, Content] = {}
+        self._order: EvictionOrder[str] = EvictionOrder()  # of all these
         self._num_copying = 0
         self._uses = itertools.count(1)
         self.promotions_total = self.evictions_total = 0
@@ -353,6 +354,7 @@ class Residency:
         resident = {digest: content for digest, content in contents.items() if content.slot is not None}
         return {
             "the adapters with a slot are not those that count as resident": resident == self._resident,
+            "the adapters that may make room are not those on the device": self._order.members == set(self._resident),
             "two adapters have one slot": len({content.slot for content in resident.values()}) == len(resident),
         }
 
@@ -410,18 +412,24 @@ class Residency:
         With `below` only one that is unleased and worth less than that. Whether there was one.
         """
         with self._books.lock:
-            residents = self._resident.values()
-            idle = [content for content in residents if content.num_residencies == 0 and not content.is_pinned]
-            victim = min(idle, key=self._worth, default=None)
-            if victim is None or (below is not None and self._worth(victim) >= (False, self._worth(below)[1])):
+            least = self._order.least(self._worth_of_idle)
+            if least is None:
+                return False
+            victim = self._resident[least]
+            if below is not None and self._worth(victim) >= (False, self._worth(below)[1]):
                 return False
             self._unplace(victim)
             self.evictions_total += 1
         self._device.release(victim.digest)
         return True
 
+    def _worth_of_idle(self, digest: str) -> tuple[bool, Worth] | None:
+        content = self._resident[digest]
+        return None if content.num_residencies or content.is_pinned else self._worth(content)
+
     def _worth(self, content: Content) -> tuple[bool, Worth]:
-        """Of its place on the device; dear where it would have to come from the store again."""
+        """Of its place on the device; dear where it would have to come from the store again. So it falls where that is
+        no longer so, and the order learns of it when it comes to this content."""
         num_bytes = content.sizes.device_bytes if content.sizes is not None else 0
         load_s = 0.0 if self._host.holds(content.digest) else reload_s(content)
         return content.worth(load_s + num_bytes / _COPIED_BYTES_PER_S, num_bytes)
@@ -431,12 +439,14 @@ class Residency:
         content.must_reserve_inline = False
         content.uses.last = next(self._uses)  # brought by hand, it is as good as just used
         self._resident[content.digest] = content
+        self._order.add(content.digest)
         self.promotions_total += 1
 
     def _unplace(self, content: Content) -> None:
         content.slot = None
         self._books.ease()  # who tries again now waits for `placing`, under which the rows are given back
         del self._resident[content.digest]
+        self._order.discard(content.digest)
 
 
 def _is_large(content: Content) -> bool:

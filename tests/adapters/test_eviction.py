@@ -5,8 +5,10 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 import pytest
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.strategies import booleans, integers
 
-from server.adapters.eviction import HALF_LIFE, Uses
+from server.adapters.eviction import HALF_LIFE, EvictionOrder, Uses
 from server.ground.errors import AdapterRejected
 from tests.adapters.test_host import host_for, pair
 
@@ -104,25 +106,139 @@ def test_it_hits_more_often_than_lru_under_zipfs_law_a_scan_and_a_shift(num_plac
         assert hit_ratio(trace, num_places) > least_gain * lru_hit_ratio(trace, num_places)
 
 
+# The order of a tier's members
+
+
+class Member:
+    """Of an order: what its place is worth never falls, whether it is asked for or may go changes at will."""
+
+    def __init__(self) -> None:
+        self.rate, self.is_asked, self.is_kept = 0, False, False
+
+    def worth(self) -> tuple[bool, int] | None:
+        return None if self.is_kept else (self.is_asked, self.rate)
+
+
+class OrderBeside(RuleBasedStateMachine):
+    """An order, and the members in the order in which they were last touched, of which the least is looked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: EvictionOrder[int] = EvictionOrder()
+        self.members: dict[int, Member] = {}
+
+    def known(self, number: int) -> int | None:
+        """One of the members, if there is one."""
+        return list(self.members)[number % len(self.members)] if self.members else None
+
+    @rule(number=integers(0, 300))
+    def add(self, number: int) -> None:
+        self.order.add(number)
+        self.members.pop(number, None)
+        self.members[number] = Member()
+
+    @rule(number=integers(0, 300), gain=integers(0, 3))
+    def use(self, number: int, gain: int) -> None:
+        if (known := self.known(number)) is not None:
+            self.order.touch(known)
+            self.members[known] = member = self.members.pop(known)
+            member.rate += gain
+
+    @rule(number=integers(0, 300), is_asked=booleans(), is_kept=booleans())
+    def change(self, number: int, is_asked: bool, is_kept: bool) -> None:
+        if (known := self.known(number)) is not None:
+            member = self.members[known]
+            member.is_asked, member.is_kept = is_asked, is_kept
+
+    @rule(number=integers(0, 300))
+    def discard(self, number: int) -> None:
+        self.order.discard(number)
+        self.members.pop(number, None)
+
+    @rule()
+    def evict(self) -> None:
+        expected = min(
+            (number for number, member in self.members.items() if not member.is_kept),
+            key=lambda number: (self.members[number].is_asked, self.members[number].rate),
+            default=None,
+        )
+        least = self.order.least(lambda number: self.members[number].worth())
+        assert least == expected
+        if least is not None:
+            self.order.discard(least)
+            del self.members[least]
+
+    @invariant()
+    def holds_the_same(self) -> None:
+        assert self.order.members == set(self.members)
+
+
+TestOrderBeside = OrderBeside.TestCase
+
+
+def test_finding_the_least_looks_at_few_of_thousands() -> None:
+    order, rates, looked_at = EvictionOrder[int](), dict.fromkeys(range(5000), 0), 0
+
+    def worth(number: int) -> tuple[bool, int]:
+        nonlocal looked_at
+        looked_at += 1
+        return False, rates[number]
+
+    for number in rates:
+        order.add(number)
+    for moment in range(20_000):  # each a use, an eviction and a newcomer
+        used = random.Random(moment).choice(list(order.members)) if moment % 1000 == 0 else moment % 5000
+        if used in rates:
+            rates[used] = moment
+            order.touch(used)
+        least = order.least(worth)
+        assert least is not None
+        order.discard(least)
+        rates[least] = moment
+        order.add(least)
+    assert looked_at < 5 * 20_000
+
+
+def test_who_comes_and_goes_leaves_nothing_in_an_order() -> None:
+    order = EvictionOrder[int]()
+    for number in range(100_000):
+        order.add(number)
+        order.discard(number)
+    assert order.members == set()
+    assert len(order._floors) < 1000
+
+
+def test_an_order_survives_a_worth_that_cannot_be_told() -> None:
+    order = EvictionOrder[int]()
+    order.add(1)
+
+    def unknown(number: int) -> tuple[bool, int]:
+        raise RuntimeError("nobody knows")
+
+    with pytest.raises(RuntimeError, match="nobody knows"):
+        order.least(unknown)
+    assert order.least(lambda number: (False, 0)) == 1
+
+
 # The host tier asks for the worth that it was told
 
 
 def test_the_host_evicts_the_least_valuable_and_asks_at_that_moment() -> None:
     host, worth = host_for(num_rows=8), {"a": 1, "b": 2, "c": 0}
     for seed, digest in enumerate("ab"):
-        host.put(digest, pair(seed), lambda digest=digest: worth[digest])
+        host.put(digest, pair(seed), lambda digest=digest: (False, worth[digest]))
     worth["a"] = 3
-    host.put("c", pair(7), lambda: worth["c"])
+    host.put("c", pair(7), lambda: (False, worth["c"]))
     assert [digest for digest in "abc" if host.holds(digest)] == ["a", "c"], "the newcomer is never its own victim"
-    host.put("b", pair(1), lambda: worth["b"])
+    host.put("b", pair(1), lambda: (False, worth["b"]))
     assert [digest for digest in "abc" if host.holds(digest)] == ["a", "b"]
     assert host.check_integrity() == ()
 
 
 def test_a_put_that_fails_has_evicted_only_what_it_had_to_try() -> None:
     host = host_for(num_rows=8)
-    host.put("a", pair(1), lambda: 1)
-    host.put("b", pair(2), lambda: 2)
+    host.put("a", pair(1), lambda: (False, 1))
+    host.put("b", pair(2), lambda: (False, 2))
     host.keep("b")
     host.keep("a")
     with pytest.raises(AdapterRejected, match="--host-memory"):

@@ -4,6 +4,7 @@ Owns the sheets' places, and which slots have the same rows everywhere (their cl
 admitted or released, never per step. Knows nothing about where rows come from or what reads them.
 """
 
+import itertools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -48,6 +49,14 @@ class _Entry:
     with_rows: int
 
 
+@dataclass(slots=True)
+class _Class:
+    """Slots with the same rows everywhere."""
+
+    number: int
+    num_slots: int = 0
+
+
 class SlotTables:
     """The sheets of the slots of one device tier. Its owner's lock guards `put`, `drop` and `step`."""
 
@@ -59,7 +68,8 @@ class SlotTables:
         self._blank = make_sheet(self._num_sites, {}).to(buffer.device)
         self._addresses = torch.full((_FIRST_NUM_SLOTS,), self._blank.data_ptr(), device=buffer.device)
         self._classes = torch.zeros(2, _FIRST_NUM_SLOTS, dtype=torch.int64)  # on the CPU; 0 for no edits
-        self._class_of: tuple[dict[_Key, int], dict[_Key, int]] = ({}, {})
+        self._class_of: tuple[dict[_Key, _Class], dict[_Key, _Class]] = ({}, {})
+        self._class_numbers = itertools.count(1)
         self._entries: dict[int, _Entry] = {}
         self._groups: dict[int, GroupTable] = {}
         # These only ever grow: a kernel, and a graph that holds it, is made for the largest there has been.
@@ -86,8 +96,10 @@ class SlotTables:
         self._entries[slot.number] = entry
         self._addresses[slot.number] = entry.sheet.data_ptr()
         for classes, known, key in zip(self._classes, self._class_of, entry.keys, strict=True):
-            classes[slot.number] = known.setdefault(key, max(known.values(), default=0) + 1)
-        ranks = [-(-len(own.down) // _RANK_STEP) * _RANK_STEP for own in rows.values()]
+            own = known.setdefault(key, _Class(next(self._class_numbers)))
+            own.num_slots += 1
+            classes[slot.number] = own.number
+        ranks = [-(-len(site.down) // _RANK_STEP) * _RANK_STEP for site in rows.values()]
         self._max_rank = max(self._max_rank, *ranks, 0)  # a part of an adapter may edit nothing
         self._has_middle |= any(own.mid_scale is not None or own.mid_shift is not None for own in rows.values())
         self._has_vectors |= any(own.vectors.keys() - {IN_SCALE} for own in rows.values())
@@ -101,8 +113,9 @@ class SlotTables:
         entry = self._entries.pop(number)
         self._addresses[number] = self._blank.data_ptr()
         self._classes[:, number] = 0
-        for place, (known, key) in enumerate(zip(self._class_of, entry.keys, strict=True)):
-            if not any(other.keys[place] == key for other in self._entries.values()):
+        for known, key in zip(self._class_of, entry.keys, strict=True):
+            known[key].num_slots -= 1
+            if known[key].num_slots == 0:
                 del known[key]
 
     def step(self, slots: Sequence[int], kept: Sequence[int]) -> StepTables | None:
