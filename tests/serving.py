@@ -15,6 +15,7 @@ from server.engine.sequence import Delta, FinishReason, SamplingParams, TokenLog
 from server.ground.config import load
 from server.ground.errors import GraftError
 
+_MAX_QUEUED = 256  # of a server that is not told otherwise
 _numbers = itertools.count()
 
 
@@ -83,10 +84,16 @@ async def answer(server: Server, ask: Ask) -> Answer:
 
 
 def answer_all(server: Server, asks: Sequence[Ask]) -> list[Answer]:
-    """Sends all requests at once; the answers in their order."""
+    """Sends all requests at once, or as many as a queue always takes; the answers in their order."""
 
     async def together() -> list[Answer]:
-        return await asyncio.gather(*(answer(server, ask) for ask in asks))
+        room = asyncio.Semaphore(_MAX_QUEUED)
+
+        async def one(ask: Ask) -> Answer:
+            async with room:
+                return await answer(server, ask)
+
+        return await asyncio.gather(*(one(ask) for ask in asks))
 
     return asyncio.run(together())
 

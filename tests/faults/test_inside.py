@@ -511,9 +511,10 @@ def test_the_processes_that_render_templates_are_killed(live: Live, faulted: Fau
 
 
 def _kill_children() -> int:
-    """Of this process, as the system kills those for which there is no memory."""
+    """Of this process, as the system kills those for which there is no memory; no engines of other tests' servers."""
     children = Path(f"/proc/self/task/{threading.main_thread().native_id}/children")
     pids = [int(pid) for task in children.parents[1].iterdir() for pid in (task / "children").read_text().split()]
+    pids = [pid for pid in pids if b"server.apart" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     return len(pids)
