@@ -59,6 +59,7 @@ load: $(VENV)/.test  ## requests of many adapters against a running server (docs
 gpu: $(VENV)/.test  ## on a machine with a GPU: its tests, then the benchmarks into load_tests/results/
 	$(TESTED) -m gpu
 	$(BIN)/python -m load_tests.kernels $(PEERS:%=--peers %) --out load_tests/results/kernels-$$(date -u +%Y%m%dT%H%M%SZ).json
+	$(BIN)/python -m load_tests.four_bit --out load_tests/results/four-bit-$$(date -u +%Y%m%dT%H%M%SZ).json
 	$(BIN)/python -m load_tests.whole_engine --device cuda --out load_tests/results/engine-$$(date -u +%Y%m%dT%H%M%SZ).json
 	$(BIN)/graft bench --device cuda --out load_tests/results/gpu-$$(date -u +%Y%m%dT%H%M%SZ).json $(ARGS)
 

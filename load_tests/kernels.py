@@ -19,7 +19,6 @@ import importlib
 import json
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from typing import Any
 
 import torch
 
+from load_tests.gpu_times import NUM_ROUNDS, seconds_of, speeds_of
 from load_tests.kernel_cases import BATCHES, MODELS, QUICK_BATCHES, QUICK_MODEL, Batch, Case, Group, Model
 from load_tests.kernel_targets import Layer, Row, Speeds, layers, targets
 from load_tests.kernel_ways import WAYS, Run, TwoLaunches, Way
@@ -37,10 +37,6 @@ from load_tests.peer_kernels import Peers, found
 
 CACHE_BYTES = 100 << 20  # more than a GPU's cache: so much do the copies of a group's weights take, read in turn
 MAX_COPIES = 4  # where that is too few for it, the launches take longer than the bytes
-NUM_REPLAYS = 25
-NUM_ROUNDS = 4  # over all copies in one graph, so that its own start does not count
-COPY_BYTES = 1 << 30
-SQUARE = 8192  # of the product that says how fast products are
 FAILED = "failed"
 # Of the sum that is added, relative to its size; float16 and bfloat16 are rounded twice by some ways.
 LIMITS: Mapping[torch.dtype, float] = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -128,17 +124,14 @@ def _timed(row: Row, way: Way, cases: Sequence[Case], speeds: Speeds) -> Row:
     halves = [place for place in places if isinstance(place.run, TwoLaunches)]
     # Other ways launch hundreds of kernels, beside which a graph's own start is nothing.
     num_rounds = NUM_ROUNDS if halves else 1
-    group_s = _seconds([place.whole for place in places], num_rounds)
+    group_s = seconds_of([place.whole for place in places], num_rounds)
     row = replace(row, group_s=group_s, copy_share=row.moved_bytes / group_s / speeds.copy_bytes_per_s)
     if not halves:
         return row
-    shrink_s = _seconds([place.shrink for place in halves], num_rounds)
+    shrink_s = seconds_of([place.shrink for place in halves], num_rounds)
     for place in halves:
         place.shrink()  # into memory that is no graph's
-    return replace(row, shrink_s=shrink_s, expand_s=_seconds([place.expand for place in halves], num_rounds))
-
-
-Call = Callable[[], object]
+    return replace(row, shrink_s=shrink_s, expand_s=seconds_of([place.expand for place in halves], num_rounds))
 
 
 @dataclass(slots=True)
@@ -161,47 +154,6 @@ class _Place:
         """Of what the last `shrink` left."""
         assert isinstance(self.run, TwoLaunches)
         self.run.expand(self.h, self.y)
-
-
-def _seconds(calls: Sequence[Call], num_rounds: int) -> float:
-    """The median time of one call, replayed from a graph in which all follow one another, so many times."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # one for both: a peer keeps its buffers by stream
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(num_rounds):
-            for call in calls:
-                call()
-    return _median_s(graph.replay) / len(calls) / num_rounds
-
-
-def _median_s(call: Call) -> float:
-    times: list[float] = []
-    for _ in range(NUM_REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times[5:])
-
-
-def speeds_of(device: torch.device) -> Speeds:
-    """Of a GPU: a large copy (bytes read and written), a large product, and a launch of next to nothing."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    factor = torch.randn(SQUARE, SQUARE, dtype=torch.bfloat16, device=device)
-    product, one = torch.empty_like(factor), torch.empty(1, device=device)
-    return Speeds(
-        copy_bytes_per_s=2 * COPY_BYTES / _median_s(lambda: target.copy_(source)),
-        flops_per_s=2 * SQUARE**3 / _median_s(lambda: torch.mm(factor, factor, out=product)),
-        launch_s=_seconds([one.zero_] * 16, NUM_ROUNDS),
-    )
 
 
 def line(row: Row) -> str:

@@ -161,6 +161,7 @@ def _flags(
         "model": str(scratch / "model"), "store": str(scratch / f"store-{quantize}"), "quantize": quantize,
         "adapters": str(scratch / "adapters"), "device": device.type, "dtype": "bfloat16",
         "ops": "triton" if device.type == "cuda" else "reference", "prefix_reuse": "off",
+        "four_bit_products": arguments.four_bit_products,
         "max_sequences": str(max(arguments.batches) + 1), "max_context": str(longest),
         "max_batch_tokens": str(max(2048, 2 * max(arguments.prefills))),
         "adapter_memory": str(adapter_memory), "host_memory": str(2 * adapter_memory), "kv_memory": str(kv_memory),
@@ -229,6 +230,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, metavar="N", help="that each figure of a decode is the median of")
     parser.add_argument("--peer-batch", type=int, metavar="N", help="sequences of PEFT and transformers")
     parser.add_argument("--rank", type=int, default=16, help="of LoRA and DoRA, on all linears")
+    parser.add_argument("--four-bit-products", default="auto", choices=["auto", "triton"], help="as of `graft serve`")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
     parser.add_argument("--seconds", type=float, default=540.0, help="for all; what is under way then is ended")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="for the base and its adapters: 30 GB for the 8B")

@@ -26,7 +26,8 @@ _GRAPH_BYTES = 256 << 20  # a reserve: what recording decode steps takes is know
 def base_options(settings: Settings) -> BaseOptions:
     """What base to load, and how. Raises StartupRefused for a device that is not there."""
     dtype, device = _dtype(settings.dtype), device_named(settings.device)
-    return BaseOptions(settings.model, Quantization(settings.quantize), dtype, device, settings.ops)
+    quantize = Quantization(settings.quantize)
+    return BaseOptions(settings.model, quantize, dtype, device, settings.ops, settings.four_bit_products)
 
 
 def device_named(name: str) -> torch.device:

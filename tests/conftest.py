@@ -13,7 +13,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from server.ground.config import Settings, variable_name
-from tests.models import save_model
+from tests import models
+from tests.models import save_filled, save_model
 
 # A machine that is busy, or a process that is paused, says nothing about what is tested.
 settings.register_profile("graft", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -65,6 +66,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         return made[architecture]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    return save_filled(models.wide_llama(), tmp_path_factory.mktemp("wide-llama"))
 
 
 @pytest.fixture(scope="session")

@@ -87,6 +87,12 @@ def tiny_llama() -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**WIDTHS, attention_bias=True, mlp_bias=True))
 
 
+def wide_llama() -> PreTrainedModel:
+    """Its linears are wide enough for the products of `server.ops.four_bit`; not one of ARCHITECTURES."""
+    widths = {**WIDTHS, "hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**widths, attention_bias=True))
+
+
 def tiny_qwen3() -> PreTrainedModel:
     return Qwen3ForCausalLM(Qwen3Config(**WIDTHS, head_dim=16))
 

@@ -51,6 +51,19 @@ def test_on_a_quantized_base_an_adapter_adds_no_error_of_its_own(
 
 
 @pytest.mark.parametrize("ops", ["reference", "triton"])
+def test_on_4_bit_weights_that_triton_multiplies_an_adapter_adds_no_error_of_its_own(
+    ops: str, wide_llama: Path, tmp_path: Path
+) -> None:
+    """In 16 bits, and in recorded steps with --ops triton."""
+    dense = dequantized_twin(wide_llama, Quantization.NF4, torch.bfloat16)
+    flags = {"quantize": "nf4", "dtype": "bfloat16", "device": "cuda", "ops": ops, "four_bit_products": "triton"}
+    with serve_kinds(wide_llama, dense, QUANTIZED_KINDS, tmp_path, strength=REAL_STRENGTH, **flags) as case:
+        errors = case.overall_errors()
+    limit = 1.5 * errors.pop(None)
+    assert {name: error for name, error in errors.items() if not error <= limit} == {}
+
+
+@pytest.mark.parametrize("ops", ["reference", "triton"])
 def test_a_mixed_batch_answers_as_each_request_alone(ops: str, tiny_llama: Path, tmp_path: Path) -> None:
     dense = dense_model(tiny_llama)
     for seed, kind in enumerate(KINDS):

@@ -4,8 +4,10 @@ Without a GPU they run in Triton's interpreter, on tiny models and few tokens.
 """
 
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,14 +24,16 @@ from server.ground.errors import StartupRefused
 from server.model.base import Base
 from server.model.pretrained import BaseOptions
 from server.model.quantize import Quantization
-from server.ops import load_kernels, native
+from server.ops import load_four_bit_products, load_kernels, native
 from tests.adapters.peft_adapters import make_adapter
 from tests.adapters.random_edits import random_adapter, with_random_ops
-from tests.fidelity import dense_model, serve_kinds
+from tests.fidelity import dense_model, dequantized_twin, serve_kinds
 from tests.serving import Ask, serving
 from tests.test_isolation import check_isolation, check_nothing_leaks
 
 pytest.importorskip("triton")
+from triton.runtime.interpreter import GridExecutor
+
 from server.ops import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,8 +46,15 @@ SEQUENCE_KINDS = ("loreft", "alora", "prompt_tuning", "prefix_tuning", "dora-sav
 
 @pytest.fixture(scope="module", autouse=True)
 def _little_work() -> Iterator[None]:
-    """The interpreter computes one part after the other, also those that are empty."""
+    """The interpreter computes one part after the other, also those that are empty, and for one thread at a time."""
+    lock, run = threading.Lock(), GridExecutor.__call__
+
+    def alone(self: GridExecutor, *arguments: Any, **named: Any) -> Any:
+        with lock:
+            return run(self, *arguments, **named)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", alone)
         patch.setattr(kernels, "_WANTED_PROGRAMS", 2)
         patch.setattr(tests.fidelity, "NUM_NEW_TOKENS", 2)
         yield
@@ -67,6 +78,21 @@ def test_every_method_in_one_batch_equals_peft_alone(
 ) -> None:
     """Fused and single sites, transposed weights, windows, caps, scaled embeddings, tied heads."""
     check_fidelity(model_folder(architecture), tmp_path, kinds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ops", ["auto", "triton"])
+def test_adapters_on_4_bit_weights_that_triton_multiplies_equal_peft_on_what_they_stand_for(
+    ops: str, wide_llama: Path, tmp_path: Path
+) -> None:
+    twin = dequantized_twin(wide_llama, Quantization.NF4, torch.float32)
+    flags = {**FLAGS, "ops": ops, "quantize": "nf4", "four_bit_products": "triton"}
+    kinds = ("lora", "dora", "vera", "ia3")  # dora reads the weights, ia3 scales what they read
+    with serve_kinds(wide_llama, twin, kinds, tmp_path, **flags) as case:
+        linears = [site for site in case.server.base.sites.products.values() if ".layers." in site.path]
+        assert {type(site.fused).__name__ for site in linears} == {"FusedPacked"}
+        errors = {name: case.relative_error(name, *found) for name, found in case.answers().items()}
+    assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
 
 
 @pytest.mark.slow
@@ -153,3 +179,12 @@ def test_kernels_on_a_cpu_are_refused_at_the_start(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(StartupRefused, match="--ops triton: its kernels need a GPU.*use --ops reference"):
         load_kernels("triton", torch.device("cpu"), torch.float32)
+
+
+def test_products_of_4_bits_on_a_cpu_are_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert load_four_bit_products("auto", torch.device("cpu")) is None
+    with pytest.raises(
+        StartupRefused, match="--four-bit-products triton: its kernels need a GPU.*use --four-bit-produc"
+    ):
+        load_four_bit_products("triton", torch.device("cpu"))

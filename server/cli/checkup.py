@@ -128,6 +128,8 @@ def _engine(settings: Settings) -> str:
 
 
 def _products(held: Quantization, dtype: torch.dtype, options: BaseOptions) -> str:
+    if held.is_4_bit and options.four_bit_products == "triton":
+        return "Triton kernels up to 128 tokens, and PyTorch's product of dequantized weights beyond"
     if options.device.type == "cuda":
         return "PyTorch's products" if held is Quantization.NONE else "bitsandbytes' CUDA kernels"
     if held.is_4_bit:

@@ -352,6 +352,14 @@ class Settings(BaseSettings):
             "auto: native on a CPU that has a C compiler, else reference",
         ),
     ] = "auto"
+    four_bit_products: Annotated[
+        Literal["auto", "triton"],
+        Flag(
+            "process",
+            "{auto,triton}",
+            "what multiplies a 4-bit base on a GPU: bitsandbytes, or Triton up to 128 tokens; auto: bitsandbytes",
+        ),
+    ] = "auto"
     attention: Annotated[
         Literal["auto", "torch", "varlen", "flashinfer"],
         Flag(

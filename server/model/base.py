@@ -45,7 +45,8 @@ from server.model.rope import attach_rope
 from server.model.site_table import SiteTable
 from server.model.sites import BaseSite
 from server.model.size import BaseSize, kv_dtype
-from server.ops import DecodeBatch, Kernels, PrefillSpan, TokenLayout, load_kernels, native
+from server.ops import DecodeBatch, Kernels, PrefillSpan, TokenLayout, load_four_bit_products, load_kernels, native
+from server.ops.packed import FourBitProducts
 from server.ops.runs import DecodeLists
 
 log = logging.getLogger(__name__)
@@ -55,9 +56,18 @@ class Base:
     """One quantized model, ready for packed forward passes."""
 
     def __init__(
-        self, model: nn.Module, name: str, dtype: torch.dtype, device: torch.device, kernels: Kernels | None = None
+        self,
+        model: nn.Module,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: Kernels | None = None,
+        four_bit: FourBitProducts | None = None,
     ) -> None:
-        """Takes a loaded causal language model (attention implementation "graft"); raises StartupRefused by name."""
+        """Takes a loaded causal language model (attention implementation "graft"); raises StartupRefused by name.
+
+        `four_bit` multiplies the 4-bit weights that it can; None leaves them to bitsandbytes, or to native `kernels`.
+        """
         self.name = name
         self.fingerprint: str | None = None  # of the checkpoint, where it was loaded from one that has one
         self.dtype = dtype
@@ -66,8 +76,11 @@ class Base:
         self.model = model.eval().requires_grad_(False)
         self.config: PreTrainedConfig = model.config  # type: ignore[assignment]
         self.quantization = found_quantization(model)  # what the values are, however `settle` holds them
-        read_natively = {module for module in model.modules() if kernels is native and can_read_codes(module)}
-        note = settle(model, dtype, device, read_natively)
+        self._four_bit = four_bit
+        own = {module for module in model.modules() if kernels is native and can_read_codes(module)}
+        if four_bit is not None:
+            own |= {module for module in model.modules() if can_read_codes(module, four_bit.can_pack)}
+        note = settle(model, dtype, device, own)
         self.note = " ".join(filter(None, (note, experts_note(model)))) or None
         self.scope = Scope()
         self.attention = PagedAttention(self.scope)
@@ -93,6 +106,7 @@ class Base:
         config = read_config(options.model)
         dtype = options.dtype or default_dtype(config, options.device)
         kernels = load_kernels(options.ops, options.device, dtype)  # refused before minutes of loading
+        four_bit = load_four_bit_products(options.four_bit_products, options.device)
         stored = stored_quantization(config)
         if stored is not None and stored is not options.quantize:
             log.info(
@@ -119,7 +133,7 @@ class Base:
             raise StartupRefused(f"cannot load {options.model!r}: {error}") from error
         model, info = loaded
         refuse_missing(options.model, info["missing_keys"])
-        base = cls(model, model_name(options.model), dtype, options.device, kernels)
+        base = cls(model, model_name(options.model), dtype, options.device, kernels, four_bit)
         base.fingerprint = fingerprint(options.model, config)
         return base
 
@@ -203,7 +217,7 @@ class Base:
         self._refuse_leaks(packed[lengths[0] :], other[lengths[0] :])
         self.sites.group_by_input(calls, sum(lengths))
         with self._refusing("cannot run with the weights of its linears fused"):
-            self.sites.fuse(is_native=self.kernels is native)
+            self.sites.fuse(is_native=self.kernels is native, four_bit=self._four_bit)
             choose_four_bit_products(self.model, self.dtype, self.device)  # for those that are left
             fused = self._probe(rows)
             self._check_fused(packed, fused)

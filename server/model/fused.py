@@ -3,17 +3,19 @@
 Owns the weights of the linears that it takes over, and their layout. Knows nothing about adapters or sites.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from server.model.quantize import empty, four_bit_format, four_bit_rows
+from server.model.quantize import empty, four_bit_format, four_bit_rows, four_bit_scales
 from server.ops.native import FourBitWeight, Linear, PairedWeight, Weight, can_multiply_rows, rows_product
+from server.ops.packed import FourBitProducts, Packed
 
+PackedWeight = TypeVar("PackedWeight", bound=Packed)
 _PACKED_FOR_TOKENS = 16  # the batch that oneDNN is told to expect; any other works
 
 
@@ -119,19 +121,15 @@ class FusedLinear(_Members):
         return weight[self._span(member)]
 
 
-class FusedNative(_Members):
-    """Of linears on a processor whose weights are laid out for native products; their own are taken away."""
+class FusedPacked(_Members, Generic[PackedWeight]):
+    """Of linears whose weights are laid out for products of ours; their own are taken away."""
 
-    def __init__(self, modules: Sequence[nn.Linear], weight: Weight) -> None:
+    def __init__(self, modules: Sequence[nn.Linear], weight: PackedWeight) -> None:
         super().__init__(modules)
         biases = [m.bias.data.float() for m in modules if m.bias is not None]
         self._bias = torch.cat(biases) if biases else None
         self._weight = weight
         self.packed_bytes = weight.num_bytes
-
-    @property
-    def linear(self) -> Linear:
-        return Linear(self._weight, self._bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._weight.product(x, self._bias)
@@ -146,6 +144,14 @@ class FusedNative(_Members):
         """A copy; of 4 bits dequantized, float32."""
         rows = self._span(member)
         return self._weight.rows(rows.start, rows.stop).whole()
+
+
+class FusedNative(FusedPacked[Weight]):
+    """For native products on a processor."""
+
+    @property
+    def linear(self) -> Linear:
+        return Linear(self._weight, self._bias)
 
 
 class SharedNative(_Members):
@@ -168,27 +174,35 @@ class SharedNative(_Members):
         return self._weight
 
 
-def can_read_codes(module: nn.Module) -> bool:
-    """Whether native products can read the 4-bit weight of a module as it is."""
+def can_read_codes(module: nn.Module, can_pack: Callable[[int, int, int], bool] = FourBitWeight.can_pack) -> bool:
+    """Whether a module has a 4-bit weight as it is stored, and of a shape that native products, or others, can pack."""
     found = four_bit_format(module)
     if found is None:
         return False
     assert isinstance(module, nn.Linear)
-    return FourBitWeight.can_pack(module.out_features, module.in_features, found[1])
+    return can_pack(module.out_features, module.in_features, found[1])
 
 
-def fused(modules: Sequence[nn.Module], shared: Collection[int], *, is_native: bool) -> Fused | None:
+def fused(
+    modules: Sequence[nn.Module],
+    shared: Collection[int],
+    *,
+    is_native: bool,
+    four_bit: FourBitProducts | None = None,
+) -> Fused | None:
     """One product of modules that read the same, all linears alike in dtype and in having a bias; None for others.
 
-    With `is_native` weights are laid out for native products where there are such, that of a single linear, too; other
-    plain ones are packed in bfloat16 on a CPU. A weight at one of the `shared` addresses, as a head's often is with the
-    embedding, stays as it is; natively it is multiplied so.
+    With `is_native` weights are laid out for native products where there are such, that of a single linear, too, and
+    4-bit ones for those of `four_bit`; other plain ones are packed in bfloat16 on a CPU. A weight at one of the
+    `shared` addresses, as a head's often is with the embedding, stays as it is; natively it is multiplied so.
     """
     linears = [module for module in modules if isinstance(module, nn.Linear)]
     if len(linears) < len(modules) or len({(m.weight.dtype, m.bias is None) for m in linears}) != 1:
         return None
     weight = linears[0].weight
     is_shared = any(m.weight.data_ptr() in shared for m in linears)
+    if four_bit is not None and (product := fused_four_bit(linears, four_bit)) is not None:
+        return product
     if is_native and not is_shared and (native := fused_natively(linears)) is not None:
         return native
     if any(type(module) is not nn.Linear for module in linears):
@@ -199,10 +213,25 @@ def fused(modules: Sequence[nn.Module], shared: Collection[int], *, is_native: b
     return FusedLinear(linears, is_packed=is_packed) if len(linears) > 1 or is_packed else None
 
 
+def fused_four_bit(modules: Sequence[nn.Linear], products: FourBitProducts) -> Fused | None:
+    """One such product of 4-bit linears; None where there is none."""
+    if not _are_one_format(modules) or not all(can_read_codes(module, products.can_pack) for module in modules):
+        return None
+    weights = []
+    for module in modules:
+        rows = four_bit_rows(module)
+        weights.append(products.packed(rows.codes, rows.levels, rows.scale_codes, rows.scale_levels, rows.seconds))
+        empty(module)
+    return FusedPacked(modules, products.joined(weights))
+
+
+def _are_one_format(modules: Sequence[nn.Linear]) -> bool:
+    return len({four_bit_format(module) for module in modules}) == 1
+
+
 def fused_natively(modules: Sequence[nn.Linear]) -> FusedNative | None:
     """One native product of 4-bit linears, or of plain ones in bfloat16 on a matrix unit; None where there is none."""
-    is_one_format = len({four_bit_format(module) for module in modules}) == 1
-    if is_one_format and all(can_read_codes(module) for module in modules):
+    if _are_one_format(modules) and all(can_read_codes(module) for module in modules):
         return FusedNative(modules, FourBitWeight.joined([_four_bit_weight(module) for module in modules]))
     if all(type(m) is nn.Linear and m.weight.dtype is torch.bfloat16 for m in modules) and all(
         PairedWeight.can_pack(m.out_features, m.in_features) for m in modules
@@ -216,7 +245,7 @@ def fused_natively(modules: Sequence[nn.Linear]) -> FusedNative | None:
 
 def _four_bit_weight(module: nn.Linear) -> FourBitWeight:
     rows = four_bit_rows(module)
-    weight = FourBitWeight.packed(rows.codes, rows.scales, rows.levels)
+    weight = FourBitWeight.packed(rows.codes, four_bit_scales(module), rows.levels)
     empty(module)
     return weight
 

@@ -23,6 +23,7 @@ class BaseOptions:
     dtype: torch.dtype | None = None
     device: torch.device = torch.device("cpu")
     ops: str = "reference"  # what computes adapters and attention, as `server.ops.load_kernels` names it
+    four_bit_products: str = "auto"  # as `server.ops.load_four_bit_products` names them
 
 
 def read_config(model: str) -> PreTrainedConfig:

@@ -88,41 +88,56 @@ def dequantized_weight(module: nn.Module) -> torch.Tensor:
 class FourBitRows:
     """A 4-bit weight (d_out, d_in) as bitsandbytes stores it: levels[code] * scale, one scale for a block of a row.
 
-    codes (d_out, d_in / 2) uint8, the first of two in the higher bits; scales (d_out, d_in / block) float32; levels
-    (16,) float32.
+    codes (d_out, d_in / 2) uint8, the first of two in the higher bits; levels (16,) float32. The scales are there as
+    `server.ops.packed.FourBitProducts` takes them.
     """
 
     codes: torch.Tensor
-    scales: torch.Tensor
     levels: torch.Tensor
+    scale_codes: torch.Tensor
+    scale_levels: torch.Tensor | None = None
+    seconds: torch.Tensor | None = None
 
 
-def four_bit_format(module: nn.Module) -> tuple[str, int] | None:
-    """Which levels, and how many weights of a row share a scale; None for no 4-bit linear, or a repacked one."""
+def four_bit_format(module: nn.Module) -> tuple[str, int, bool] | None:
+    """Which levels, how many weights of a row share a scale, and whether scales are quantized, too; None for no 4-bit
+    linear, or a repacked one."""
     if not isinstance(module, Linear4bit):
         return None
     weight: Any = module.weight
     state = weight.quant_state
     if state is None or getattr(state, "packing_format_for_cpu", False):
         return None
-    return str(weight.quant_type), int(state.blocksize)
+    return str(weight.quant_type), int(state.blocksize), bool(state.nested)
 
 
 def four_bit_rows(module: nn.Linear) -> FourBitRows:
     """What a 4-bit linear holds that has not been repacked, and whose blocks do not cross rows."""
     weight: Any = module.weight
     state = weight.quant_state
+    codes = weight.data.view(torch.uint8).view(module.out_features, module.in_features // 2)
+    scales = state.absmax.view(module.out_features, -1)
+    if not state.nested:
+        return FourBitRows(codes, state.code.float(), scales.float())
+    first = state.state2.absmax.float()
+    seconds = torch.stack([first, state.offset.float().expand_as(first)], dim=1)
+    return FourBitRows(codes, state.code.float(), scales, state.state2.code.float(), seconds)
+
+
+def four_bit_scales(module: nn.Linear) -> torch.Tensor:
+    """(d_out, d_in / block) float32 of a 4-bit linear as `four_bit_rows` reads it."""
+    weight: Any = module.weight
+    state = weight.quant_state
     scales = state.absmax
     if state.nested:
         scales = dequantize_blockwise(scales, state.state2) + state.offset
-    codes = weight.data.view(torch.uint8).view(module.out_features, module.in_features // 2)
-    return FourBitRows(codes, scales.float().view(module.out_features, -1), state.code.float())
+    return cast(torch.Tensor, scales.float().view(module.out_features, -1))
 
 
 def empty(module: nn.Module) -> None:
     """Takes a 4-bit linear's weight and scales away, whose product is made elsewhere; its own would raise."""
     weight: Any = module.weight
-    weight.data = torch.empty(0, dtype=torch.uint8)
+    weight.data = torch.empty(0, dtype=torch.uint8, device=weight.device)
     weight.quant_state = None
     module.quant_state = None  # type: ignore[assignment]  # bitsandbytes keeps the scales here as well
 

@@ -20,6 +20,7 @@ from server.model.fused import fused
 from server.model.site import PRODUCTS, Site, SiteKind
 from server.model.sites import BaseSite
 from server.model.sublayers import AttentionSite, BlockSite, NormSite
+from server.ops.packed import FourBitProducts
 from server.ops.site_ops import OpSite
 
 
@@ -79,13 +80,14 @@ class SiteTable:
         grouped = {site.path: site for group in self.groups for site in group.sites}
         self.by_path = grouped | {site.path: site for site in self.attention.values() if site.d_in}
 
-    def fuse(self, *, is_native: bool) -> None:
+    def fuse(self, *, is_native: bool, four_bit: FourBitProducts | None) -> None:
         """One base product per group where there can be one, see `fused`."""
         products = [site.module for site in self.sites if site.kind in PRODUCTS]
         places = Counter(module.get_parameter("weight").data_ptr() for module in products)
         shared = {place for place, num in places.items() if num > 1}
         for group in self.groups:
-            product = fused([site.module for site in group.sites], shared, is_native=is_native)
+            modules = [site.module for site in group.sites]
+            product = fused(modules, shared, is_native=is_native, four_bit=four_bit)
             for site in group.sites:
                 site.fused = product
 

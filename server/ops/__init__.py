@@ -13,6 +13,7 @@ import torch
 from server.ground.errors import StartupRefused
 from server.ops import native
 from server.ops.edits import GroupEdits, Lanes, Run, SiteEdits, Stack, TokenLayout, runs_of
+from server.ops.packed import FourBitProducts
 from server.ops.reference import (
     DecodeBatch,
     PrefillSpan,
@@ -52,6 +53,7 @@ __all__ = [
     "embed_low_rank",
     "expand",
     "expand_stack",
+    "load_four_bit_products",
     "load_kernels",
     "prefill_attention",
     "rotate",
@@ -100,19 +102,34 @@ def _kernels(name: str, device: torch.device, dtype: torch.dtype) -> Kernels | N
     return kernels
 
 
+def load_four_bit_products(name: str, device: torch.device) -> FourBitProducts | None:
+    """What --four-bit-products names; None for "auto": native kernels and bitsandbytes have their own. Logged.
+
+    Raises StartupRefused where the named ones cannot run.
+    """
+    if name == "auto":
+        return None
+    module = _in_triton("server.ops.four_bit", device, "--four-bit-products triton", "--four-bit-products auto")
+    products: FourBitProducts = module.FourBitWeight
+    log.info("the base's 4-bit weights are multiplied by Triton kernels")
+    return products
+
+
 def _triton(device: torch.device) -> Kernels:
+    kernels: Kernels = _in_triton("server.ops.kernels", device, "--ops triton", "--ops native, or use --ops reference")
+    return kernels
+
+
+def _in_triton(module: str, device: torch.device, wanted: str, instead: str) -> Any:
+    """The module, imported; raises StartupRefused where its kernels cannot run."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise StartupRefused(
-            "--ops triton: its kernels need a GPU, and the base is on the CPU; use --ops native, or use --ops reference"
-        )
+        raise StartupRefused(f"{wanted}: its kernels need a GPU, and the base is on the CPU; use {instead}")
     try:
-        kernels: Any = importlib.import_module("server.ops.kernels")
+        return importlib.import_module(module)
     except ImportError as error:
         raise StartupRefused(
-            f"--ops triton: Triton cannot be imported ({error}); install graftserve[triton], or use --ops reference"
+            f"{wanted}: Triton cannot be imported ({error}); install graftserve[triton], or use {instead}"
         ) from error
-    found: Kernels = kernels
-    return found
 
 
 def _native(device: torch.device, dtype: torch.dtype) -> Kernels:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from load_tests import kernels
+from load_tests.gpu_times import Call
 from load_tests.kernel_cases import BATCHES, MODELS, QUICK_BATCHES, QUICK_MODEL, Batch, BatchAdapter, Case
 from load_tests.kernel_targets import Row, Speeds
 from load_tests.kernel_ways import WAYS, Run, Way
@@ -50,12 +51,12 @@ SPEEDS = Speeds(copy_bytes_per_s=1e12, flops_per_s=1e15, launch_s=1e-9)
 def _rows(monkeypatch: pytest.MonkeyPatch, *ways: Way) -> list[Row]:
     """As on a GPU, with a clock that says only how many rounds there were."""
 
-    def seconds(calls: list[kernels.Call], num_rounds: int) -> float:
+    def seconds(calls: list[Call], num_rounds: int) -> float:
         for call in calls:
             call()
         return 1e-6 * (num_rounds + 1)
 
-    monkeypatch.setattr(kernels, "_seconds", seconds)
+    monkeypatch.setattr(kernels, "seconds_of", seconds)
     group, batch = QUICK_MODEL.groups[0], QUICK_BATCHES[0]
     bench = Bench({"quick": QUICK_MODEL}, QUICK_BATCHES, ways, torch.device("cpu"))
     return measure(bench, "quick", batch, group, SPEEDS)

@@ -1,5 +1,6 @@
 """One product for the linears of a group, plain or packed: the same outputs, and weights that can still be read."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,12 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
 from server.model.base import Base
-from server.model.fused import FusedLinear, can_pack, can_read_codes, fused_natively
+from server.model.fused import FusedLinear, can_pack, can_read_codes, fused_four_bit, fused_natively
 from server.model.pretrained import BaseOptions
 from server.model.quantize import Quantization, dequantized_weight
 from server.model.site import PRODUCTS
 from server.ops import native
+from server.ops.packed import FourBitProducts
 
 packed_only = pytest.mark.skipif(not can_pack(), reason="this processor computes plain 16-bit weights only")
 
@@ -182,3 +184,44 @@ def test_a_base_with_native_products_is_the_base_without(
         assert torch.equal(twin.row_norms_squared, site.row_norms_squared)
         expected = site.project(rows)
         assert (twin.project(rows) - expected).norm() <= limit * expected.norm()
+
+
+def wide_four_bit_linears(*, bias: bool, is_nested: bool) -> list[Linear4bit]:
+    """Wide enough for Triton's products."""
+    torch.manual_seed(0)
+    made = []
+    for width in (128, 384):
+        module = Linear4bit(128, width, bias, torch.float32, compress_statistics=is_nested, quant_type="nf4")
+        made.append(module.to("cpu").requires_grad_(False).eval())
+    return made
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("is_nested", [True, False], ids=["double", "single"])
+def test_a_product_of_4_bits_in_triton_is_that_of_the_dequantized_weights(is_nested: bool, bias: bool) -> None:
+    members = wide_four_bit_linears(bias=bias, is_nested=is_nested)
+    weights = [dequantized_weight(member) for member in members]
+    x = torch.randn(2, 3, 128)
+    expected = [F.linear(x, weight, member.bias) for weight, member in zip(weights, members, strict=True)]
+    fused = fused_four_bit(members, four_bit_in_triton())
+    assert fused is not None
+    torch.testing.assert_close(fused(x), torch.cat(expected, dim=-1), rtol=1e-5, atol=1e-5)
+    for number, (weight, member) in enumerate(zip(weights, members, strict=True)):
+        torch.testing.assert_close(fused.product_of(number, x), expected[number], rtol=1e-5, atol=1e-5)
+        assert torch.equal(fused.output_of(number, fused(x)), fused.product_of(number, x))
+        assert torch.equal(fused.weight_of(number), weight)
+        assert member.weight.numel() == 0
+
+
+def test_what_triton_cannot_multiply_is_left_as_it_is() -> None:
+    narrow = four_bit_linears("nf4", bias=False, is_nested=True)
+    mixed = [wide_four_bit_linears(bias=False, is_nested=is_nested)[0] for is_nested in (True, False)]
+    for members in (narrow, mixed):
+        assert fused_four_bit(members, four_bit_in_triton()) is None
+        assert all(member.weight.numel() > 0 for member in members)
+
+
+def four_bit_in_triton() -> FourBitProducts:
+    pytest.importorskip("triton")
+    products: FourBitProducts = importlib.import_module("server.ops.four_bit").FourBitWeight
+    return products

@@ -18,6 +18,7 @@ from server.ops.native.build import library
 from server.ops.native.dtypes import DTYPES
 from server.ops.native.layout import dense_rows
 from server.ops.native.shelves import SHELVES
+from server.ops.packed import Packed
 
 _TILE = 16  # LANES of vectors.h: outputs side by side
 _CODES = 8  # of four_bit.h: in a word of 32 bits
@@ -55,25 +56,12 @@ class Layout:
         return _LONGEST if self.way is Way.BY_VECTORS else sys.maxsize
 
 
-class Weight(Protocol):
-    """W (d_out, d_in), and its products."""
+class Weight(Packed, Protocol):
+    """One that C functions multiply."""
 
     @property
     def layout(self) -> Layout:
         """For products of bfloat16."""
-
-    @property
-    def num_bytes(self) -> int:
-        """That it takes."""
-
-    def rows(self, first: int, last: int) -> Self:
-        """Those of the outputs [first, last), multiples of 16: a view."""
-
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x (..., d_in) -> x W^T + bias (..., d_out) in the dtype of x, rounded once; bias (d_out,) float32."""
-
-    def whole(self) -> torch.Tensor:
-        """(d_out, d_in), a copy."""
 
 
 @cache
