@@ -16,23 +16,28 @@ def marked(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 class Reading:
-    """A tensor on its way from the device to the CPU, behind all that the device was given before."""
+    """Tensors of one device on their way to the CPU, behind all that the device was given before."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, *tensors: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
-        if tensor.device.type != "cuda":
-            self._host = tensor
+        if all(tensor.device.type != "cuda" for tensor in tensors):
+            self._host = tensors
             return
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self._host.copy_(tensor, non_blocking=True)
+        self._host = tuple(_begun_copy(tensor) for tensor in tensors)
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record()
 
-    def wait(self) -> torch.Tensor:
-        """The tensor on the CPU, as soon as it is there."""
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        """The tensors on the CPU, as soon as they are there."""
         if self._event is not None:
             self._event.synchronize()
         return self._host
+
+
+def _begun_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """In pinned memory, where nothing is to be read before the device has come to the copy."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 class Chosen:
@@ -45,4 +50,5 @@ class Chosen:
 
     def read(self) -> dict[str, int]:
         """The tokens by sequence id. Waits for the device."""
-        return dict(zip(self.row_of, self._reading.wait().tolist(), strict=True))
+        (tokens,) = self._reading.wait()
+        return dict(zip(self.row_of, tokens.tolist(), strict=True))

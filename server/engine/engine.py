@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
-import torch
-
 from server.engine.blocks import BlockPool
 from server.engine.choice import choose
 from server.engine.chosen import NOT_FINITE, Chosen
@@ -27,13 +25,12 @@ from server.engine.constraint import Constraint
 from server.engine.flight import DeltaStream, Flight, GenerationRequest, Outlet, Streams
 from server.engine.masks import Masks, StepMasks
 from server.engine.runner import Runner, StepLogits
-from server.engine.sampler import token_logprobs
 from server.engine.scheduler import Scheduler
+from server.engine.scores import StepScores
 from server.engine.sequence import (
     Batch,
     Delta,
     FinishReason,
-    ScheduledSequence,
     Sequence,
     SequenceStatus,
     TokenLogprobs,
@@ -50,7 +47,6 @@ _T = TypeVar("_T")
 
 _MAX_FAILED_STEPS = 10  # in a row; then the engine is taken to be lost, though its device answers
 _GATHERING_S = 0.002  # an idle engine waits so long after it is woken: requests sent together share their first step
-_SCORED_AT_ONCE = 128  # tokens of a prompt: each takes two rows of float32 as long as the vocabulary
 _FAREWELL_S = 5.0  # for a thread that hangs
 _RESTED_S = 5.0  # without work: the server rests
 _IDLE_POLL_S = 0.005  # while sequences wait for an adapter that is being loaded
@@ -103,6 +99,7 @@ class _Step:
     num_methods: int  # of its adapters; known while its sequences are in flight
     logits: StepLogits
     chosen: Chosen | None = None
+    scores: StepScores | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,8 +402,9 @@ class Engine:
         return len({flight.method for flight in flights if flight is not None} - {None})
 
     def _choose(self, step: _Step, masks: StepMasks | None) -> None:
-        """Has the device choose the step's tokens, which its sequences count from here on."""
+        """Has the device choose and score the step's tokens, which its sequences count from here on."""
         step.chosen = choose(step.logits, self._flights, masks)
+        step.scores = StepScores(step.logits, step.chosen)
         with self._lock:
             self._scheduler.advance(step.batch)
 
@@ -414,9 +412,11 @@ class Engine:
         """Waits for a step's tokens, books them and makes its deltas."""
         batch, logits = step.batch, step.logits
         assert step.chosen is not None
+        assert step.scores is not None
         tokens = step.chosen.read()
-        self._fail_overflown(logits, tokens)
-        scores = self._score(logits, tokens)
+        self._fail_overflown(step.scores, tokens)
+        self._score_prompts(step.scores)
+        scores = step.scores.read(tokens)
         self._follow_grammars(tokens, logits)
         with self._lock:
             ended = set(self._scheduler.commit(batch, tokens))
@@ -432,10 +432,10 @@ class Engine:
         report = StepReport(len(batch.sequences), batch.num_tokens, num_adapters, step.num_methods, duration_s)
         self._observe(report)
 
-    def _fail_overflown(self, logits: StepLogits, tokens: dict[str, int]) -> None:
+    def _fail_overflown(self, scores: StepScores, tokens: dict[str, int]) -> None:
         """Ends the sequences whose logits are not numbers: an adapter of extreme weights has overflown."""
         overflown = [name for name, token in tokens.items() if token == NOT_FINITE]
-        overflown += [name for name, rows in logits.scored.items() if not rows.amax(dim=-1).isfinite().all()]
+        overflown += [name for name, own in scores.prompts.items() if own is not None and not own.is_finite()]
         flights = {name: self._flights[name] for name in overflown if name in self._flights}
         if not flights:
             return
@@ -460,41 +460,17 @@ class Engine:
                     self._scheduler.finish(sequence, FinishReason.ERROR)
                     self._end(self._flights[sequence.sequence_id], FinishReason.ERROR, _unfollowable(sequence, fault))
 
-    def _score(self, logits: StepLogits, tokens: dict[str, int]) -> dict[str, TokenLogprobs]:
-        """Log-probabilities of the sampled tokens for which they are wanted; those of prompts go to their flights."""
-        for item in logits.scorers:
-            if item.sequence.sequence_id in self._flights:
-                self._score_or_fail(item, logits.scored[item.sequence.sequence_id])
-        scores = {}
-        for row, item in enumerate(logits.samplers):
-            sequence_id, num_top = item.sequence.sequence_id, item.sequence.params.logprobs
-            if num_top is not None and sequence_id in self._flights:
-                scores[sequence_id] = token_logprobs(logits.sampled[row : row + 1], [tokens[sequence_id]], num_top)[0]
-        return scores
-
-    def _score_or_fail(self, item: ScheduledSequence, logits: torch.Tensor) -> None:
-        """Memory that runs out here is no reason to fail the others of the step, whose tokens are known."""
-        try:
-            self._score_prompt(item, logits)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self._fail([item.sequence], OutOfMemory("There was no memory to score the prompt: make it shorter."))
-
-    def _score_prompt(self, item: ScheduledSequence, logits: torch.Tensor) -> None:
-        """The row of a position, of `logits` (tokens of the item, vocabulary), scores the token after it.
-
-        As far as that is still the prompt's.
-        """
-        sequence = item.sequence
-        end = item.end + 1 - sequence.num_virtual_tokens
-        start = max(end - item.num_tokens, 1)  # nothing is said of the prompt's first token, whatever stands before it
-        following = sequence.prompt_ids[start : max(end, start)]
-        rows = logits[start - end + item.num_tokens :][: len(following)]
-        flight, num_top = self._flights[sequence.sequence_id], sequence.params.prompt_logprobs or 0
-        for first in range(0, len(following), _SCORED_AT_ONCE):
-            at = slice(first, first + _SCORED_AT_ONCE)
-            flight.add_prompt_scores(start + first, token_logprobs(rows[at], following[at], num_top))
+    def _score_prompts(self, scores: StepScores) -> None:
+        """Gives flights the scores of their prompts. Memory that ran out there fails those alone who asked for them."""
+        for sequence_id, own in scores.prompts.items():
+            flight = self._flights.get(sequence_id)
+            if flight is None:
+                continue
+            if own is None:
+                error = OutOfMemory("There was no memory to score the prompt: make it shorter.")
+                self._fail([flight.sequence], error)
+            else:
+                flight.add_prompt_scores(*own.read())
 
     def _emit(
         self, sequence: Sequence, tokens: dict[str, int], scores: dict[str, TokenLogprobs], has_ended: bool

@@ -104,10 +104,8 @@ class Runner:
         found = self.graphs.run(items, before)
         if found is None:
             return None
-        logits = found.logits
-        if any(item.sequence.params.logprobs is not None for item in items):
-            logits = logits.clone()  # read when the next step may have written there
-        return StepLogits(items, logits, (), {}, found.greedy.clone(), found.draw)
+        # The logits are read no more once the step has chosen; what it chose is, when the next step is under way.
+        return StepLogits(items, found.logits, (), {}, found.greedy.clone(), found.draw)
 
     def _copy_start(self, item: ScheduledSequence) -> None:
         """Copies an adapter's virtual tokens that fill a block in part from one that begins with them."""

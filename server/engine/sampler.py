@@ -1,7 +1,7 @@
 """Logits to tokens, for a whole batch in one pass.
 
-Owns the sampling rules and the log-probabilities that requests ask for. Knows nothing about sequences or text: one row
-of logits and one `SamplingRow` per token to choose.
+Owns the sampling rules. Knows nothing about sequences or text: one row of logits and one `SamplingRow` per token to
+choose.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,6 @@ from typing import NamedTuple, Self
 
 import torch
 
-from server.engine.sequence import TokenLogprobs
 from server.engine.token_rules import TokenRules
 from server.ops.sending import send
 
@@ -169,21 +168,3 @@ def _inverse_cdf(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     # Rounding must not leave the target at the very end, past the last token that has any probability.
     target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulated, target, right=True)[:, 0].clamp_max(probs.shape[-1] - 1)  # NaN: past the end
-
-
-def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_top: int) -> tuple[TokenLogprobs, ...]:
-    """The log-probability of each row's token under the unmodified distribution, and the `num_top` best of the row.
-
-    logits (rows, vocabulary); the softmax is taken in float32.
-    """
-    if not token_ids:
-        return ()
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    ids = torch.tensor(token_ids, device=logits.device)[:, None]
-    own = logprobs.gather(1, ids)[:, 0].tolist()
-    if num_top == 0:
-        return tuple(TokenLogprobs(t, p) for t, p in zip(token_ids, own, strict=True))
-    values, indices = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
-    tops = zip(indices.tolist(), values.tolist(), strict=True)
-    best = (tuple(zip(i, v, strict=True)) for i, v in tops)
-    return tuple(TokenLogprobs(t, p, top) for t, p, top in zip(token_ids, own, best, strict=True))

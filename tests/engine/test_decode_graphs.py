@@ -20,6 +20,7 @@ from server.engine.decode_graphs import graph_sizes
 from server.engine.recording import CudaRecorder, EagerRecorder, Recorder, Recording, Work
 from server.engine.runner import Runner
 from server.engine.sampler import SamplingRow, sample
+from server.engine.scores import StepScores
 from server.engine.sequence import UNKNOWN_TOKEN, Batch, SamplingParams, ScheduledSequence
 from server.engine.sequence import Sequence as Running
 from server.model.base import Base
@@ -150,6 +151,30 @@ def test_the_tokens_of_the_step_before_are_read_on_the_device(bench: Bench) -> N
         items = tuple(ScheduledSequence(s, s.num_computed_tokens, 1, True, False) for s in sequences)
         logits.append(bench.recorded.run(Batch(items), before).sampled.clone())
     torch.testing.assert_close(logits[1], logits[0])
+
+
+def test_scores_are_of_the_logits_that_a_step_chose_from(bench: Bench) -> None:
+    """Though the next replay has written over them when they are read."""
+    sequences = bench.sequences([1, 0], random.Random(4))
+    for sequence in sequences:
+        sequence.params = replace(sequence.params, logprobs=2)
+    items = tuple(ScheduledSequence(s, s.num_computed_tokens, 1, True, False) for s in sequences)
+    plain, recorded = (_scored(runner, items) for runner in (bench.plain, bench.recorded))
+    for sequence in sequences:
+        sequence.output_ids[-1] += 1
+    bench.recorded.run(Batch(items))
+    expected, found = (step.read(tokens) for step, tokens in (plain, recorded))
+    assert found.keys() == expected.keys() == {"s0", "s1"}
+    for name, score in expected.items():
+        assert [token for token, _ in found[name].top] == [token for token, _ in score.top]
+        assert found[name].logprob == pytest.approx(score.logprob, abs=1e-3)
+
+
+def _scored(runner: Runner, items: tuple[ScheduledSequence, ...]) -> tuple[StepScores, dict[str, int]]:
+    """The scores of a step's most likely tokens, which are not read yet, and the tokens."""
+    logits = runner.run(Batch(items))
+    chosen = Chosen(logits.sampled.argmax(dim=-1), [item.sequence.sequence_id for item in logits.samplers])
+    return StepScores(logits, chosen), chosen.read()
 
 
 def test_an_adapter_that_edits_something_new_is_heard(tiny_llama: Path) -> None:

@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from server.engine.sampler import SamplingRow, sample, token_logprobs
+from server.engine.sampler import SamplingRow, sample
 
 VOCABULARY = 12
 GREEDY = SamplingRow(temperature=0, top_p=1, top_k=0, uniform=0.5)
@@ -170,22 +170,4 @@ def test_the_logits_are_left_as_they_are() -> None:
     logits = logits_of(2)
     before = logits.clone()
     sample(logits, [SamplingRow(0.5, 0.5, 3, 0.5), GREEDY])
-    token_logprobs(logits, [1, 2], 3)
     assert torch.equal(logits, before)
-
-
-@pytest.mark.parametrize("num_top", [0, 1, 5, VOCABULARY, VOCABULARY + 9])
-def test_logprobs_are_those_of_the_unmodified_distribution_best_first(num_top: int) -> None:
-    logits = logits_of(3, seed=9)
-    expected = torch.log_softmax(logits.double(), dim=-1)
-    scores = token_logprobs(logits, [4, 0, 11], num_top)
-    assert [score.token_id for score in scores] == [4, 0, 11]
-    for row, score in zip(expected, scores, strict=True):
-        assert score.logprob == pytest.approx(float(row[score.token_id]), abs=1e-5)
-        best = sorted(range(VOCABULARY), key=lambda token: -float(row[token]))[:num_top]
-        assert [token for token, _ in score.top] == best
-        assert [p for _, p in score.top] == pytest.approx([float(row[token]) for token in best], abs=1e-5)
-
-
-def test_no_rows_have_no_logprobs() -> None:
-    assert token_logprobs(torch.zeros(0, VOCABULARY), [], 5) == ()
