@@ -21,6 +21,7 @@ from server.model.base import Base
 from server.model.context import SiteKernels, StepContext
 from server.ops import Kernels, StepKernels, native
 from server.ops.prefill import PrefillLibrary
+from server.ops.sending import send
 
 _RECOMPUTED_AT_ONCE = 512  # tokens: bounds what a long sequence takes for itself, once in its life
 
@@ -175,5 +176,6 @@ def _split(items: Listing[ScheduledSequence], logits: torch.Tensor, argmax: ArgM
         if item.samples:
             samplers.append(item)
             rows.append(row - 1)
-    sampled = logits if rows == list(range(logits.shape[0])) else logits[rows]
+    is_all = rows == list(range(logits.shape[0]))
+    sampled = logits if is_all else logits.index_select(0, send(torch.tensor(rows, dtype=torch.int64), logits.device))
     return StepLogits(tuple(samplers), sampled, tuple(scorers), scored, argmax=argmax)
