@@ -10,6 +10,8 @@ from itertools import groupby
 
 import torch
 
+from server.ops.sending import send
+
 # Padding in lanes costs little beside the matrices that are read anyway, until there is much of it.
 _MAX_PADDING = 2  # places for each token
 _NUM_PADDED_FREE = 512  # places
@@ -73,9 +75,9 @@ class Lanes:
         return cls(
             num=num,
             length=length,
-            tokens=torch.tensor(tokens, device=device),
-            places=torch.tensor(places, device=device),
-            bare=torch.tensor(bare, device=device) if any(map(any, bare)) else None,
+            tokens=send(torch.tensor(tokens), device),
+            places=send(torch.tensor(places), device),
+            bare=send(torch.tensor(bare), device) if any(map(any, bare)) else None,
             is_ordered=tokens == places == list(range(num_tokens)),
         )
 

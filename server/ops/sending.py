@@ -13,7 +13,16 @@ def send(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the CPU on the device: there at once if that is the CPU, else after all that it has to do before."""
     if device.type != "cuda":
         return host
-    return host.pin_memory().to(device, non_blocking=True)
+    return pinned(host, device).to(device, non_blocking=True)
+
+
+def pinned(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU where a copy to the device can begin without anybody waiting: itself if it lies there.
+
+    It may be let go of at once: PyTorch gives pinned memory to nobody else before the copies from it are done, on
+    whatever streams they were queued.
+    """
+    return host.pin_memory() if device.type == "cuda" else host
 
 
 class Packing:

@@ -28,7 +28,7 @@ from server.model.attention import IMPLEMENTATION
 from server.model.base import Base
 from server.model.site import Site, SiteKind
 from tests.adapters.random_edits import random_adapter, with_random_ops
-from tests.far_device import FAR, far_device, send_away
+from tests.far_device import FAR, contents, far_device, send_away
 
 NEAR = torch.device("cpu")
 BLOCK_SIZE, NUM_BLOCKS, EOS = 8, 40, frozenset({257})
@@ -220,6 +220,8 @@ def check_score(found: TokenLogprobs, expected: TokenLogprobs) -> None:
 
 NAMES = {
     "base": [None, None],
+    "rows alike": [None, "rows0", "rows2", "rows0"],
+    "rows of many ranks": [None, "rows0", "rows1", "rows3"],
 }
 
 
@@ -246,6 +248,27 @@ def test_a_choice_waits_for_nothing(near: Bench, far: Bench, rule: str) -> None:
 def test_neighbours_that_ask_for_different_things_wait_for_nothing(near: Bench, far: Bench) -> None:
     params = [SCORED, RULES["drawn"], replace(SCORED, prompt_logprobs=None), RULES["cut"], replace(SCORED, logprobs=0)]
     check(near, far, [None] * len(params), params)
+
+
+# With tables for kernels
+
+
+def told_by_tables(bench: Bench) -> list[list[int]]:
+    """The sheets of two adapters and the base's, and all that a step of theirs is told beside them."""
+    tier = DeviceTier(bench.base.sites, 8 << 20, torch.float32, bench.base.device, has_tables=True)
+    slots = [bench.admit(name, tier) for name in ("rows1", "rows3")]
+    step, tables = tier.tables([0, *slots, slots[0]], [slots[1]]), tier._tables
+    assert step is not None
+    assert tables is not None
+    runs = [runs for tokens in (step.tokens, step.kept) if tokens for runs in (tokens.by_down, tokens.by_up)]
+    tensors = [tables._entries[slot].sheet for slot in slots]
+    tensors += [step.group(group.index).members for group in bench.base.sites.groups]
+    tensors += [step.tokens.slots, *(part for one in runs for part in (one.order, one.starts))]
+    return [contents(tensor).flatten().tolist() for tensor in tensors]
+
+
+def test_the_sheet_of_an_adapter_that_is_placed_waits_for_nothing(near: Bench, far: Bench) -> None:
+    assert told_by_tables(far) == told_by_tables(near)
 
 
 def test_masks_wait_for_nothing(near: Bench, far: Bench) -> None:

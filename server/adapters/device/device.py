@@ -22,6 +22,7 @@ from server.adapters.positions import Reach
 from server.model.site import SiteKind
 from server.model.site_table import SiteGroup, SiteTable
 from server.ops.runs import TokenRuns
+from server.ops.sending import pinned, send
 from server.ops.sheets import StepTables
 
 _AWAITED_BYTES = 4 << 20
@@ -191,10 +192,9 @@ class DeviceTier:
             matrix, view, at = placement.laid[content_hash].matrix(self.dtype), views[rows.width], rows.numbers
             # A slice where it can be one: an index costs several times the copy of a small tensor.
             if at and at[-1] - at[0] == len(at) - 1:
-                view[at[0] : at[-1] + 1].copy_(matrix, non_blocking=True)
+                view[at[0] : at[-1] + 1].copy_(pinned(matrix, self.device), non_blocking=True)
             else:
-                index = torch.tensor(at, dtype=torch.int64).to(self.device)
-                view[index] = matrix.to(self.device, non_blocking=True)
+                view[send(torch.tensor(at, dtype=torch.int64), self.device)] = send(matrix, self.device)
 
     def place(self, digest: str) -> int:
         """Gives a slot to what was copied, and returns its number. If that fails, it is still to be abandoned."""
@@ -418,8 +418,8 @@ class DeviceTier:
             up=tuple(rows.content_hash for rows in edit.up),
             rank=edit.rank,
             vectors={name: vector.content_hash for name, vector in vectors.items() if vector is not None},
-            mid_scale=edit.mid_scale.tensor.to(self.device) if edit.mid_scale else None,
-            mid_shift=edit.mid_shift.tensor.to(self.device) if edit.mid_shift else None,
+            mid_scale=edit.mid_scale.tensor if edit.mid_scale else None,
+            mid_shift=edit.mid_shift.tensor if edit.mid_shift else None,
             ops={
                 op: {name: StoredTensor(_op_key(t), tuple(t.tensor.shape)) for name, t in own.items()}
                 for op, own in edit.ops.items()

@@ -17,6 +17,7 @@ from server.adapters.device.step_edits import Slot, SlotEdit
 from server.model.site import SiteKind
 from server.model.site_table import SiteTable
 from server.ops.runs import TokenRuns
+from server.ops.sending import send
 from server.ops.sheets import (
     IN_SCALE,
     OUT_SCALE,
@@ -65,7 +66,7 @@ class SlotTables:
         self._buffer = buffer
         self._num_sites = sites.num_sites
         self._head = _bits(site.index for site in sites.sites if site.is_head)
-        self._blank = make_sheet(self._num_sites, {}).to(buffer.device)
+        self._blank = send(make_sheet(self._num_sites, {}), buffer.device)
         self._addresses = torch.full((_FIRST_NUM_SLOTS,), self._blank.data_ptr(), device=buffer.device)
         self._classes = torch.zeros(2, _FIRST_NUM_SLOTS, dtype=torch.int64)  # on the CPU; 0 for no edits
         self._class_of: tuple[dict[_Key, _Class], dict[_Key, _Class]] = ({}, {})
@@ -81,11 +82,15 @@ class SlotTables:
         self._last: tuple[tuple[Sequence[int], Sequence[int]], StepTables | None] | None = None
 
     def put(self, slot: Slot) -> None:
-        """Makes the sheet of a slot whose number no other slot has. The rows it names are in the buffer."""
+        """Makes the sheet of a slot whose number no other slot has. The rows it names are in the buffer.
+
+        What this sends takes its place in the line of the steps, on their stream: those before know nothing of the
+        slot, and those that do come after it.
+        """
         self._last = None
         rows = _site_rows(slot)
         entry = _Entry(
-            sheet=make_sheet(self._num_sites, rows).to(self._buffer.device),
+            sheet=send(make_sheet(self._num_sites, rows), self._buffer.device),
             keys=(_key(slot.edits, "down"), _key(slot.edits, "up")),
             edited=_bits(rows),
             scaled=_bits(site for site, own in rows.items() if IN_SCALE in own.vectors),
@@ -198,7 +203,7 @@ class SlotTables:
             widths=widths,
             down_stride=stride(d_in),
             in_stride=self._vector_stride(d_in),
-            members=torch.tensor(members, dtype=torch.int32, device=self._buffer.device),
+            members=send(torch.tensor(members, dtype=torch.int32), self._buffer.device),
         )
 
     def _vector_stride(self, width: int) -> int:
@@ -217,10 +222,6 @@ def _key(edits: Mapping[int, SlotEdit], name: str) -> _Key:
 
 def _site_rows(slot: Slot) -> dict[int, SiteRows]:
     """The slot's edits with row numbers in place of hashes."""
-    middles = [(site, name) for site, edit in slot.edits.items() for name in ("mid_scale", "mid_shift")
-               if getattr(edit, name) is not None]  # fmt: skip
-    values = _on_cpu([getattr(slot.edits[site], name) for site, name in middles])
-    middle = dict(zip(middles, values, strict=True))
 
     def joined(hashes: Sequence[bytes]) -> tuple[int, ...]:
         return tuple(number for name in hashes for number in slot.rows[name].numbers)
@@ -229,14 +230,9 @@ def _site_rows(slot: Slot) -> dict[int, SiteRows]:
         site: SiteRows(
             down=joined(edit.down),
             up=joined(edit.up),
-            mid_scale=middle.get((site, "mid_scale")),
-            mid_shift=middle.get((site, "mid_shift")),
+            mid_scale=edit.mid_scale,
+            mid_shift=edit.mid_shift,
             vectors={_VECTORS[name]: slot.rows[content_hash].numbers[0] for name, content_hash in edit.vectors.items()},
         )
         for site, edit in slot.edits.items()
     }
-
-
-def _on_cpu(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Many small tensors of one dtype, in one transfer: each waits for the device."""
-    return torch.split(torch.cat(list(tensors)).cpu(), [len(t) for t in tensors]) if tensors else ()

@@ -16,6 +16,7 @@ import torch
 from server.model.site import SiteKind
 from server.model.site_table import SiteGroup
 from server.ops import GroupEdits, SiteEdits, Stack
+from server.ops.sending import send
 
 VECTORS = ("in_scale", "up_scale", "out_scale", "out_shift")
 _IDENTITY = {"in_scale": 1.0, "up_scale": 1.0, "out_scale": 1.0, "out_shift": 0.0}
@@ -42,7 +43,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class SlotEdit:
-    """One slot's edit at one site: content hashes name shared rows; rank-wide vectors are kept beside the buffer.
+    """One slot's edit at one site: content hashes name shared rows; rank-wide vectors are kept on the host.
 
     The rows of a mix are those of its parts under one another, each where it lies for others, too.
     """
@@ -288,7 +289,7 @@ class StepEdits:
             up=torch.empty(num, ends[-1], rank, width, dtype=dtype, device=device),
             spans=tuple((end - num, end) for end, num in zip(ends, num_pieces, strict=True)),
             owners=owners,
-            owner_index=None if is_one_to_one else torch.tensor(owners, device=device),
+            owner_index=None if is_one_to_one else send(torch.tensor(owners), device),
             mid_scale=torch.empty(num, 1, num_rows, device=device) if has_mid_scale else None,
             mid_shift=torch.empty(num, 1, num_rows, device=device) if has_mid_shift else None,
         )
@@ -316,16 +317,16 @@ class StepEdits:
     def _numbers(self, hashes: Iterable[bytes]) -> torch.Tensor:
         """The row numbers of these tensors, one after the other, on the device: (rows,) int64."""
         numbers = [number for content_hash in hashes for number in self._rows[content_hash].numbers]
-        return torch.tensor(numbers, dtype=torch.int64, device=self._store.device)
+        return send(torch.tensor(numbers, dtype=torch.int64), self._store.device)
 
     def _matrices(self, stacks: Sequence[tuple[bytes, ...]], rank: int, width: int) -> torch.Tensor:
         """(len(stacks), rank, width): tensors of one width from the store, padded with rows of zeros."""
         lists = [[number for h in hashes for number in self._rows[h].numbers] for hashes in stacks]
         padded = torch.tensor([[*numbers, *[0] * (rank - len(numbers))] for numbers in lists])
-        rows = self._store.row_view(width).index_select(0, padded.view(-1).to(self._store.device))
+        rows = self._store.row_view(width).index_select(0, send(padded.view(-1), self._store.device))
         if any(len(numbers) < rank for numbers in lists):
             is_padding = torch.arange(rank)[None, :] >= torch.tensor([[len(numbers)] for numbers in lists])
-            rows.masked_fill_(is_padding.view(-1, 1).to(rows.device), 0)
+            rows.masked_fill_(send(is_padding.view(-1, 1), self._store.device), 0)
         return rows.view(len(stacks), rank, width)
 
     def _stacked_vectors(self, name: str, edits: Sequence[SlotEdit | None]) -> torch.Tensor | None:
@@ -364,8 +365,7 @@ class StepEdits:
             for local, own in enumerate(owned):
                 for start, end in own:
                     known[local, start:end] = False
-            known = known.to(self._store.device)
-            self._foreign[key] = known
+            known = self._foreign[key] = send(known, self._store.device)
         return known
 
     def _mid(
@@ -384,8 +384,8 @@ class StepEdits:
             for local, (edit, span) in enumerate(zip(edits, part.spans, strict=True), start=1):
                 vector = getattr(edit, name) if edit else None
                 if vector is not None:
-                    out[local, offset + span[0] : offset + span[1]] = vector.to(out)
-        return out.to(self._store.device)
+                    out[local, offset + span[0] : offset + span[1]] = vector
+        return send(out, self._store.device)
 
 
 @dataclass(slots=True)
@@ -431,12 +431,14 @@ def _write_middles(stack: Stack, of_lane: Sequence[Sequence[SlotEdit | None]], l
     for name, stacked in (("mid_scale", stack.mid_scale), ("mid_shift", stack.mid_shift)):
         if stacked is None:
             continue
-        for lane, edits in zip(lanes, of_lane, strict=True):
-            stacked[lane] = 1.0 if name == "mid_scale" else 0.0
+        values = torch.full((len(lanes), *stacked.shape[1:]), 1.0 if name == "mid_scale" else 0.0)
+        for own, edits in zip(values, of_lane, strict=True):
             for place, edit in enumerate(edits):
                 vector = getattr(edit, name) if edit is not None else None
                 if vector is not None:
-                    stacked[lane, 0, place * stack.rank : place * stack.rank + len(vector)] = vector
+                    own[0, place * stack.rank : place * stack.rank + len(vector)] = vector
+        for lane, own in zip(lanes, send(values, stacked.device), strict=True):
+            stacked[lane] = own
 
 
 def _has_room(stack: Stack, of_slot: Sequence[SlotEdit | None]) -> bool:
@@ -458,4 +460,4 @@ def _as_columns(spans: Sequence[tuple[int, int]], device: torch.device) -> torch
         return None
     if len(spans) == 1:
         return slice(*spans[0])
-    return torch.cat([torch.arange(a, b) for a, b in spans]).to(device)
+    return send(torch.cat([torch.arange(a, b) for a, b in spans]), device)
