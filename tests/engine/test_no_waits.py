@@ -222,6 +222,9 @@ NAMES = {
     "base": [None, None],
     "rows alike": [None, "rows0", "rows2", "rows0"],
     "rows of many ranks": [None, "rows0", "rows1", "rows3"],
+    "turns": [None, "turns0", "turns1", "turns0", "turns2"],
+    "other ops": [None, "others0", "others1", "others0"],
+    "all": [None, "rows0", "turns0", "others0", "rows1"],
 }
 
 

@@ -24,6 +24,7 @@ from server.model.site_table import SiteGroup, SiteTable
 from server.ops.runs import TokenRuns
 from server.ops.sending import pinned, send
 from server.ops.sheets import StepTables
+from server.ops.site_ops import SITE_OPS
 
 _AWAITED_BYTES = 4 << 20
 _COPIED_SHARE = 8  # copies of ops' tensors that are kept from step to step: at most one part in so many of the buffer
@@ -420,11 +421,13 @@ class DeviceTier:
             vectors={name: vector.content_hash for name, vector in vectors.items() if vector is not None},
             mid_scale=edit.mid_scale.tensor if edit.mid_scale else None,
             mid_shift=edit.mid_shift.tensor if edit.mid_shift else None,
-            ops={
-                op: {name: StoredTensor(_op_key(t), tuple(t.tensor.shape)) for name, t in own.items()}
-                for op, own in edit.ops.items()
-            },
+            ops={op: {name: _stored(op, name, t) for name, t in own.items()} for op, own in edit.ops.items()},
         )
+
+
+def _stored(op: str, name: str, tensor: HostTensor) -> StoredTensor:
+    on_cpu = tensor.tensor if name in SITE_OPS[op].looked_at else None
+    return StoredTensor(_op_key(tensor), tuple(tensor.tensor.shape), on_cpu)
 
 
 def _op_key(stored: HostTensor) -> bytes:

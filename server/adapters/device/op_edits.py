@@ -11,6 +11,7 @@ import torch
 
 from server.adapters.device.step_edits import RowStore, Slot, StoredTensor
 from server.ops import runs_of
+from server.ops.sending import send
 from server.ops.site_ops import SITE_OPS, OpSite, OpTokens, PlacedOp, tensors_in
 
 _MAX_SLOTS_PER_USED, _NUM_SLOTS_FREE = 2, 4
@@ -71,13 +72,16 @@ class OpEdits:
                 yield name, tuple(slot.number for slot, _ in having), op.stack(tensors, self._sites[site])
 
     def _read(self, slot: Slot, stored: StoredTensor) -> torch.Tensor:
-        """A view of the store where the rows follow one another, as they mostly do; else a copy."""
+        """A view of the store where the rows follow one another, as they mostly do; else a copy. On the CPU, where its
+        op looks at it: reading it here would wait for the device."""
+        if stored.on_cpu is not None:
+            return stored.on_cpu
         rows = slot.rows[stored.key]
         view, at = self._store.row_view(rows.width), rows.numbers
         if at and at[-1] - at[0] == len(at) - 1:
             found = view[at[0] : at[-1] + 1]
         else:
-            found = view.index_select(0, torch.tensor(at, dtype=torch.int64).to(self._store.device))
+            found = view.index_select(0, send(torch.tensor(at, dtype=torch.int64), self._store.device))
         num_elements = math.prod(stored.shape) * torch.float32.itemsize // self._store.dtype.itemsize
         return found.view(-1)[:num_elements].view(torch.float32).view(stored.shape)
 
@@ -119,9 +123,8 @@ class StepOps:
             slots, num_mixed, ids = self._sides[is_head]
             lane_of = {slot: lane for lane, slot in enumerate(members, start=1)}
             lanes = [lane_of.get(slot, 0) for slot in slots]
-            device = ids.device
             self._tokens[key] = OpTokens(
-                lanes=torch.tensor(lanes, dtype=torch.int64).to(device),
+                lanes=send(torch.tensor(lanes, dtype=torch.int64), ids.device),
                 num_mixed=num_mixed,
                 runs=runs_of(lanes, num_mixed),
                 ids=self._ids[ids] if is_head else ids,

@@ -39,6 +39,7 @@ class StoredTensor:
 
     key: bytes
     shape: tuple[int, ...]
+    on_cpu: torch.Tensor | None = field(default=None, compare=False)  # the same, if its op looks at its numbers
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from server.ops.sending import send
 from server.ops.site_ops.site_op import OpSite, OpTokens, SiteOp, SiteShape, Tensors, joined
 
 LN_EPS = 1e-5  # PyTorch's own, which the adapters' norms have
@@ -93,6 +94,7 @@ class KeepStream(SiteOp):
 
 class Bottleneck(SiteOp):
     name = "bottleneck"
+    looked_at = frozenset({"act"})
 
     def check(self, tensors: Tensors, site: SiteShape) -> None:
         rank, width = tensors["down"].shape[0], site.d_out
@@ -119,13 +121,14 @@ class Bottleneck(SiteOp):
         layers = tuple(_Layers.of(own) for own in of_lane)
         stacked: dict[str, torch.Tensor] = {
             "up_bias": _by_lane(of_lane, "up_bias", torch.zeros_like(like)),
-            "reads": _by_lane(of_lane, "reads", like.new_tensor([1.0, 0.0])),
+            "reads": _by_lane(of_lane, "reads", send(torch.tensor([1.0, 0.0]), like.device)),
         }
         no_norm = torch.stack([torch.ones_like(like), torch.zeros_like(like)])
         for field in ("before", "after"):
             if any(field in own for own in of_lane):
                 stacked[field] = _by_lane(of_lane, field, no_norm)
-                stacked[f"has_{field}"] = torch.tensor([False, *(field in own for own in of_lane)], device=like.device)
+                has_field = torch.tensor([False, *(field in own for own in of_lane)])
+                stacked[f"has_{field}"] = send(has_field, like.device)
         if "after" in stacked:
             stacked["is_last"] = _by_lane(of_lane, "is_last", like.new_zeros(1))
         return _Stacked(stacked, layers, _Joined.of(layers) if _reads_all_rows(like.device) else None)
@@ -162,9 +165,10 @@ class _Layers:
 
     @classmethod
     def of(cls, own: Tensors) -> "_Layers":
-        rank = own["down"].shape[0]
-        acts = tuple(sorted(set(own["act"].tolist())))
-        return cls(own["down"], own["down_bias"], own["up"], own["act"].expand(rank), acts)
+        down, act = own["down"], own["act"].cpu()
+        acts = tuple(sorted(set(act.tolist())))
+        row_act = send(act.expand(down.shape[0]).contiguous(), down.device)
+        return cls(down, own["down_bias"], own["up"], row_act, acts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +186,7 @@ class _Joined:
             {"down": own.down, "down_bias": own.down_bias, "up": own.up, "row_act": own.row_act} for own in layers
         ]
         down, down_bias, up, row_act = (joined(tensors, field) for field in tensors[0])
-        owner = torch.arange(1, len(layers) + 1).repeat_interleave(ranks).to(down.device)
+        owner = send(torch.arange(1, len(layers) + 1).repeat_interleave(ranks), down.device)
         return cls(_Layers(down, down_bias, up, row_act, acts), owner)
 
 

@@ -12,6 +12,7 @@ from itertools import accumulate
 
 import torch
 
+from server.ops.sending import send
 from server.ops.site_ops.site_op import OpSite, OpTokens, SiteOp, SiteShape, Tensors, joined
 
 
@@ -29,7 +30,7 @@ class KvRows(SiteOp):
         """Rows of all lanes under one another, and the first of each lane, lane 0 included."""
         rows = joined(of_lane, "rows")
         starts = torch.tensor([0, *accumulate((len(own["rows"]) for own in of_lane[:-1]), initial=0)])
-        return {"rows": rows, "starts": starts.to(rows.device)}
+        return {"rows": rows, "starts": send(starts, rows.device)}
 
     def before(self, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
         is_own = (tokens.ids < 0) & (tokens.lanes > 0)

@@ -35,7 +35,9 @@ class OwnWeight(SiteOp):
             lane, _, name = field.partition(".")
             if name != "weight":
                 continue
-            rows = (tokens.lanes == int(lane)).nonzero().flatten()
+            rows = tokens.of_lane(int(lane))
+            if not len(rows):
+                continue
             if site.kind == "embedding":
                 own = weight.T[x[rows]] * site.gain
             else:

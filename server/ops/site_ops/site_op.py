@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from server.ops.edits import Run
+from server.ops.sending import send
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -59,6 +60,7 @@ class OpTokens:
     # The lanes of the mixed tokens once more, where they can be read without waiting for a device.
     mixed_lanes: tuple[int, ...] | None = None
     _found: dict[tuple[int, ...], "MixedTokens"] = field(default_factory=dict)
+    _of_lane: dict[int, torch.Tensor] = field(default_factory=dict)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)  # by ops, for those at later sites of the same step
 
     @property
@@ -69,12 +71,24 @@ class OpTokens:
     def mixed_of(self, lanes: tuple[int, ...]) -> "MixedTokens":
         """The mixed tokens of some lanes. Kept: many sites ask for the same."""
         if lanes not in self._found:
-            of_token = self.mixed.tolist() if self.mixed_lanes is None else self.mixed_lanes
             place_of = {lane: place for place, lane in enumerate(lanes)}
-            found = [(token, place_of[lane]) for token, lane in enumerate(of_token) if lane in place_of]
-            both = torch.tensor(found, dtype=torch.int64).view(-1, 2).t().contiguous().to(self.lanes.device)
+            found = [(token, place_of[lane]) for token, lane in enumerate(self._known_mixed) if lane in place_of]
+            both = send(torch.tensor(found, dtype=torch.int64).view(-1, 2).t().contiguous(), self.lanes.device)
             self._found[lanes] = MixedTokens(both[0], both[1], tuple(place for _, place in found))
         return self._found[lanes]
+
+    def of_lane(self, lane: int) -> torch.Tensor:
+        """(found,) int64, on the device: all tokens of a lane in their order, mixed or not. Kept likewise."""
+        if lane not in self._of_lane:
+            mixed = [token for token, own in enumerate(self._known_mixed) if own == lane]
+            runs = [torch.arange(run.start, run.end) for run in self.runs if run.adapter == lane]
+            found = torch.cat([torch.tensor(mixed, dtype=torch.int64), *runs])
+            self._of_lane[lane] = send(found, self.lanes.device)
+        return self._of_lane[lane]
+
+    @property
+    def _known_mixed(self) -> Sequence[int]:
+        return self.mixed.tolist() if self.mixed_lanes is None else self.mixed_lanes
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +115,9 @@ class SiteOp(Protocol):
     """
 
     name: str
+    looked_at: frozenset[str] = (
+        frozenset()
+    )  # fields, small ones, that `stack` reads: it gets those of a step on the CPU
 
     def check(self, tensors: Tensors, site: SiteShape) -> None:
         """Raises ValueError, with a sentence, for tensors (float32) that cannot be applied at the site."""

@@ -13,6 +13,7 @@ from itertools import accumulate
 
 import torch
 
+from server.ops.sending import send
 from server.ops.site_ops.site_op import OpSite, OpTokens, SiteOp, SiteShape, Tensors, joined
 
 _LANE = 1 << 40  # from one lane's keys to the next one's, beyond any id
@@ -20,6 +21,7 @@ _LANE = 1 << 40  # from one lane's keys to the next one's, beyond any id
 
 class TokenRows(SiteOp):
     name = "token_rows"
+    looked_at = frozenset({"ids"})
 
     def check(self, tensors: Tensors, site: SiteShape) -> None:
         ids, rows = tensors["ids"], tensors["rows"]
@@ -33,14 +35,19 @@ class TokenRows(SiteOp):
             raise ValueError("it has two rows for one token")
 
     def stack(self, of_lane: Sequence[Tensors], site: OpSite) -> Tensors:
-        """Rows of all lanes under one another, with their ids, and where a lane begins (`starts`, on the CPU, lane 0
-        and the end included); keys of (lane, id) in ascending order, and the row of each (`order`)."""
-        ids = torch.cat([own["ids"].long() for own in of_lane])
-        nums = [len(own["ids"]) for own in of_lane]
-        lanes = torch.arange(1, len(nums) + 1).repeat_interleave(torch.tensor(nums)).to(ids.device)
-        keys, order = (lanes * _LANE + ids).sort()
-        starts = torch.tensor([0, *accumulate(nums, initial=0)])
-        return {"ids": ids, "rows": joined(of_lane, "rows"), "starts": starts, "keys": keys, "order": order}
+        """Rows of all lanes under one another; keys of (lane, id) in ascending order, and the row of each (`order`).
+
+        Of the rows that a head scores the numbers (`scored`) with their ids (`scored_ids`), and where those of a lane
+        begin (`starts`, on the CPU, lane 0 and the end included).
+        """
+        rows, own_ids = joined(of_lane, "rows"), [own["ids"].cpu().long() for own in of_lane]
+        ids = torch.cat(own_ids)
+        nums = torch.tensor([len(own) for own in own_ids])
+        keys, order = (torch.arange(1, len(nums) + 1).repeat_interleave(nums) * _LANE + ids).sort()
+        scored = (ids >= 0).nonzero().flatten()  # virtual tokens are never scored
+        starts = torch.tensor([0, *accumulate((int((own >= 0).sum()) for own in own_ids), initial=0)])
+        sent = {"keys": keys, "order": order, "scored": scored, "scored_ids": ids[scored]}
+        return {"rows": rows, "starts": starts, **{name: send(tensor, rows.device) for name, tensor in sent.items()}}
 
     def after(self, y: torch.Tensor, x: torch.Tensor, stacked: Tensors, tokens: OpTokens, site: OpSite) -> torch.Tensor:
         if not len(stacked["keys"]):
@@ -60,8 +67,7 @@ class TokenRows(SiteOp):
     def _score(self, y: torch.Tensor, x: torch.Tensor, stacked: Tensors, tokens: OpTokens) -> torch.Tensor:
         starts = stacked["starts"].tolist()
         for lane in range(1, len(starts) - 1):
-            own, at = (tokens.lanes == lane).nonzero(), slice(starts[lane], starts[lane + 1])
-            numbers = (stacked["ids"][at] >= 0).nonzero().flatten()  # virtual tokens are never scored
-            ids, rows = stacked["ids"][at][numbers], stacked["rows"][at][numbers]
-            y[own, ids] = (x[own.flatten()].float() @ rows.T).to(y.dtype)
+            own, at = tokens.of_lane(lane), slice(starts[lane], starts[lane + 1])
+            ids, rows = stacked["scored_ids"][at], stacked["rows"][stacked["scored"][at]]
+            y[own[:, None], ids] = (x[own].float() @ rows.T).to(y.dtype)
         return y
