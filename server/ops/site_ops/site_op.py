@@ -115,9 +115,8 @@ class SiteOp(Protocol):
     """
 
     name: str
-    looked_at: frozenset[str] = (
-        frozenset()
-    )  # fields, small ones, that `stack` reads: it gets those of a step on the CPU
+    # Fields, small ones, whose numbers `stack` reads: it gets those of a step on the CPU.
+    looked_at: frozenset[str] = frozenset()
 
     def check(self, tensors: Tensors, site: SiteShape) -> None:
         """Raises ValueError, with a sentence, for tensors (float32) that cannot be applied at the site."""
