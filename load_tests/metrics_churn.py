@@ -164,7 +164,7 @@ def _parts(server: Server, names: Iterator[str], num_first: int) -> dict[str, fl
     registry, metrics = server.registry, server.metrics
     work: Mapping[str, Callable[[], object]] = {
         "registry": lambda: (registry.stats(), registry.on_tiers()),
-        "adapters": metrics.adapters.shown,
+        "adapters": lambda: metrics.adapters.shown(registry.on_tiers()),
         "families": lambda: exposition(list(metrics.registry.collect())),
         "all": metrics.exposition,
     }

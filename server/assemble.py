@@ -7,7 +7,7 @@ Owns the wiring: of all that touches the base (`Works`), of what the routes work
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -41,6 +41,7 @@ from server.api.app import create_app
 from server.api.faces import EngineFace, EntryFace, FetchesFace, GrammarsFace, MergesFace, RegistryFace, StoreFace
 from server.api.keys.keyring import Keyring
 from server.api.services import BaseInfo, ChatOptions, HttpOptions, Services
+from server.api.snapshot import Snapshot, snapshot_of
 from server.engine.blocks import BlockPool
 from server.engine.engine import Engine
 from server.engine.entry import Entry
@@ -117,6 +118,10 @@ class Works:
             tuple(info.name for info in self.registry.list()),
         )
 
+    def snapshot(self, names: Collection[str]) -> Snapshot:
+        """What a scrape is told, with which of these adapters' names are gone."""
+        return snapshot_of(self.engine, self.registry, self.fetches, names)
+
     async def drain(self, timeout_s: float) -> None:
         """Accepts nothing new and waits for what is in flight; what is left after `timeout_s` is aborted."""
         self.fetches.stop()  # at once: who waits for one is told, and it would take longer than that
@@ -177,6 +182,7 @@ def assemble(settings: Settings) -> Server:
         grammars=works.grammars,
         base=works.info,
         metrics=works.metrics,
+        snapshot=works.snapshot,
     )
     parts: dict[str, Any] = {part.name: getattr(works, part.name) for part in fields(works)}
     parts["rescans"] += tuple(key_rescans(settings, keyring))
@@ -235,6 +241,7 @@ def services_of(
     grammars: GrammarsFace,
     base: BaseInfo,
     metrics: Metrics,
+    snapshot: Callable[[Collection[str]], Snapshot],
 ) -> Services:
     """What the routes work with: these parts, and what the settings say of HTTP."""
     return Services(
@@ -248,6 +255,7 @@ def services_of(
         grammars=grammars,
         base=base,
         metrics=metrics,
+        snapshot=snapshot,
         version=__version__,
         started_at=time.time(),
         keyring=keyring,

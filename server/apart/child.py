@@ -122,7 +122,7 @@ def _ready(works: Works) -> Ready:
         base=works.info,
         eos_ids=works.tokenizer.eos_ids,
         figures=works.figures(),
-        stats=works.engine.stats(),
+        snapshot=works.snapshot(()),
         max_versions=works.registry.max_versions,
         is_shared=works.store.is_shared,
     )

@@ -24,8 +24,8 @@ from server.apart.twins import (
     FetchesTwin,
     GrammarsTwin,
     MergesTwin,
-    MetricsTwin,
     RegistryTwin,
+    StateTwin,
     StoreTwin,
 )
 from server.api.app import create_app
@@ -111,7 +111,7 @@ def assemble_apart(settings: Settings, prepare: Callable[[Settings], None] = not
         on_failure.callback(tokenizer.close)
         calls = Calls(channel, lambda: _fate(child), settings.step_timeout + _SILENCE_S)
         entry, metrics = ApartEntry(deltas), metrics_of(settings, ready.base.name, "http")
-        metrics.include(MetricsTwin(calls).collected, lambda: child.pid)
+        metrics.include(lambda: child.pid)
         services = services_of(
             settings,
             keyring,
@@ -125,6 +125,7 @@ def assemble_apart(settings: Settings, prepare: Callable[[Settings], None] = not
             grammars=GrammarsTwin(calls),
             base=ready.base,
             metrics=metrics,
+            snapshot=StateTwin(calls, ready.snapshot).snapshot,
         )
         app, rescans = create_app(services), tuple(key_rescans(settings, keyring))
         on_failure.pop_all()

@@ -6,11 +6,11 @@ under way, each under a number that crosses in its place. Knows nothing about HT
 
 import itertools
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -26,8 +26,10 @@ from server.adapters.store.folder_store import Incoming, IncomingFile
 from server.apart.channel import Sender, framed
 from server.apart.messages import Answer, Call
 from server.apart.portable import portable
+from server.api.snapshot import Snapshot
 from server.assemble import Works
 from server.ground.errors import Overloaded
+from server.ground.heap import without_collections
 from server.model.grammar import Grammars, GrammarSource
 
 _MAX_THREADS = 96  # more than there are threads that call: a wait for a load, or an unload, holds up no other call
@@ -204,9 +206,6 @@ class HostedFetches:
     def list(self) -> tuple[FetchInfo, ...]:
         return self._fetches.list()
 
-    def counts(self) -> tuple[int, int]:
-        return self._fetches.counts()
-
 
 class HostedGrammars:
     def __init__(self, grammars: Grammars) -> None:
@@ -215,6 +214,16 @@ class HostedGrammars:
     def compiled(self, source: GrammarSource) -> Later:
         """Answered with the source, which stands for the grammar over there."""
         return Later(self._grammars.compiled(source), None, source)
+
+
+class HostedState:
+    def __init__(self, works: Works) -> None:
+        self._works = works
+
+    def snapshot(self, names: Collection[str]) -> Snapshot:
+        """With what is counted here: a scrape asks for nothing else."""
+        with without_collections():
+            return replace(self._works.snapshot(names), families=self._works.metrics.collected())
 
 
 class Hosted:
@@ -227,7 +236,7 @@ class Hosted:
         self._parts: Mapping[str, object] = {
             "engine": works.engine,
             "registry": works.registry,
-            "metrics": works.metrics,
+            "state": HostedState(works),
             "uploads": self._uploads,
             "readings": self._readings,
             "merges": HostedMerges(works.merges),

@@ -11,8 +11,8 @@ from typing import Any
 
 from server.adapters.asker import Asker
 from server.api.services import BaseInfo
+from server.api.snapshot import Snapshot
 from server.assemble import Figures
-from server.engine.engine import EngineStats
 from server.engine.entry import GroupOrder, Held
 from server.engine.sequence import Delta
 from server.ground.config import Settings
@@ -55,7 +55,7 @@ class Ready:
     base: BaseInfo
     eos_ids: frozenset[int]
     figures: Figures
-    stats: EngineStats
+    snapshot: Snapshot
     max_versions: int | None
     is_shared: bool  # whether other servers change the store
 

@@ -4,16 +4,14 @@ Owns nothing but what crosses back as a number: an upload, a folder being read, 
 `server.api.faces` for what each of them is, and what blocks. Knows nothing about how calls cross.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from prometheus_client.core import Metric
-
-from server.adapters.adapter_info import AdapterInfo, Loaded, Registered, RegistryStats
+from server.adapters.adapter_info import AdapterInfo, Loaded, Registered
 from server.adapters.catalog import AdapterVersion
 from server.adapters.custody import Unloaded
 from server.adapters.merging.live import Made, MergeOrder
@@ -22,8 +20,8 @@ from server.adapters.remote.fetches import FetchInfo, Order
 from server.apart.calls import Calls
 from server.apart.entry import ApartEntry
 from server.apart.messages import Ready
-from server.engine.engine import EngineStats, InFlight
-from server.ground.adapter_series import AdapterState
+from server.api.snapshot import Snapshot
+from server.engine.engine import EngineStats
 from server.model.grammar import GrammarSource
 
 
@@ -31,7 +29,7 @@ class EngineTwin:
     def __init__(self, calls: Calls, entry: ApartEntry, ready: Ready) -> None:
         self._calls = calls
         self._entry = entry
-        self._last = ready.stats
+        self._last = ready.snapshot.engine
 
     @property
     def is_alive(self) -> bool:
@@ -42,20 +40,15 @@ class EngineTwin:
         return self._entry.is_draining
 
     def stats(self) -> EngineStats:
-        """Of an engine that is lost, what it told last: who asks for metrics is to be told that it is."""
+        """Of an engine that is lost, what it told last."""
         self._last = self._calls.told(self._last, "engine", "stats")
         return self._last
-
-    def in_flight(self) -> Mapping[str, InFlight]:
-        nothing: Mapping[str, InFlight] = {}
-        return self._calls.told(nothing, "engine", "in_flight")
 
 
 class RegistryTwin:
     def __init__(self, calls: Calls, ready: Ready) -> None:
         self._calls = calls
         self._is_shared = ready.is_shared
-        self._last = ready.figures.registry
         self.max_versions = ready.max_versions
 
     def _call(self, method: str, *arguments: Any, **named: Any) -> Any:
@@ -83,18 +76,6 @@ class RegistryTwin:
     def versions(self, name: str) -> tuple[AdapterInfo, ...]:
         found: tuple[AdapterInfo, ...] = self._call("versions", name)
         return found
-
-    def known(self, names: Collection[str]) -> Collection[str]:
-        return self._calls.told(names, "registry", "known", names)
-
-    def on_tiers(self) -> tuple[AdapterState, ...]:
-        nothing: tuple[AdapterState, ...] = ()
-        return self._calls.told(nothing, "registry", "on_tiers")
-
-    def stats(self) -> RegistryStats:
-        """As `EngineTwin.stats`."""
-        self._last = self._calls.told(self._last, "registry", "stats")
-        return self._last
 
     def check_may_claim(self, name: str) -> None:
         self._call("check_may_claim", name)
@@ -233,10 +214,6 @@ class FetchesTwin:
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
 
-    def counts(self) -> tuple[int, int]:
-        """With a process that is lost none runs, and none waits."""
-        return self._calls.told((0, 0), "fetches", "counts")
-
     def begin(self, order: Order) -> FetchTwin:
         number, info = self._calls.call("fetches", "begin", order)
         return FetchTwin(info, self._calls.begin("fetches", "ended", number))
@@ -262,13 +239,18 @@ class GrammarsTwin:
         return self._calls.begin("grammars", "compiled", source)
 
 
-class MetricsTwin:
-    """What the other process counts and measures."""
-
-    def __init__(self, calls: Calls) -> None:
+class StateTwin:
+    def __init__(self, calls: Calls, first: Snapshot) -> None:
         self._calls = calls
+        self._last = Snapshot(first.engine, first.registry)
 
-    def collected(self) -> Iterable[Metric]:
-        """None of a process that is lost."""
-        nothing: Iterable[Metric] = ()
-        return self._calls.told(nothing, "metrics", "collected")
+    def snapshot(self, names: Collection[str]) -> Snapshot:
+        """Of a process that is lost, the totals that it told last: who asks for metrics is to be told that it is lost.
+
+        Nothing is loaded there, in use or counted any more; and no name is gone, for all that is known.
+        """
+        found: Snapshot | None = self._calls.told(None, "state", "snapshot", names)
+        if found is None:
+            return self._last
+        self._last = Snapshot(found.engine, found.registry)
+        return found

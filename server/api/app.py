@@ -41,7 +41,7 @@ from server.api.refusals import RefusalAudit
 from server.api.services import Services
 from server.api.traffic import Traffic
 from server.api.unknown_fields import IgnoredFields
-from server.api.watched import adapter_states, state
+from server.api.watched import moment
 
 _PARTS = (
     completions,
@@ -73,8 +73,7 @@ def create_app(services: Services) -> FastAPI:
         routes += router.routes
         app.include_router(router)
     _add_middleware(app, services, routes)
-    services.metrics.watch(lambda: state(services))
-    services.metrics.adapters.watch(lambda: adapter_states(services), services.registry.known)
+    services.metrics.look_at(lambda names: moment(services, names))
     return app
 
 

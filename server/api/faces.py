@@ -4,33 +4,31 @@ Owns the narrow interfaces. In one process the parts themselves have them; where
 their twins in `server.apart` do. What is not said to block never waits; what blocks is called in worker threads.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from server.adapters.adapter_info import AdapterInfo, Loaded, Registered, RegistryStats
+from server.adapters.adapter_info import AdapterInfo, Loaded, Registered
 from server.adapters.catalog import AdapterVersion
 from server.adapters.custody import Unloaded
 from server.adapters.merging.live import Made, MergeOrder
 from server.adapters.remote.fetches import FetchInfo, Order
-from server.engine.engine import EngineStats, InFlight
+from server.engine.engine import EngineStats
 from server.engine.entry import Entered, GroupOrder
-from server.ground.adapter_series import AdapterState
 from server.model.grammar import GrammarSource
 
 
 class EngineFace(Protocol):
-    """See `Engine`. `stats` and `in_flight` block."""
+    """See `Engine`. `stats` blocks."""
 
     @property
     def is_alive(self) -> bool: ...
     @property
     def is_draining(self) -> bool: ...
     def stats(self) -> EngineStats: ...
-    def in_flight(self) -> Mapping[str, InFlight]: ...
 
 
 class EntryFace(Protocol):
@@ -50,9 +48,6 @@ class RegistryFace(Protocol):
     def list(self, after: str = "", limit: int | None = None) -> tuple[AdapterInfo, ...]: ...
     def describe(self, spec: str) -> AdapterInfo: ...
     def versions(self, name: str) -> tuple[AdapterInfo, ...]: ...
-    def known(self, names: Collection[str]) -> Collection[str]: ...
-    def on_tiers(self) -> tuple[AdapterState, ...]: ...
-    def stats(self) -> RegistryStats: ...
     def check_may_claim(self, name: str) -> None: ...
     def check_room(self, num_bytes: int, name: str | None = None) -> None: ...
     def register(
@@ -129,7 +124,6 @@ class FetchFace(Protocol):
 class FetchesFace(Protocol):
     """See `Fetches`. Blocks."""
 
-    def counts(self) -> tuple[int, int]: ...
     def begin(self, order: Order) -> FetchFace: ...
     def cancel(self, name: str) -> bool: ...
     def info(self, name: str) -> FetchInfo | None: ...

@@ -3,12 +3,14 @@
 Built once by the roof and handed to `create_app`. Knows nothing about HTTP, nor in which process its parts are.
 """
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.api.faces import EngineFace, EntryFace, FetchesFace, GrammarsFace, MergesFace, RegistryFace, StoreFace
 from server.api.keys.keyring import Keyring
 from server.api.lanes import Lanes
+from server.api.snapshot import Snapshot
 from server.ground.metrics import Metrics
 from server.model.tokenizer import Tokenizer
 
@@ -63,6 +65,7 @@ class Services:
     grammars: GrammarsFace
     base: BaseInfo
     metrics: Metrics
+    snapshot: Callable[[Collection[str]], Snapshot]  # blocks; of the names, it tells which are gone
     version: str  # of this server
     started_at: float  # seconds since the epoch
     keyring: Keyring | None = None  # None: no key is asked for

@@ -1,27 +1,31 @@
-"""What metrics show of the engine's and the registry's state, read at each scrape.
+"""What metrics show of the engine's and the registry's state, asked for once at each scrape.
 
 Owns which number each metric is. Knows nothing about how a scrape is answered.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 
 from server.adapters.adapter_info import RegistryStats
 from server.api.services import Services
+from server.api.snapshot import Snapshot
 from server.engine.engine import EngineStats
-from server.ground.adapter_series import AdapterState
-from server.ground.metrics import Watched
+from server.ground.metrics import Moment, Watched
 
 
-def state(services: Services) -> Mapping[str, Watched]:
+def moment(services: Services, names: Collection[str]) -> Moment:
+    """All that a scrape tells of the state, with which of these adapters' names are gone."""
+    taken = services.snapshot(names)
+    return Moment(_values(services, taken), taken.adapters, taken.gone, taken.families)
+
+
+def _values(services: Services, taken: Snapshot) -> Mapping[str, Watched]:
     """By the name of the metric."""
-    engine, registry = services.engine.stats(), services.registry.stats()
-    num_fetching, num_to_fetch = services.fetches.counts()
     return {
-        **_of_engine(engine),
-        **_of_registry(registry),
-        "graft_adapter_places": _num_places(registry),
-        "graft_adapter_fetches_running": num_fetching,
-        "graft_adapter_fetches_waiting": num_to_fetch,
+        **_of_engine(taken.engine),
+        **_of_registry(taken.registry),
+        "graft_adapter_places": _num_places(taken.registry),
+        "graft_adapter_fetches_running": taken.num_fetching,
+        "graft_adapter_fetches_waiting": taken.num_to_fetch,
         "graft_store_quota_bytes": services.store_quota_bytes or 0,
         "graft_engine_up": services.engine.is_alive,
         "graft_draining": services.engine.is_draining,
@@ -81,20 +85,3 @@ def _num_places(registry: RegistryStats) -> int:
         return registry.num_resident + 1
     free_bytes = registry.device_capacity_bytes - registry.device_used_bytes
     return registry.num_resident + int(free_bytes / registry.mean_device_bytes)
-
-
-def adapter_states(services: Services) -> tuple[AdapterState, ...]:
-    """One for each adapter that is on host or device, or has sequences in flight."""
-    return tuple(_adapter_states(services))
-
-
-def _adapter_states(services: Services) -> Iterator[AdapterState]:
-    in_flight = dict(services.engine.in_flight())
-    for adapter in services.registry.on_tiers():
-        uses = in_flight.pop(adapter.name, None)
-        if uses is None:
-            yield adapter
-        else:
-            yield adapter._replace(num_running=uses.num_running, num_waiting=uses.num_waiting)
-    for name, uses in in_flight.items():  # that are still on their way, or in a mix alone
-        yield AdapterState(name, num_running=uses.num_running, num_waiting=uses.num_waiting)

@@ -9,7 +9,7 @@ first scrape that finds it on no tier and in no sequence. What happens to an ada
 """
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,23 +62,15 @@ class Shown(NamedTuple):
 
 
 class AdapterSeries:
-    """Counts events by adapter, and tells them with what `watch` reads. Safe for many threads."""
+    """Counts events by adapter, and tells them with what a scrape has found. Safe for many threads."""
 
     def __init__(self, max_adapters: int) -> None:
         self.max_adapters = max_adapters
         self._lock = threading.Lock()
         self._seated: set[str] = set()
         self._totals = {OTHER: _Totals(), UNKNOWN: _Totals()}
-        self._read: Callable[[], Sequence[AdapterState]] = tuple
-        self._known: Callable[[Collection[str]], Collection[str]] = lambda names: ()
         self._gauge_lines = Kept(_gauge_lines)
         self._counter_lines = Kept(_counter_lines)
-
-    def watch(
-        self, read: Callable[[], Sequence[AdapterState]], known: Callable[[Collection[str]], Collection[str]]
-    ) -> None:
-        """`read` gives one state for each adapter that is loaded or in use, `known` which names still exist."""
-        self._read, self._known = read, known
 
     # Events; a mix of several adapters counts for each of them
 
@@ -118,14 +110,19 @@ class AdapterSeries:
 
     # Scrapes
 
-    def shown(self) -> Shown:
-        states = self._read()
+    def names(self) -> Sequence[str]:
+        """The adapters that have totals: who scrapes finds out which of them are gone."""
+        with self._lock:
+            return [name for name in self._totals if name not in (OTHER, UNKNOWN)]
+
+    def shown(self, states: Sequence[AdapterState], gone: Iterable[str] = ()) -> Shown:
+        """`states`: one for each adapter that is loaded or in use; `gone`: those of `names` that no adapter has.
+
+        What was counted for one that is gone is forgotten, once it is not in use any more.
+        """
         with self._lock:
             self._reseat(states)
-            standing = [name for name in self._totals if self._is_standing(name)]
-        known = frozenset(self._known(standing)) if standing else frozenset()  # not under the lock: it may take a while
-        with self._lock:
-            self._forget(name for name in standing if name not in known)
+            self._forget(gone)
             own = [state for state in states if state.name in self._seated]
             rest = [state for state in states if state.name not in self._seated]
             totals = [_Told(state.name, *self._totals.get(state.name, _Totals()).told()) for state in own]
@@ -150,13 +147,10 @@ class AdapterSeries:
     def _has_free_seat(self) -> bool:
         return len(self._seated) < self.max_adapters
 
-    def _is_standing(self, name: str) -> bool:
-        return name not in self._seated and name not in (OTHER, UNKNOWN)
-
     def _forget(self, gone: Iterable[str]) -> None:
         """Under the lock."""
         for name in gone:
-            if self._is_standing(name):  # else it has come back meanwhile
+            if name not in self._seated:  # a sequence may still run of one that was deleted
                 self._totals.pop(name, None)
 
 

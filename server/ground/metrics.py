@@ -1,12 +1,12 @@
 """The metrics of one server: where events are counted, and what a scrape is answered with.
 
 Owns one CollectorRegistry per server, with a metric for each of `families`. What is an event is observed where it
-happens (`count_*`, `observe_*`); what is a state is read at scrape time through `watch`, so that it can never be stale.
-Knows nothing about HTTP, engines or adapters.
+happens (`count_*`, `observe_*`). What is a state is read at scrape time, so that it can never be stale: through `watch`
+and, where it belongs together, `look_at`. Knows nothing about HTTP, engines or adapters.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -28,6 +28,15 @@ MAX_ADAPTERS = 500  # with series of their own, where nobody says
 
 # A watched metric's value or, where it has labels, one for each of their values.
 Watched = float | Mapping[tuple[str, ...], float]
+
+
+class Moment(NamedTuple):
+    """What a scrape is told of the server's state."""
+
+    values: Mapping[str, Watched] = {}  # by name, of families that are watched
+    adapters: Sequence[AdapterState] = ()  # one for each that is loaded or in use
+    gone: Collection[str] = ()  # of the names that were asked about: those that no adapter has any more
+    families: Sequence[Metric] = ()  # that another process has collected
 
 
 class Step(Protocol):
@@ -61,6 +70,7 @@ class Metrics:
         self._counters = {family.name: self._counter(family) for family in _events("counter", side)}
         self._histograms = {family.name: self._histogram(family) for family in _events("histogram", side)}
         self.adapters = AdapterSeries(max_adapters)
+        self._look: Callable[[Collection[str]], Moment] = lambda names: Moment()
         if side != "engine":
             ProcessCollector(registry=self.registry)
 
@@ -171,20 +181,24 @@ class Metrics:
         """Publish state: `read` gives values by name, of families that are watched, and is called at each scrape."""
         self.registry.register(_StateCollector(read))
 
-    def include(self, read: Callable[[], Iterable[Metric]], pid: Callable[[], int]) -> None:
-        """Publish what another process has collected, `read` at each scrape, and the figures of that process."""
-        self.registry.register(_OtherCollector(read))
+    def look_at(self, look: Callable[[Collection[str]], Moment]) -> None:
+        """Publish what `look` tells: it is called once at each scrape, with the adapters' names that are counted."""
+        self._look = look
+
+    def include(self, pid: Callable[[], int]) -> None:
+        """Publish the figures of another process."""
         ProcessCollector(namespace=OTHER_PROCESS, pid=pid, registry=self.registry)
 
     def collected(self) -> list[Metric]:
-        """What `include` publishes elsewhere: all but the series of adapters."""
-        with without_collections():
-            return list(self.registry.collect())
+        """What another process publishes as a moment's `families`: all but that of `look_at`."""
+        return list(self.registry.collect())
 
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format."""
         with without_collections():
-            families, adapters = list(self.registry.collect()), self.adapters.shown()
+            moment = self._look(self.adapters.names())
+            families = [*self.registry.collect(), *_families(moment.values), *moment.families]
+            adapters = self.adapters.shown(moment.adapters, moment.gone)
             return (exposition(families) + adapters.text + self._also(families, adapters.own)).encode()
 
 
@@ -193,16 +207,16 @@ def _events(kind: str, side: Side | None) -> Iterator[Family]:
     return (family for family in events if side in (None, family.side))
 
 
-class _OtherCollector(Collector):
-    def __init__(self, read: Callable[[], Iterable[Metric]]) -> None:
-        self._read = read
-
-    def collect(self) -> Iterable[Metric]:
-        return self._read()
-
-    def describe(self) -> Iterator[Metric]:
-        """Nothing, as below."""
-        return iter(())
+def _families(values: Mapping[str, Watched]) -> Iterator[Metric]:
+    for name, value in values.items():
+        family = FAMILIES[name]
+        made: Metric
+        made = (CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily)(
+            name, family.text, labels=family.labels
+        )
+        for labels, number in value.items() if isinstance(value, Mapping) else [((), value)]:
+            made.add_metric(labels, number)
+        yield made
 
 
 class _StateCollector(Collector):
@@ -210,15 +224,7 @@ class _StateCollector(Collector):
         self._read = read
 
     def collect(self) -> Iterator[Metric]:
-        for name, value in self._read().items():
-            family = FAMILIES[name]
-            made: Metric
-            made = (CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily)(
-                name, family.text, labels=family.labels
-            )
-            for labels, number in value.items() if isinstance(value, Mapping) else [((), value)]:
-                made.add_metric(labels, number)
-            yield made
+        return _families(self._read())
 
     def describe(self) -> Iterator[Metric]:
         """Nothing: registering must not read the state, which may not be there yet."""

@@ -9,7 +9,7 @@ from server.adapters.host import HostTier
 from server.adapters.registry import Registry
 from server.adapters.store.folder_store import Record, Store
 from server.ground.adapter_series import SERIES_PER_ADAPTER
-from server.ground.metrics import Metrics
+from server.ground.metrics import Metrics, Moment
 from server.ground.vllm_names import VllmNames
 from tests.adapters.folders import incoming_from, load_folder, write_folder
 from tests.adapters.test_registry import ROW_BYTES, Table
@@ -34,7 +34,7 @@ def test_the_series_stay_under_the_cap(tmp_path: Path, num_adapters: int) -> Non
     registry = Registry(filled(tmp_path, num_adapters), (), host, device, load_folder)
     metrics = Metrics(CAP, VllmNames("base"))
 
-    metrics.adapters.watch(registry.on_tiers, registry.known)
+    metrics.look_at(lambda names: Moment(adapters=registry.on_tiers(), gone={*names} - registry.known(names)))
     most = 0
     for number, name in enumerate(registry.names()):
         with registry.lease(name) as lease:

@@ -1,9 +1,17 @@
 """GET /metrics of two processes: one page, each family once, the names of one process and those of the other's own."""
 
+import socket
+from typing import Any
+
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.apart.calls import Calls
+from server.apart.channel import Channel
+from server.apart.twins import StateTwin
+from server.api.snapshot import Snapshot
 from server.ground.families import FAMILIES, OTHER_PROCESS
-from tests.api.conftest import Live
+from tests.api.conftest import Live, eventually
 
 OWN = ("cpu_seconds_total", "resident_memory_bytes", "open_fds")
 
@@ -37,6 +45,35 @@ def test_the_page_is_prometheus_text_and_no_series_is_there_twice(two: Live) -> 
     families = list(text_string_to_metric_families(scraped(two)))
     series = [(s.name, *sorted(s.labels.items())) for family in families for s in family.samples]
     assert len(series) == len(set(series))
+
+
+def test_a_scrape_asks_the_other_process_once(two: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it counts an adapter that is on no tier any more, and has to find out whether that is gone."""
+    use(two)
+    assert two.post("/v1/adapters/pirate-lora/unload").status_code == 200
+    calls: Calls = two.server.calls  # type: ignore[attr-defined]
+    begin, asked = calls.begin, list[tuple[str, str]]()
+
+    def counted(part: str, method: str, *arguments: Any, **named: Any) -> Any:
+        asked.append((part, method))
+        return begin(part, method, *arguments, **named)
+
+    monkeypatch.setattr(calls, "begin", counted)
+    text = scraped(two)
+    assert set(FAMILIES) <= set(heads(text))
+    assert len(asked) == 1, asked
+
+
+def test_of_a_process_that_is_lost_totals_stay_and_nothing_is_loaded(two: Live) -> None:
+    use(two)
+    known: Snapshot = two.server.calls.call("state", "snapshot", ["no-such"])  # type: ignore[attr-defined]
+    assert (set(known.gone), bool(known.adapters), bool(known.families)) == ({"no-such"}, True, True)
+    here, there = socket.socketpair()
+    calls = Calls(Channel(here), lambda: "it was killed", 3600.0)
+    there.close()
+    eventually(lambda: calls.fault is not None)
+    assert StateTwin(calls, known).snapshot(["no-such"]) == Snapshot(known.engine, known.registry)
+    calls.close()
 
 
 def test_what_happens_in_either_process_is_counted_once(two: Live) -> None:

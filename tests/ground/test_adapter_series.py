@@ -14,7 +14,6 @@ class Watched:
         self.series = AdapterSeries(max_adapters)
         self.loaded: dict[str, AdapterState] = {}
         self.existing: set[str] = set()
-        self.series.watch(lambda: tuple(self.loaded.values()), self.existing.intersection)
 
     def load(self, name: str, **facts: object) -> None:
         self.existing.add(name)
@@ -22,7 +21,8 @@ class Watched:
 
     def scrape(self) -> dict[tuple[str, ...], float]:
         """Values by (metric without its prefix, adapter, more label values)."""
-        families = text_string_to_metric_families(self.series.shown().text)
+        gone = {*self.series.names()} - self.existing
+        families = text_string_to_metric_families(self.series.shown(tuple(self.loaded.values()), gone).text)
         samples = [sample for family in families for sample in family.samples]
         values = {(s.name.removeprefix("graft_adapter_"), *s.labels.values()): s.value for s in samples}
         assert len(values) == len(samples), "a series is there twice"

@@ -2,6 +2,7 @@
 
 import gc
 import re
+from collections.abc import Collection
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.ground.adapter_series import AdapterState
 from server.ground.families import FAMILIES
-from server.ground.metrics import Metrics
+from server.ground.metrics import Metrics, Moment
 from tests.ground.metrics_page import PAGE, tables, written
 
 
@@ -51,6 +52,32 @@ def test_state_is_read_when_it_is_asked_for(metrics: Metrics) -> None:
     assert value(metrics, "graft_steps_total") == 5
     assert [value(metrics, f"graft_prefix_cache_{what}_total") for what in ("queries", "hits")] == [50, 16]
     assert b"# TYPE graft_steps_total counter" in metrics.exposition()
+
+
+def test_a_scrape_looks_once_and_tells_all_that_it_has_found() -> None:
+    def look(names: Collection[str]) -> Moment:
+        looks.append(sorted(names))
+        others = Metrics(side="engine")
+        others.count_fetch("done")
+        return Moment(
+            {"graft_sequences_running": 3, "graft_build_info": {("7",): 1}},
+            [AdapterState("loaded", host_bytes=100)],
+            families=others.collected(),
+        )
+
+    looks: list[list[str]] = []
+    metrics = Metrics(side="http")
+    metrics.adapters.count_sequence(["loaded", "left"])
+    metrics.look_at(look)
+    text = metrics.exposition().decode()
+    assert looks == [["left", "loaded"]]
+    for line in (
+        "graft_sequences_running 3.0",
+        'graft_build_info{version="7"} 1.0',
+        'graft_adapter_bytes{adapter="loaded",tier="host"} 100',
+        'graft_adapter_fetches_total{outcome="done"} 1.0',
+    ):
+        assert f"{line}\n" in text
 
 
 def test_two_servers_in_one_process_do_not_share_their_metrics(metrics: Metrics) -> None:
@@ -112,14 +139,14 @@ def test_a_scrape_of_thousands_of_adapters_makes_no_work_for_the_collector(metri
     def num_collections() -> int:
         return sum(generation["collections"] for generation in gc.get_stats())
 
-    def read() -> list[AdapterState]:
+    def look(names: Collection[str]) -> Moment:
         during.append(num_collections())
         states = [AdapterState(f"a{index}", host_bytes=1) for index in range(10_000)]
         during.append(num_collections())
-        return states
+        return Moment(adapters=states)
 
     during: list[int] = []
-    metrics.adapters.watch(read, lambda names: names)
+    metrics.look_at(look)
     metrics.exposition()
     assert during[0] == during[1]
     assert gc.isenabled()

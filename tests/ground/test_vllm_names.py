@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.ground.adapter_series import AdapterState
 from server.ground.families import FAMILIES
-from server.ground.metrics import Metrics
+from server.ground.metrics import Metrics, Moment
 from server.ground.vllm_names import LOADED, REQUESTS_INFO, SAME, VllmNames
 
 OWN = {"model_name": "org/base", "engine": "0"}
@@ -81,7 +81,7 @@ def test_a_loaded_adapter_is_one_series_at_its_best_level(metrics: Metrics) -> N
         AdapterState("hot", "lora", 8, True, host_bytes=1, device_bytes=1),
         AdapterState("warm", "ia3", 0, host_bytes=1),
     ]
-    metrics.adapters.watch(lambda: states, lambda names: names)
+    metrics.look_at(lambda names: Moment(adapters=states))
     assert samples(metrics, LOADED) == [
         (OWN | {"adapter_name": "hot", "level": "gpu", "pinned": "true", "rank": "8"}, 1),
         (OWN | {"adapter_name": "warm", "level": "cpu", "pinned": "false", "rank": "0"}, 1),
@@ -92,7 +92,7 @@ def test_a_loaded_adapter_is_one_series_at_its_best_level(metrics: Metrics) -> N
 
 def test_requests_info_is_one_series_whatever_happens_and_tells_where_adapters_are(metrics: Metrics) -> None:
     states: list[AdapterState] = []
-    metrics.adapters.watch(lambda: states, lambda names: names)
+    metrics.look_at(lambda names: Moment(adapters=states))
     for index in range(50):
         states[:] = [
             AdapterState("idle", host_bytes=1, device_bytes=1),
