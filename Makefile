@@ -17,9 +17,18 @@ SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 PROMETHEUS := .clients/prometheus/.tried
 # Other servers' kernels, where they have been fetched (docs/kernels.md).
 PEERS := $(wildcard .peers)
+# make gpu GPU_PYTHON=python3 takes the packages that this Python has, for a machine without a network.
+ifdef GPU_PYTHON
+GPU_READY :=
+else
+GPU_PYTHON := $(BIN)/python
+GPU_READY := $(VENV)/.test
+endif
+RESULTS ?= load_tests/results
+NOW := $(shell date -u +%Y%m%dT%H%M%SZ)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all lint format types audit check bench load gpu demo clean python-is-new-enough
+.PHONY: help serve test test-all lint format types audit check bench load gpu gpu-tests gpu-kernels gpu-engine demo clean python-is-new-enough
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -56,12 +65,20 @@ bench: $(VENV)/.test  ## tokens per second on this machine
 load: $(VENV)/.test  ## requests of many adapters against a running server (docs/load-testing.md)
 	$(BIN)/python -m load_tests.workload $(ARGS)
 
-gpu: $(VENV)/.test  ## on a machine with a GPU: its tests, then the benchmarks into load_tests/results/
-	$(TESTED) -m gpu
-	$(BIN)/python -m load_tests.kernels $(PEERS:%=--peers %) --out load_tests/results/kernels-$$(date -u +%Y%m%dT%H%M%SZ).json
-	$(BIN)/python -m load_tests.four_bit --out load_tests/results/four-bit-$$(date -u +%Y%m%dT%H%M%SZ).json
-	$(BIN)/python -m load_tests.whole_engine --device cuda --out load_tests/results/engine-$$(date -u +%Y%m%dT%H%M%SZ).json
-	$(BIN)/graft bench --device cuda --out load_tests/results/gpu-$$(date -u +%Y%m%dT%H%M%SZ).json $(ARGS)
+gpu: gpu-tests gpu-kernels gpu-engine  ## on a machine with a GPU: its tests and benchmarks; `make -k gpu` goes on after a failure
+
+# These also take a GPU where there is one, beside those that need it.
+gpu-tests: $(GPU_READY)
+	$(GPU_PYTHON) -m pytest -m gpu $(ARGS)
+	$(GPU_PYTHON) -m pytest $(ARGS) tests/engine/test_decode_graphs.py tests/ops/test_kernels.py tests/ops/test_four_bit.py tests/test_triton.py
+
+gpu-kernels: $(GPU_READY)
+	$(GPU_PYTHON) -m load_tests.kernels $(PEERS:%=--peers %) --out $(RESULTS)/kernels-$(NOW).json
+	$(GPU_PYTHON) -m load_tests.four_bit --out $(RESULTS)/four-bit-$(NOW).json
+
+gpu-engine: $(GPU_READY)
+	$(GPU_PYTHON) -m load_tests.whole_engine --device cuda --out $(RESULTS)/engine-$(NOW).json
+	GRAFT_OPS=triton $(GPU_PYTHON) -m server.cli bench --device cuda --out $(RESULTS)/gpu-$(NOW).json
 
 demo: $(VENV)/.train  ## train the demo base and its first five adapters again (under 30 minutes on 2 cores); ARGS="--all" for all
 	$(BIN)/python -m demo.build $(ARGS)

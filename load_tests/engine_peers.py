@@ -8,6 +8,7 @@ engine.
 import gc
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,18 +22,29 @@ _PAGE = 256  # tokens
 
 
 def peers(
-    scratch: Path, quantize: str, device: torch.device, batch: int, num_prompt_tokens: int, num_steps: int
+    scratch: Path,
+    quantize: str,
+    device: torch.device,
+    batch: int,
+    num_prompt_tokens: int,
+    num_steps: int,
+    *,
+    is_spent: Callable[[], bool],
 ) -> Iterator[dict[str, Any]]:
-    """A row for each, with "failed" in the place of figures where it does not run on this machine."""
+    """A row for each, with "failed" in the place of figures where it does not run on this machine, and only "skipped"
+    for what time has run out for."""
     ways: dict[str, Callable[[Any], Callable[[int], object]]] = {
         "transformers continuous batching": lambda model: _continuous(model, batch, num_prompt_tokens),
         "PEFT adapter_names": lambda model: _peft(model, scratch / "adapters", batch, num_prompt_tokens),
     }
     for name, way in ways.items():
+        if is_spent():
+            yield {"skipped": name}
+            continue
         row = {"part": name, "batch": batch, "adapters": "distinct LoRA" if "PEFT" in name else "none"}
         try:
             step_s = _step_s(way(_model(scratch / "model", quantize, device)), num_steps)
-        except (RuntimeError, ValueError, ImportError) as error:
+        except Exception as error:  # what others' code raises here must not cost the rest of the run
             yield {**row, "failed": f"{type(error).__name__}: {error}"}
             continue
         finally:
@@ -96,13 +108,14 @@ def _continuous(model: Any, batch: int, num_prompt_tokens: int) -> Callable[[int
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     prompts = _prompts(model, batch, num_prompt_tokens).tolist()
+    known = {field.name for field in fields(cast(Any, ContinuousBatchingConfig))}
 
     def generate(num_tokens: int) -> object:
         num_pages = batch * (-(-(num_prompt_tokens + num_tokens) // _PAGE) + 1)
         # By itself it takes most of the machine's memory, and on a CPU is killed for it.
-        cache = ContinuousBatchingConfig(
-            page_size=_PAGE, num_blocks=num_pages + 1, max_batch_tokens=batch * num_prompt_tokens
-        )
+        page_size = "page_size" if "page_size" in known else "block_size"  # its name in transformers 5.17
+        sizes = {page_size: _PAGE, "num_blocks": num_pages + 1, "max_batch_tokens": batch * num_prompt_tokens}
+        cache = cast(Any, ContinuousBatchingConfig)(**sizes)
         limits: dict[str, Any] = {"max_new_tokens": num_tokens, "do_sample": False, "eos_token_id": -1}
         config = cast(Any, GenerationConfig)(**limits, pad_token_id=1)
         found = model.generate_batch(prompts, generation_config=config, continuous_batching_config=cache)

@@ -63,16 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {"schema": SCHEMA, "machine": machine(device.type), "command": _command(argv)}
     report |= {"shape": arguments.shape, "rank": arguments.rank, "copy_bytes_per_s": copy_bandwidth(device)}
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-        report |= _measured(Path(scratch), device, report["copy_bytes_per_s"], arguments)
+        for found in _measured(Path(scratch), device, report["copy_bytes_per_s"], arguments):
+            report |= found
+            if arguments.out is not None:  # after each row, so that a run that is ended leaves what it has
+                arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(report["rows"]))
     for text in report["skipped"]:
         print(f"skipped, as --seconds had run out: {text}", file=sys.stderr)
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def _measured(scratch: Path, device: torch.device, bandwidth: float, arguments: argparse.Namespace) -> dict[str, Any]:
+def _measured(
+    scratch: Path, device: torch.device, bandwidth: float, arguments: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """The report's part that grows: all rows so far."""
     budget = Budget(arguments.seconds, len(arguments.bases))
     begun_s = time.perf_counter()
     base = RandomBase(arguments.shape, device)
@@ -90,7 +94,7 @@ def _measured(scratch: Path, device: torch.device, bandwidth: float, arguments: 
                 skipped.append(f"{quantize}: {rows.pop()['skipped']}")
             else:
                 _say(line(rows[-1]))
-    return {"made_s": made_s, "num_parameters": base.num_parameters, "rows": rows, "skipped": skipped}
+            yield {"made_s": made_s, "num_parameters": base.num_parameters, "rows": rows, "skipped": skipped}
 
 
 def _save_adapters(base: RandomBase, scratch: Path, arguments: argparse.Namespace) -> None:
@@ -125,10 +129,10 @@ def _of_base(
     elif own:
         yield {"skipped": ", ".join(own)}
     if "peers" in arguments.parts:
-        if budget.is_spent:
-            yield {"skipped": "peers"}
-            return
-        yield from peers(scratch, quantize, device, arguments.peer_batch, arguments.prompt_tokens, arguments.steps)
+        yield from peers(
+            scratch, quantize, device, arguments.peer_batch, arguments.prompt_tokens, arguments.steps,
+            is_spent=lambda: budget.is_spent,
+        )  # fmt: skip
 
 
 @contextmanager
@@ -232,7 +236,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16, help="of LoRA and DoRA, on all linears")
     parser.add_argument("--four-bit-products", default="auto", choices=["auto", "triton"], help="as of `graft serve`")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
-    parser.add_argument("--seconds", type=float, default=540.0, help="for all; what is under way then is ended")
+    parser.add_argument("--seconds", type=float, default=420.0, help="begin no row after that; default %(default)s")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="for the base and its adapters: 30 GB for the 8B")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the report as JSON")
     arguments = parser.parse_args(argv)

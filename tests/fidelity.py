@@ -148,6 +148,6 @@ def dequantized_twin(folder: Path, how: Quantization | BitsAndBytesConfig, dtype
     for path, module in quantized.named_modules():
         if is_quantized(module):
             plain = dense.get_submodule(path)
-            values = dequantized_weight(module).float()
+            values = dequantized_weight(module).float().cpu()  # bitsandbytes' modules go to a GPU by themselves
             plain.weight.data = (values.T if isinstance(plain, Conv1D) else values).clone()
     return dense

@@ -55,8 +55,14 @@ class CudaRecorder:
             work()  # compiles kernels and sizes workspaces, which cannot be recorded
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads copy adapters meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            outputs = work()
+        try:
+            # Other threads copy adapters meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                outputs = work()
+        except Exception:
+            # A capture that fails at its end leaves its stream current, and its pool in use.
+            torch.cuda.set_stream(current)
+            self._pool = None
+            raise
         self._pool = self._pool or graph.pool()
         return Recording(outputs, graph.replay)

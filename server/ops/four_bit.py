@@ -260,9 +260,10 @@ def _product(
     start, stop = split * split_units, tl.minimum((split + 1) * split_units, num_units)
     # A scale is found by three loads, of which one waits for another. So it is looked up while the unit before its own
     # is multiplied, by a code that was loaded one unit earlier still.
-    code_ab, code_cd = _scale_codes(scales, scale_stride, start, n, is_own)
-    scale_ab = _scale_of(code_ab, scale_levels, seconds, number + 2 * start, is_own, IS_DOUBLE)
-    scale_cd = _scale_of(code_cd, scale_levels, seconds, number + 2 * start + 1, is_own, IS_DOUBLE)
+    is_first = is_own & (start < stop)  # the last parts of a few inputs may be empty
+    code_ab, code_cd = _scale_codes(scales, scale_stride, start, n, is_first)
+    scale_ab = _scale_of(code_ab, scale_levels, seconds, number + 2 * start, is_first, IS_DOUBLE)
+    scale_cd = _scale_of(code_cd, scale_levels, seconds, number + 2 * start + 1, is_first, IS_DOUBLE)
     code_ab, code_cd = _scale_codes(scales, scale_stride, start + 1, n, is_own & (start + 1 < stop))
     for unit in range(start, stop):
         code = tl.load(own_codes + unit * code_stride, is_own[:, None], other=0)

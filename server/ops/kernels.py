@@ -9,6 +9,8 @@ number of runs, the base's widths and the largest rank there is; programs withou
 hold them. All sums are in float32, those of a token in one order whatever shares its batch, but for the length of its
 run.
 
+Nothing that differs from step to step is compiled into a kernel: nobody waits for a compiler once a base is warm.
+
 Block sizes were chosen from bytes and registers, not yet from measurements: see docs/decisions/0011-kernels.md.
 """
 
@@ -162,7 +164,7 @@ def _tile(sheet, fields, order, start, stop, first, rank, TILE: tl.constexpr, BL
     return token, is_token, i, is_row, row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_members", "num_rank_blocks"])
 def _shrink(
     x, x_stride, x_step, buffer, down_stride, addresses, members,
     slots, order, starts, h, num_tokens, num_members, max_rank, num_rank_blocks, d_in, split_width,
@@ -255,7 +257,7 @@ def _low_rank(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_members", "first_member"])
 def _expand(
     y, y_stride, y_step, h, buffer, addresses, members,
     slots, order, starts, num_tokens, num_members, max_rank, first_member, gain,
@@ -299,7 +301,7 @@ def _expand(
     tl.store(at, total.to(y.dtype.element_ty), is_own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["member"])
 def _scale(
     x, x_stride, x_step, y, buffer, stride, addresses, members, member, slots, width, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -417,7 +419,7 @@ def decode_attention(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def _attend(
     query, sequence_stride, query_head, query_step, keys, values, block_stride, head_stride, token_stride, step,
     block_size, lengths, firsts, blocks, parts, tops, sums, num_sequences, num_heads, width,
@@ -464,7 +466,7 @@ def _attend(
     tl.store(parts + row[:, None] * width + d[None, :], out, is_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def _join(
     parts, tops, sums, sinks, out, num_sequences, num_heads, width,
     HAS_SINKS: tl.constexpr, NUM_PARTS: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -78,11 +78,16 @@ def _broken(case: Case) -> Run:
     raise RuntimeError("out of shared memory")
 
 
-def test_a_peer_that_fails_is_a_row_and_ours_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    [row] = _rows(monkeypatch, Way("peer", _broken, is_peer=True))
+@pytest.mark.parametrize("is_peer", [True, False])
+def test_a_way_that_fails_is_a_row_and_ends_nothing(is_peer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    [row, after] = _rows(monkeypatch, Way("broken", _broken, is_peer=is_peer), WAYS[0])
     assert (row.not_served, row.group_s) == ("failed: RuntimeError: out of shared memory", None)
-    with pytest.raises(RuntimeError):
-        _rows(monkeypatch, Way("ours", _broken))
+    assert after.is_right
+
+
+def test_a_way_of_ours_that_fails_fails_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--quick", "--way", f"broken={__name__}:_broken"]) == 1
+    assert "failed: broken (q k v, mixed)" in capsys.readouterr().err
 
 
 def test_without_time_nothing_is_begun_and_all_is_listed(tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ def test_what_there_is_no_time_for_is_listed(tmp_path: Path, capsys: pytest.Capt
     assert main(["--shape", "tiny", "--device", "cpu", "--seconds", "0", "--batches", "1", "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert report["rows"] == []
-    assert len(report["skipped"]) == 6
-    assert "nf4: peers" in report["skipped"]
+    assert len(report["skipped"]) == 9
+    assert "nf4: PEFT adapter_names" in report["skipped"]
     assert "skipped" in capsys.readouterr().err
 
 
