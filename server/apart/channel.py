@@ -159,7 +159,7 @@ class Sender:
     """Sends in a thread of its own, in order, so that who has something to tell never waits for a full pipe."""
 
     def __init__(self, channel: Channel, name: str, frame: Callable[[Any], bytes] = framed) -> None:
-        """`frame` makes the frame of a value, in that thread; it raises nothing."""
+        """`frame` makes the frame of a value, or its frames, in that thread; it raises nothing."""
         self._channel = channel
         self._frame = frame
         self._waiting: queue.SimpleQueue[object] = queue.SimpleQueue()

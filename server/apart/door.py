@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 from server.adapters.asker import ask_as
 from server.apart.channel import Channel, ChannelClosed, Sender, framed
-from server.apart.messages import Abort, Drain, Drained, Enter, LetIn, Withdraw, packed
+from server.apart.messages import Abort, Drain, Drained, Enter, LetIn, Withdraw
 from server.apart.portable import portable
+from server.apart.steps import messages_of
 from server.assemble import Works
 from server.engine.entry import Entry, GroupOrder, Held
 from server.engine.flight import GenerationRequest
@@ -114,11 +115,12 @@ class Door:
 
 
 def _frame(value: object) -> bytes:
-    """A step's deltas are packed here, off the engine's thread."""
+    """A value's frame, or frames. A step's deltas are packed here, off the engine's thread."""
     if not isinstance(value, list):
         return framed(value)
     deltas: list[Delta] = value
-    return framed(packed([delta if delta.error is None else _with_portable_error(delta) for delta in deltas]))
+    crossing = [delta if delta.error is None else _with_portable_error(delta) for delta in deltas]
+    return b"".join(map(framed, messages_of(crossing)))
 
 
 def _with_portable_error(delta: Delta) -> Delta:

@@ -12,7 +12,8 @@ from copy import copy
 
 from server.adapters.asker import current_asker
 from server.apart.channel import LoopChannel
-from server.apart.messages import Abort, Drain, Drained, Enter, LetIn, Withdraw, unpacked
+from server.apart.messages import Abort, Drain, Drained, Enter, LetIn, Withdraw
+from server.apart.steps import unpacked
 from server.engine.engine import dead
 from server.engine.entry import Entered, GroupOrder
 from server.engine.flight import Streams

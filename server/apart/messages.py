@@ -1,12 +1,11 @@
 """What the two processes tell each other: plain values, a class for each kind.
 
-Owns their fields. Two channels carry them: `calls`, which threads of both sides use, and `deltas`, which is the front's
-event loop's. Knows nothing about who sends or how.
+Owns their fields; what a step gave is in `steps`. Two channels carry them: `calls`, which threads of both sides use,
+and `deltas`, which is the front's event loop's. Knows nothing about who sends or how.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from operator import attrgetter
+from dataclasses import dataclass
 from typing import Any
 
 from server.adapters.asker import Asker
@@ -14,7 +13,6 @@ from server.api.services import BaseInfo
 from server.api.snapshot import Snapshot
 from server.assemble import Figures
 from server.engine.entry import GroupOrder, Held
-from server.engine.sequence import Delta
 from server.ground.config import Settings
 
 # On `calls`, to the child
@@ -133,17 +131,3 @@ class LetIn:
 @dataclass(frozen=True, slots=True)
 class Drained:
     number: int
-
-
-# A dataclass pickles itself in Python, a field at a time; a step's deltas are the one message of which there are many.
-PackedDeltas = list[tuple[Any, ...]]
-_packed = attrgetter(*(field.name for field in fields(Delta)))
-
-
-def packed(deltas: Sequence[Delta]) -> PackedDeltas:
-    """The deltas of a step as a message on `deltas`: the only one that is a list."""
-    return [_packed(delta) for delta in deltas]
-
-
-def unpacked(deltas: PackedDeltas) -> list[Delta]:
-    return [Delta(*values) for values in deltas]

@@ -46,6 +46,8 @@ class Generation:
                 del self._unfinished[index]
                 _raise_if_broken(delta)
             yield index, delta
+            if delta.prompt_logprobs:  # which take milliseconds to tell, and many such deltas may have come at once
+                await asyncio.sleep(0)
 
     def end(self, index: int, last: Delta) -> None:
         """End a sequence whose reader has all that it wants with the delta `last`; does nothing if it has ended."""

@@ -69,7 +69,8 @@ class Delta:
     token_ids: tuple[int, ...] = ()  # the one that ends the sequence is among them
     text: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()  # one for each of token_ids, when asked for
-    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # sent once, when the whole prompt is scored
+    # Sent when the whole prompt is scored: in one delta, or in several where they cross to another process.
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: FinishReason | None = None
     error: GraftError | None = None  # why it failed, when the reason is ERROR
     num_prompt_tokens: int = 0

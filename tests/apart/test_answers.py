@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.apart.steps import MAX_SCORES
 from tests.api.conftest import Live, event_data, eventually
 from tests.demo_files import ADAPTERS
 
@@ -25,6 +26,10 @@ ASKED: Mapping[str, tuple[str, dict[str, Any]]] = {
     "several prompts": ("/v1/completions", {**TEXT, "prompt": ["One", "The other"], "n": 2, "seed": 1}),
     "log-probabilities": ("/v1/completions", {**TEXT, "logprobs": 3, "echo": True}),
     "scores of a prompt": ("/v1/completions", {**TEXT, "max_tokens": 0, "logprobs": 1, "echo": True}),
+    "scores of a prompt that cross in parts": (
+        "/v1/completions",
+        {**TEXT, "prompt": [*range(60, 90)] * 10, "logprobs": 20, "echo": True},
+    ),
     "token ids": ("/v1/completions", {**TEXT, "return_token_ids": True}),
     "a stop string": ("/v1/completions", {**TEXT, "max_tokens": 40, "stop": [","], "min_tokens": 2}),
     "some tokens alone": ("/v1/completions", {**TEXT, "allowed_token_ids": [70, 71, 72], "logit_bias": {"71": 5}}),
@@ -88,6 +93,17 @@ def test_an_answer_is_the_same(one: Live, two: Live, what: str) -> None:
     expected, found = (plain(live.post(path, **body)) for live in (one, two))
     assert "choices" in expected
     assert found == expected
+
+
+def test_a_stream_of_a_prompt_whose_scores_cross_in_parts_says_what_the_whole_answer_says(two: Live) -> None:
+    path, body = ASKED["scores of a prompt that cross in parts"]
+    (expected,) = plain(two.post(path, **body))["choices"]
+    chunks = list(streamed(two, path, body))
+    assert chunks.pop() == "[DONE]"
+    scores = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert sum(len(one["tokens"]) > 1 for one in scores) > 300 * 21 // MAX_SCORES, "the prompt's came in several chunks"
+    assert {key: [item for one in scores for item in one[key]] for key in expected["logprobs"]} == expected["logprobs"]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected["text"]
 
 
 @pytest.mark.parametrize("what", ["the base", "poet-dora", "several choices", "a conversation", "log-probabilities"])
