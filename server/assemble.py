@@ -357,7 +357,10 @@ def _engine(
             max_context=scheduler.max_total_tokens,
         )
     if runner.graphs is not None:
-        runner.graphs.record_all(lambda done, total: log.info("recorded %d of %d sizes of decode steps", done, total))
+        with _fitting("what decode steps are recorded into", "--kv-memory, or record none with --graphs off"):
+            runner.graphs.record_all(
+                lambda done, total: log.info("recorded %d of %d sizes of decode steps", done, total)
+            )
     metrics.watch(lambda: _memory(base, adapters, runner))
     overlaps = settings.overlap == "on" or (settings.overlap == "auto" and base.device.type == "cuda")
     engine = Engine(

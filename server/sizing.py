@@ -5,6 +5,7 @@ Owns the sizes that are computed from the base and the machine. Knows nothing of
 
 import torch
 
+from server.engine.decode_graphs import graph_sizes
 from server.ground.config import Settings
 from server.ground.errors import StartupRefused
 from server.ground.machine import ram
@@ -20,7 +21,7 @@ from server.ops.prefill import AttentionLayer, PrefillNeeds, library_bytes
 _BLOCK_SIZE = {"cpu": 128, "cuda": 64}
 _VARLEN_BLOCK_SIZE = 256  # the least that FlashAttention 2 reads
 _KV_PART = {"cpu": 0.25, "cuda": 1.0}  # of what the base and the adapters leave of the memory share
-_GRAPH_BYTES = 256 << 20  # a reserve: what recording decode steps takes is known afterwards
+_GRAPH_BYTES = 256 << 20  # a reserve beside the logits: what recording decode steps takes is known afterwards
 
 
 def base_options(settings: Settings) -> BaseOptions:
@@ -75,7 +76,7 @@ def plan_memory(settings: Settings, size: BaseSize, device: torch.device, loaded
     block_size = _block_size(settings, device, max_context)
     needs = MemoryNeeds(
         base_bytes=size.base_bytes,
-        graph_bytes=_GRAPH_BYTES if makes_graphs(settings, device) else 0,
+        graph_bytes=_graph_bytes(settings, size) if makes_graphs(settings, device) else 0,
         adapter_bytes=settings.adapter_memory,
         workspace_bytes=workspace_bytes(size.config, settings.max_batch_tokens, settings.max_sequences)
         + library_bytes(settings.attention),
@@ -85,6 +86,12 @@ def plan_memory(settings: Settings, size: BaseSize, device: torch.device, loaded
         kv_bytes=settings.kv_memory,
     )
     return plan(needs, free_bytes(device) + loaded_bytes, settings.memory_share, _KV_PART[device.type])
+
+
+def _graph_bytes(settings: Settings, size: BaseSize) -> int:
+    """Each recording keeps its logits, and each size has two: with adapters and without."""
+    num_rows = 2 * sum(graph_sizes(settings.max_sequences))
+    return _GRAPH_BYTES + num_rows * int(size.config.get_text_config().vocab_size) * size.kv_dtype.itemsize
 
 
 def _block_size(settings: Settings, device: torch.device, max_context: int) -> int:

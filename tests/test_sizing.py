@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from server import sizing
 from server.ground.config import load
 from server.model.base import Base
 from server.ops.prefill import PrefillNeeds
 from server.ops.prefill.choice import CANDIDATES
 from server.sizing import base_options, expected_needs, expected_plan, prefill_needs
-from tests.models import WINDOW
+from tests.models import VOCAB_SIZE, WINDOW
 
 
 def settings_of(model: Path, tmp_path: Path, **flags: str):  # type: ignore[no-untyped-def]
@@ -44,6 +45,20 @@ def test_blocks_are_as_large_as_the_library_for_attention_reads(
     plan = expected_plan(settings, base_options(settings))
     assert plan is not None
     assert plan.needs.block_tokens == expected
+
+
+def test_recorded_steps_are_given_room_for_the_logits_that_each_keeps(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: 1 and 2 sequences, with adapters and without."""
+    monkeypatch.setattr(sizing, "makes_graphs", lambda settings, device: True)
+    found = []
+    for max_sequences in ("1", "2"):
+        settings = settings_of(tiny_llama, tmp_path, max_sequences=max_sequences)
+        plan = expected_plan(settings, base_options(settings))
+        assert plan is not None
+        found.append(plan.needs.graph_bytes)
+    assert found[1] - found[0] == 2 * 2 * VOCAB_SIZE * torch.float32.itemsize
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "phi3"])
