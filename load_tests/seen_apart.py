@@ -12,6 +12,7 @@ import torch
 
 from load_tests.engine_steps import SeenStep, noting
 from server.apart.front import ApartServer
+from server.apart.hosted import HostedState
 from server.engine.engine import StepReport
 from server.ground.config import Settings
 from server.ground.metrics import Metrics
@@ -27,20 +28,20 @@ def prepare(settings: Settings) -> None:
         note(report)
         told(self, report)
 
-    def take_steps(self: Metrics) -> list[SeenStep]:
+    def take_steps(_state: HostedState) -> list[SeenStep]:
         taken = seen[:]
         del seen[: len(taken)]
         return taken
 
-    seeing: dict[str, Any] = {"step": step, "take_steps": take_steps}
-    for name, function in seeing.items():
-        setattr(Metrics, name, function)
+    seeing: list[tuple[type, str, Any]] = [(Metrics, "step", step), (HostedState, "take_steps", take_steps)]
+    for of, name, function in seeing:
+        setattr(of, name, function)
 
 
 @contextmanager
 def watched_apart(server: ApartServer) -> Iterator[list[SeenStep]]:
     """The steps of the engine while the block ran; there are none before its end."""
     steps: list[SeenStep] = []
-    server.calls.call("metrics", "take_steps")
+    server.calls.call("state", "take_steps")
     yield steps
-    steps += server.calls.call("metrics", "take_steps")
+    steps += server.calls.call("state", "take_steps")
