@@ -283,23 +283,33 @@ def _swap_row(setting: Setting, batch: int) -> Row:
     host = HostTier(8 << 30, server.base.dtype, pin=is_gpu)
     cold = host.put("cold", lower(Checkpoint.open(setting.cold), server.base.sites.by_path))
     num_bytes = server.adapters.resident_bytes(cold)
-    spans: list[tuple[float, float]] = []
-    num_seen, is_warm = 0, threading.Event()
+    copies: list[tuple[float, float]] = []
+    stays: list[tuple[float, float]] = []  # with the steps that meet the new slot first
+    num_seen, is_over, stepped = 0, False, threading.Condition()
 
     def after_step(_: StepReport) -> None:
         nonlocal num_seen
-        num_seen += 1
-        if num_seen == setting.num_steps:  # all of them decode; and there is something to compare with
-            is_warm.set()
+        with stepped:
+            num_seen += 1
+            stepped.notify_all()
+
+    def steps_later(num_steps: int) -> None:
+        with stepped:
+            until = num_seen + num_steps
+            stepped.wait_for(lambda: num_seen >= until or is_over)
 
     def swap() -> None:
-        is_warm.wait()
+        steps_later(setting.num_steps)  # all of them decode; and there is something to compare with
         for number in range(_NUM_SWAPS):
-            server.adapters.reserve(f"cold-{number}", cold)
+            name = f"cold-{number}"
+            server.adapters.reserve(name, cold)
             begun_s = time.perf_counter()
-            server.adapters.copy(f"cold-{number}")
-            spans.append((begun_s, time.perf_counter()))
-            server.adapters.abandon(f"cold-{number}")
+            server.adapters.copy(name)
+            copies.append((begun_s, time.perf_counter()))
+            server.adapters.place(name)
+            steps_later(2)
+            stays.append((begun_s, time.perf_counter()))
+            server.adapters.release(name)
 
     names = mixes(batch)["distinct LoRA" if batch > 1 else "1 LoRA"]
     streams = Streams(names, setting.num_prompt_tokens, 8 * setting.num_steps)
@@ -309,9 +319,11 @@ def _swap_row(setting: Setting, batch: int) -> Row:
         with watched(server.engine, after_step) as steps:
             asyncio.run(streams.read(server))
     finally:
-        is_warm.set()  # whatever became of the streams, the thread must end
+        with stepped:  # whatever became of the streams, the thread must end
+            is_over = True
+            stepped.notify_all()
         thread.join()
-    took_s = statistics.median(end_s - begun_s for begun_s, end_s in spans)
+    took_s = statistics.median(end_s - begun_s for begun_s, end_s in copies)
     pinned_s = _pinned_copy_s(num_bytes, setting.device)
     return {
         "batch": batch,
@@ -319,7 +331,7 @@ def _swap_row(setting: Setting, batch: int) -> Row:
         "bytes": num_bytes,
         "gb_per_s": num_bytes / took_s / 1e9,
         "of_pinned_copy": pinned_s / took_s,
-        **_delays(steps, spans, batch),
+        **_delays(steps, stays, batch),
     }
 
 
